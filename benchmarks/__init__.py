@@ -1,0 +1,1 @@
+"""Benchmark runner and cases, installed as ``tinybert_fast.benchmarks``."""

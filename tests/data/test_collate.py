@@ -1,0 +1,70 @@
+"""Padding and the length-grouped order."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from tinybert_fast.data import LengthCollator, LengthGroupedSampler, sort_by_length
+
+
+class Tokenizer:
+    pad_token_id = 9
+
+
+def example(n, **more):
+    return {"input_ids": list(range(1, n + 1)), "token_type_ids": [0] * (n - 1) + [1], **more}
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(None, 5), (4, 8), (5, 5)])
+def test_pads_right(multiple, width):
+    batch = LengthCollator(Tokenizer(), multiple)([example(5, label=1), example(2, label=0)])
+    pad = width - 5
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5] + [9] * pad, [1, 2] + [9] * (width - 2)]
+    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * pad, [1, 1] + [0] * (width - 2)]
+    assert batch["token_type_ids"].tolist()[1] == [0, 1] + [0] * (width - 2)
+    assert batch["labels"].tolist() == [1, 0]
+    assert {name: value.dtype for name, value in batch.items()} == dict.fromkeys(batch, torch.int64)
+
+
+def test_labels_are_floats_or_absent():
+    collate = LengthCollator(Tokenizer())
+    assert collate([example(2, label=0.5)])["labels"].dtype == torch.float32
+    assert "labels" not in collate([example(2)])
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "group"), [(103, 4, 1), (103, 4, 2), (3, 4, 1), (1, 1, 1), (1000, 2, 3)]
+)
+def test_order_is_a_permutation_grouped_by_length(rows, batch, group):
+    lengths = np.random.default_rng(1).integers(3, 60, rows)
+    sampler = LengthGroupedSampler(lengths, batch, seed=5, group=group)
+    order = list(sampler)
+    assert len(sampler) == rows
+    assert sorted(order) == list(range(rows))
+    assert order == list(LengthGroupedSampler(lengths, batch, seed=5, group=group))
+    whole = rows // (batch * group) * batch * group
+    if whole:
+        chunks = lengths[order[:whole]].reshape(-1, batch * group)
+        assert chunks[0].max() == chunks.max()  # the longest comes first
+        if len(chunks) > 10:
+            assert np.ptp(chunks, axis=1).mean() < 10 < np.ptp(lengths)  # a random order: about 35
+
+
+def test_order_depends_on_seed_and_epoch_but_not_on_torch():
+    lengths = list(range(64))
+    orders = set()
+    for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
+        sampler = LengthGroupedSampler(lengths, 4, seed=seed)
+        sampler.set_epoch(epoch)
+        before = torch.get_rng_state()
+        orders.add(tuple(sampler))
+        assert torch.equal(before, torch.get_rng_state())
+    assert len(orders) == 3
+
+
+def test_sort_by_length_returns_the_way_back():
+    data = datasets.Dataset.from_dict({"length": [2, 5, 3], "row": [0, 1, 2]})
+    ordered, order = sort_by_length(data)
+    assert ordered["length"][:] == [5, 3, 2]
+    assert ordered["row"][:] == order.tolist()

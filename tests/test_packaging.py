@@ -1,0 +1,161 @@
+"""What an installation holds: wheel and editable, the mapped folders, and the guard of kernels/."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import venv
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [
+    "pyproject.toml",
+    "setup.py",
+    "README.md",
+    "LICENSE",
+    "tinybert_fast",
+    "kernels",
+    "benchmarks",
+]
+# Offline and without build isolation: setuptools is there because torch needs it.
+PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+FLAGS = ["--no-index", "--no-deps", "--no-build-isolation"]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command that must succeed; nothing of this checkout is on its path."""
+    env = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}
+    result = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}:\n{result.stdout}\n{result.stderr}"
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the sources, so that no build leaves files in the working tree."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, *PIP, "wheel", *FLAGS, "--wheel-dir", folder, checkout, cwd=folder)
+    (path,) = folder.glob("tinybert_fast-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def text_of(wheel: zipfile.ZipFile, suffix: str) -> str:
+    (name,) = (name for name in wheel.namelist() if name.endswith(f".dist-info/{suffix}"))
+    return wheel.read(name).decode()
+
+
+def test_wheel_holds_every_module_and_no_other_package(wheel):
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in files} == {"tinybert_fast"}
+    assert text_of(wheel, "top_level.txt").split() == ["tinybert_fast"]
+
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "tinybert_fast").rglob("*.py")}
+    for top in ("kernels", "benchmarks"):
+        expected |= {f"tinybert_fast/{p.relative_to(ROOT)}" for p in (ROOT / top).rglob("*.py")}
+    missing = expected - files
+    assert not missing, f"left out, perhaps for want of an __init__.py: {sorted(missing)}"
+
+
+def test_wheel_metadata(wheel):
+    metadata = HeaderParser().parsestr(text_of(wheel, "METADATA"))
+    always = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
+    assert [need[: len("torch")] for need in always] == ["torch"], always
+    assert {"train", "bench", "demo", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Apache License" in text_of(wheel, "licenses/LICENSE")
+    assert "tinybert-fast = tinybert_fast.cli.main:main" in text_of(wheel, "entry_points.txt")
+
+
+def test_wheel_imports(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    where = run(
+        sys.executable,
+        "-c",
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import tinybert_fast, tinybert_fast.kernels as k, tinybert_fast.benchmarks as b;"
+        "print(tinybert_fast.__file__, k.__file__, b.__file__, sep='\\n')",
+        tmp_path,
+        cwd=Path(tmp_path.anchor),
+    )
+    package = tmp_path / "tinybert_fast"
+    assert [Path(line).parent for line in where.splitlines()] == [
+        package, package / "kernels", package / "benchmarks",
+    ]  # fmt: skip
+
+
+def test_editable_install(checkout, tmp_path):
+    """`pip install -e .` in a throwaway venv finds the mapped folders and sees edits at once."""
+    venv.create(tmp_path / "venv", symlinks=os.name != "nt")
+    python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    purelib = run(
+        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path
+    )
+    # Everything that this environment has, except its own .pth files: not its tinybert_fast.
+    Path(purelib, "outer.pth").write_text("\n".join(site.getsitepackages()))
+    run(python, *PIP, "install", *FLAGS, "--ignore-installed", "--editable", checkout, cwd=tmp_path)
+
+    names = ["tinybert_fast", "tinybert_fast.kernels", "tinybert_fast.benchmarks"]
+    folders = ["tinybert_fast", "kernels", "benchmarks"]
+    probe = (
+        "import sys, importlib; [print(importlib.import_module(n).__file__) for n in sys.argv[1:]]"
+    )
+    found = run(python, "-c", probe, *names, cwd=tmp_path)
+    assert found.splitlines() == [str(checkout / folder / "__init__.py") for folder in folders]
+
+    added = checkout / "kernels" / "added_later.py"
+    added.write_text("")
+    try:
+        assert run(python, "-c", probe, "tinybert_fast.kernels.added_later", cwd=tmp_path) == str(
+            added
+        )
+    finally:
+        added.unlink()
+
+
+def test_kernels_is_not_a_top_level_package():
+    """From the root, where it would hide the PyPI package `kernels`, it says what happened."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ImportError"), last
+    assert "tinybert_fast.kernels" in last
+    assert "python -P" in last
+
+
+def test_pytest_keeps_the_root_off_the_path():
+    """The guard must not meet the tests: importlib mode asks for neither of these files."""
+    assert not (ROOT / "tests" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_benchmark_runner_starts_as_a_script():
+    assert "--suite" in run(sys.executable, "benchmarks/run.py", "--help", cwd=ROOT)

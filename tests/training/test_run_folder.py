@@ -1,0 +1,235 @@
+"""The output folder: what it refuses, what a resumed run finds, what a damaged checkpoint says."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tinybert_fast.testing.tiny_models import tiny_classifier, tiny_tokenizer
+from tinybert_fast.training.loading import load_classifier
+from tinybert_fast.training.report import panels_of, plot, table
+from tinybert_fast.training.run_folder import RunFolder, atomic_write, examples_digest
+
+SETTINGS = {"lr": 1e-4, "labels": ("a", "b")}
+
+
+def begun(path, **settings):
+    run = RunFolder(path)
+    run.begin({**SETTINGS, **settings})
+    return run
+
+
+def checkpoint(run, step, stage="train"):
+    folder = run.checkpoints(stage) / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.ones(100)}, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.arange(100)}, folder / name)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return folder
+
+
+def test_opening_touches_nothing(tmp_path):
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        RunFolder(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_refuses_what_it_would_destroy(tmp_path):
+    model = tiny_classifier(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="already holds a model; .*--overwrite"):
+        RunFolder(model)
+    with pytest.raises(FileExistsError, match="did not train, so there is nothing to resume"):
+        RunFolder(model, resume=True)
+    begun(tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"unfinished run; .*--resume.*--overwrite"):
+        RunFolder(tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="is a file"):
+        RunFolder(tmp_path / "file", overwrite=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        RunFolder(tmp_path / "x", overwrite=True, resume=True)
+
+
+def test_overwriting_keeps_the_old_model_until_the_new_one_is_written(tmp_path):
+    path = tiny_classifier(tmp_path / "run")
+    before = (path / "model.safetensors").read_bytes()
+    first = RunFolder(path, overwrite=True)
+    first.begin(SETTINGS)
+    old = checkpoint(first, 5)
+    first.write_metrics({"accuracy": 1})
+    run = RunFolder(path, overwrite=True)
+    assert old.exists()
+    run.begin(SETTINGS)
+    assert not old.exists()
+    assert not (path / "metrics.json").exists()
+    assert (path / "model.safetensors").read_bytes() == before
+    other = load_classifier(tiny_classifier(tmp_path / "other", seed=1))
+    run.save_model(other)
+    assert (path / "model.safetensors").read_bytes() != before
+    assert not list(path.parent.glob(".*partial"))
+
+
+def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):
+    path = tiny_classifier(tmp_path / "run")
+    files = {file: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    run = RunFolder(path, overwrite=True)
+    run.begin(SETTINGS)
+    model = load_classifier(path)
+    model.classifier.bias.data += 1
+
+    def out_of_disk(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", out_of_disk)
+    with pytest.raises(OSError, match="No space"):
+        run.save_model(model)
+    assert all(file.read_bytes() == content for file, content in files.items())
+
+
+def test_resume_finds_the_last_checkpoint_of_its_stage(tmp_path):
+    run = begun(tmp_path / "run")
+    for step in (9, 10, 100):
+        checkpoint(run, step)
+    checkpoint(run, 7, "stage_b")
+    run.record(stage_a={"steps": 100})
+    assert run.last_checkpoint() is None  # not resuming
+    again = RunFolder(tmp_path / "run", resume=True)
+    again.begin(SETTINGS)
+    assert again.last_checkpoint() == str(
+        tmp_path / "run" / "checkpoints" / "train" / "checkpoint-100"
+    )
+    assert again.last_checkpoint("stage_b").endswith("checkpoint-7")
+    assert again.last_checkpoint("stage_c") is None
+    assert again.recorded("stage_a") == {"steps": 100}
+    assert not again.finished
+
+
+def test_resume_wants_the_same_settings(tmp_path):
+    begun(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.0001, now 0.1\)"):
+        RunFolder(tmp_path / "run", resume=True).begin({**SETTINGS, "lr": 0.1})
+
+
+def test_a_finished_run_says_so(tmp_path):
+    run = begun(tmp_path / "run")
+    checkpoint(run, 5)
+    run.write_metrics({"accuracy": 0.5})
+    run.finish()
+    assert not run.checkpoints().exists()
+    again = RunFolder(tmp_path / "run", resume=True)
+    assert again.finished
+    assert again.metrics() == {"accuracy": 0.5}
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_damaged_checkpoint_is_named(tmp_path, name, damage):
+    run = begun(tmp_path / "run")
+    checkpoint(run, 5)
+    file = checkpoint(run, 10) / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    again = RunFolder(tmp_path / "run", resume=True)
+    if (name, damage) == (
+        "rng_state.pth",
+        "missing",
+    ):  # its name depends on the number of processes
+        return
+    with pytest.raises(ValueError, match=rf"{name} is .*resume from checkpoint-5"):
+        again.last_checkpoint()
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    run = begun(tmp_path / "run")
+    file = checkpoint(run, 10) / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    at = content.index(torch.arange(100).numpy().tobytes())
+    content[at + 8] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"optimizer.pt is truncated or damaged .*start from the"):
+        RunFolder(tmp_path / "run", resume=True).last_checkpoint()
+
+
+def test_damaged_run_file(tmp_path):
+    begun(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is damaged"):
+        RunFolder(tmp_path / "run", resume=True)
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run = begun(tmp_path / "run")
+    run.record(step=1)
+    run.write_metrics({})
+    run.write_report("x", {}, {})
+    run.save_model(None, tiny_tokenizer(tmp_path / "tokenizer"))
+    run.finish()
+    assert not (tmp_path / "run").exists()
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    atomic_write(file, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        atomic_write(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_digest_sees_texts_labels_and_order():
+    import datasets
+
+    def digest(**columns):
+        return examples_digest(datasets.Dataset.from_dict(columns))
+
+    one = digest(text=["a", "b"], label=["x", "y"])
+    assert one == digest(label=["x", "y"], text=["a", "b"])
+    assert len({one, digest(text=["b", "a"], label=["x", "y"]), digest(text=["a", "b"])}) == 3
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+HISTORY = [
+    {
+        "loss": 2.0,
+        "attention_loss": 1.5,
+        "learning_rate": 1e-4,
+        "grad_norm": 1.0,
+        "epoch": 1,
+        "step": 10,
+    },
+    {"eval_loss": 1.0, "eval_accuracy": 0.5, "eval_runtime": 3.0, "epoch": 1, "step": 10},
+    {"loss": 1.0, "attention_loss": 0.5, "learning_rate": 0.0, "epoch": 2, "step": 20},
+    {"train_loss": 1.5, "train_runtime": 9.0, "epoch": 2, "step": 20},
+]
+
+
+def test_panels():
+    assert panels_of(HISTORY) == {
+        "training loss": {"loss": [(10, 2.0), (20, 1.0)], "attention_loss": [(10, 1.5), (20, 0.5)]},
+        "dev loss": {"loss": [(10, 1.0)]},
+        "dev metrics": {"accuracy": [(10, 0.5)]},
+        "learning rate": {"learning_rate": [(10, 1e-4), (20, 0.0)]},
+    }
+
+
+def test_report_and_plot(tmp_path):
+    run = begun(tmp_path / "run")
+    rows = [("a|b", 0.123456), ("c", 12345)]
+    run.write_report("Title", {"Result": table(("what", "value"), rows)}, panels_of(HISTORY))
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert report.startswith("# Title\n\n## Result\n\n| what | value |\n| --- | --- |\n")
+    assert "| a\\|b | 0.1235 |\n| c | 12,345 |" in report
+    assert "(curves.png)" in report
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert plot({}) is None

@@ -1,0 +1,29 @@
+"""Transformers: accelerate() / restore() for any BERT, and the TinyBert* classes."""
+
+from tinybert_fast.integrations.bert import accelerate, is_accelerated, restore
+from tinybert_fast.integrations.tinybert import (
+    TinyBertConfig,
+    TinyBertForMaskedLM,
+    TinyBertForNextSentencePrediction,
+    TinyBertForPreTraining,
+    TinyBertForQuestionAnswering,
+    TinyBertForSequenceClassification,
+    TinyBertForTokenClassification,
+    TinyBertModel,
+    TinyBertTokenizer,
+)
+
+__all__ = [
+    "TinyBertConfig",
+    "TinyBertForMaskedLM",
+    "TinyBertForNextSentencePrediction",
+    "TinyBertForPreTraining",
+    "TinyBertForQuestionAnswering",
+    "TinyBertForSequenceClassification",
+    "TinyBertForTokenClassification",
+    "TinyBertModel",
+    "TinyBertTokenizer",
+    "accelerate",
+    "is_accelerated",
+    "restore",
+]

@@ -1,0 +1,510 @@
+"""accelerate(): Transformers' BERT on packed rows, in place, by giving its modules another class.
+
+No Parameter moves: state_dict, optimizer and checkpoints stay as they are. The swapped classes run
+`modules.encode` on the real tokens and pad what they return; rows of padding are zeros where
+Transformers leaves values that mean nothing. What packed rows cannot serve (see `_unserved`) runs
+Transformers' own forward and says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+)
+from transformers.models.bert import modeling_bert as bert_modules
+from transformers.models.bert.modeling_bert import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForPreTrainingOutput,
+    BertForQuestionAnswering,
+    BertModel,
+)
+from transformers.utils import can_return_tuple, output_capturing
+
+from tinybert_fast.modules.capture import Capture
+from tinybert_fast.modules.encoder import encode
+from tinybert_fast.modules.heads import IGNORED, first_tokens, masked_lm_loss, predict
+from tinybert_fast.ops.dispatch import FASTEST_FIRST, Impl
+from tinybert_fast.ops.layout import SequenceLayout
+
+logger = logging.getLogger(__name__)
+
+# These compute the same attention; any other name is the user's own and is left to run.
+EQUIVALENT_ATTENTION = {None, "eager", "sdpa", "flex_attention", "tinybert_fast"}
+# Keywords that reach BertModel.forward and change nothing in an encoder.
+INERT_KEYWORDS = {"use_cache", "num_items_in_batch", "return_dict"}
+
+
+@dataclass
+class Packed:
+    """What the encoder hands to a head that reads packed rows."""
+
+    rows: Tensor  # (T, C)
+    layout: SequenceLayout
+    hidden_states: Any  # None, or M + 1 times (B, N, C), None where not selected
+
+
+class Accelerated:
+    """What every swapped class has; set on the instance, so copies and pickles keep it."""
+
+    fast_impl: Impl = "auto"
+    fast_training_logits = False
+    fast_plain: type[nn.Module]  # the class that restore() gives back
+
+
+FAST_CLASSES: dict[type, type[Accelerated]] = {}
+
+
+def bears_name_of(plain: type, cls: type) -> None:
+    """Name ``cls`` as ``plain`` wherever Transformers writes or looks up a class by name.
+
+    config.architectures, pipelines and the Trainer read ``__name__``; pickle finds a class by
+    ``__qualname__``.
+    """
+    cls.__name__ = plain.__name__
+
+
+def stands_for(plain: type[nn.Module]) -> Any:
+    """Class decorator: accelerate() puts the class in the place of ``plain``."""
+
+    def register(cls: type[Accelerated]) -> type[Accelerated]:
+        bears_name_of(plain, cls)
+        cls.fast_plain = plain
+        FAST_CLASSES[plain] = cls
+        return cls
+
+    return register
+
+
+@stands_for(BertModel)
+class AcceleratedBertModel(Accelerated, BertModel):
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        capture: Capture | None = None,
+        layout: SequenceLayout | None = None,
+        packed: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """BertModel's forward, with three keywords more, which every accelerated class passes on.
+
+        Args:
+            capture: what to record of hidden states, queries and keys (modules/capture.py).
+            layout: of this batch, if the caller has built it; ``attention_mask`` is then not read.
+            packed: give a head its `Packed` rows, or None where Transformers' own code has to run.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        crossed = encoder_hidden_states is not None or encoder_attention_mask is not None
+        layout, reason = _plan(self, inputs, attention_mask, layout, crossed, kwargs)
+        if reason is not None:
+            if capture is not None:
+                raise ValueError(
+                    f"capture= needs packed rows, and this call cannot run on them: {reason}. "
+                    "record_padded() records what a restored model computes"
+                )
+            if layout is not None and attention_mask is None:
+                raise ValueError(
+                    "layout= came without attention_mask, which Transformers' own code needs, and "
+                    f"this call runs it: {reason}"
+                )
+            say_once(f"{type(self).__name__} runs Transformers' own code: {reason}")
+            if packed:
+                return None
+            _keep_recordable(self)
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                return_dict=True,
+                **kwargs,
+            )
+        assert layout is not None
+        asked = kwargs.get(
+            "output_hidden_states", getattr(self.config, "output_hidden_states", None)
+        )
+        wanted = _selected(asked, self.config.num_hidden_layers)
+        record = capture or Capture()
+        if wanted is not None:
+            record = Capture({*wanted, *record.hidden_states}, record.attention)
+        rows = encode(
+            self,
+            layout,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            capture=record,
+            impl=self.fast_impl,
+        )
+        if capture is not None and record is not capture:
+            capture.take(record)
+        if packed and wanted is None:
+            return Packed(rows, layout, None)
+        hidden = layout.pad(rows)
+        states: Any = None
+        if wanted is not None:
+            last = self.config.num_hidden_layers
+            states = tuple(
+                (hidden if m == last else layout.pad(record.hidden[m])) if m in wanted else None
+                for m in range(last + 1)
+            )
+        if packed:
+            return Packed(rows, layout, states)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden,
+            pooler_output=self.pooler(hidden) if self.pooler is not None else None,
+            hidden_states=states,
+        )
+
+
+class AcceleratedHead(Accelerated):
+    """A class whose head reads packed rows."""
+
+    bert: Any
+
+    def encode_packed(self, **inputs: Any) -> Packed | None:
+        """Calls ``self.bert``, so that its hooks run. None: Transformers' own head has to run."""
+        if not isinstance(self.bert, AcceleratedBertModel):
+            return None
+        return self.bert(packed=True, return_dict=True, **inputs)
+
+
+@stands_for(BertForMaskedLM)
+class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
+    """With labels in training mode, the head runs on labelled rows alone and there are no logits
+    (training_logits=True gives them)."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            **kwargs,
+        }
+        packed = self.encode_packed(**inputs)
+        if packed is None:
+            return super().forward(labels=labels, return_dict=True, **inputs)
+        loss, logits = _masked_lm(self, packed, labels)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=packed.hidden_states)
+
+
+@stands_for(BertForPreTraining)
+class AcceleratedBertForPreTraining(AcceleratedHead, BertForPreTraining):
+    """With both labels in training mode, the vocabulary head runs on labelled rows alone and there
+    are no prediction_logits (training_logits=True gives them)."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        packed = self.encode_packed(**inputs)
+        if packed is None:
+            both = {"labels": labels, "next_sentence_label": next_sentence_label}
+            return super().forward(return_dict=True, **both, **inputs)
+        first = first_tokens(packed.rows, packed.layout)
+        order = self.cls.seq_relationship(self.bert.pooler(first))
+        # Transformers gives a loss only when both labels are there.
+        complete = labels is not None and next_sentence_label is not None
+        loss, logits = _masked_lm(self, packed, labels if complete else None)
+        if loss is not None and next_sentence_label is not None:
+            loss = loss + F.cross_entropy(order.view(-1, 2), next_sentence_label.view(-1))
+        return BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=order,
+            hidden_states=packed.hidden_states,
+        )
+
+
+@stands_for(BertForQuestionAnswering)
+class AcceleratedBertForQuestionAnswering(AcceleratedHead, BertForQuestionAnswering):
+    """An answer is never padding: logits there are the lowest number of their type, so the loss is
+    over real tokens, and a position that points at padding is ignored like one outside the text."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        packed = self.encode_packed(**inputs)
+        if packed is None:
+            both = {"start_positions": start_positions, "end_positions": end_positions}
+            return super().forward(return_dict=True, **both, **inputs)
+        layout = packed.layout
+        scores = self.qa_outputs(packed.rows)  # (T, 2)
+        scores = layout.pad(scores, fill=torch.finfo(scores.dtype).min)
+        start, end = (one.contiguous() for one in scores.unbind(-1))  # (B, N) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            real = layout.pad(torch.ones_like(layout.rows)).bool()
+            loss = (
+                _position_loss(start, start_positions, real)
+                + _position_loss(end, end_positions, real)
+            ) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start, end_logits=end, hidden_states=packed.hidden_states
+        )
+
+
+def accelerate(model: Any, *, impl: Impl = "auto", training_logits: bool = False) -> Any:
+    """Run every Transformers BERT inside ``model`` on packed rows, in place; returns ``model``.
+
+    Takes any BERT class of Transformers (and any module that holds a BertModel). Parameters,
+    state_dict keys and what save_pretrained writes do not change; outputs of real tokens are the
+    same, rows of padding are zeros. ``impl``: of every op, see ops/dispatch.py.
+    ``training_logits``: masked-LM heads give logits of every row in training too, instead of the
+    loss over labelled rows alone. Calling again changes the two settings.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"accelerate() takes a torch module that holds a BERT; got {type(model).__name__}"
+        )
+    names = (impl,) if isinstance(impl, str) else tuple(impl)
+    if len(names) not in (1, 2) or not {"auto", *FASTEST_FIRST}.issuperset(names):
+        raise ValueError(
+            f"impl={impl!r} is not one of auto, {', '.join(FASTEST_FIRST)}, "
+            "nor a (forward, backward) pair of them"
+        )
+    found = [m for m in model.modules() if isinstance(m, Accelerated) or type(m) in FAST_CLASSES]
+    if not any(isinstance(m, BertModel) for m in found):
+        raise ValueError(
+            f"no BertModel of Transformers inside {type(model).__name__}: nothing to accelerate"
+        )
+    module: Any
+    for module in found:
+        module.__class__ = FAST_CLASSES.get(type(module), type(module))
+        module.fast_impl, module.fast_training_logits = impl, training_logits
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Undo accelerate(), in place: Transformers' own classes again. Returns ``model``."""
+    module: Any
+    for module in model.modules():
+        if isinstance(module, Accelerated):
+            module.__dict__.pop("fast_impl", None)
+            module.__dict__.pop("fast_training_logits", None)
+            module.__class__ = module.fast_plain
+            _keep_recordable(module)
+    return model
+
+
+def is_accelerated(model: Any) -> bool:
+    """Whether a BERT inside ``model`` runs on packed rows."""
+    return any(isinstance(module, AcceleratedBertModel) for module in model.modules())
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    logger.warning(message)
+
+
+@torch.compiler.disable
+def say_once(message: str) -> None:
+    """A warning, the first time this process has it to say."""
+    _warn(message)
+
+
+def _unserved(bert: Any, mask: Any, crossed: bool, kwargs: dict[str, Any]) -> str | None:
+    """Why Transformers' own forward has to run, or None."""
+    config = bert.config
+    if config.is_decoder:
+        return "config.is_decoder makes it a decoder"
+    if crossed:
+        return "cross-attention was asked for"
+    if kwargs.get("output_attentions", config.output_attentions):
+        return "output_attentions asks for probabilities that packed attention never holds"
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        what = f"{mask.dim()}-D mask" if isinstance(mask, Tensor) else type(mask).__name__
+        return f"a {what} is not a key-padding mask of shape (batch, width)"
+    if kwargs.get("is_causal", getattr(config, "is_causal", None)):
+        return "is_causal was asked for"
+    implementation = config._attn_implementation
+    if implementation not in EQUIVALENT_ATTENTION and "flash" not in implementation:
+        return f"attn_implementation={implementation!r} is not one of Transformers' own"
+    for name, value in kwargs.items():
+        if value is not None and name not in INERT_KEYWORDS and not name.startswith("output_"):
+            return f"the keyword {name!r} is not known here"
+    embeddings = bert.embeddings
+    tables = (
+        embeddings.word_embeddings,
+        embeddings.position_embeddings,
+        embeddings.token_type_embeddings,
+    )
+    if type(embeddings) is not bert_modules.BertEmbeddings or any(
+        type(table) is not nn.Embedding for table in tables
+    ):
+        return "its embeddings were replaced"
+    for layer in bert.encoder.layer:
+        if type(layer) is not bert_modules.BertLayer:
+            return f"a layer is a {type(layer).__name__}, not a BertLayer"
+        if type(layer.attention.self) is not bert_modules.BertSelfAttention:
+            return f"a layer's attention is a {type(layer.attention.self).__name__}"
+        for part in (
+            layer,
+            layer.attention,
+            layer.attention.self,
+            layer.attention.output,
+            layer.intermediate,
+            layer.output,
+        ):
+            if _hooked(part):
+                return f"a hook was registered on a {type(part).__name__}"
+    return "a hook was registered on its embeddings" if _hooked(embeddings) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for this module to be called, Transformers' own recorders aside."""
+    if module._forward_pre_hooks:
+        return True
+    return any(
+        getattr(hook, "__module__", None) != output_capturing.__name__
+        for hook in module._forward_hooks.values()
+    )
+
+
+@torch.compiler.disable
+def _plan(
+    bert: Any,
+    inputs: Any,
+    mask: Any,
+    layout: SequenceLayout | None,
+    crossed: bool,
+    kwargs: dict[str, Any],
+) -> tuple[SequenceLayout | None, str | None]:
+    """The layout of the batch and, if Transformers' own forward has to run, why.
+
+    All that is read on the host is read here: once per forward, outside compiled code.
+    """
+    reason = _unserved(bert, mask, crossed, kwargs)
+    if reason is not None:
+        return layout, reason
+    batch, width = inputs.shape[:2]
+    if layout is None and mask is None:
+        layout = SequenceLayout.full(batch, width, device=inputs.device)
+    elif layout is None:
+        layout = SequenceLayout.from_mask(mask)
+    if (layout.batch_size, layout.width) != (batch, width):
+        raise ValueError(
+            f"the attention mask covers {layout.batch_size} sequences of {layout.width} positions, "
+            f"and the inputs are {batch} of {width}; give each input position one mask position"
+        )
+    if bert.pooler is not None and not layout.is_full:
+        first = layout.columns.index_select(0, layout.first_rows[layout.first_rows >= 0])
+        if first.any():
+            return layout, "a sequence starts with padding, which BERT's pooler would read"
+    return layout, None
+
+
+def _keep_recordable(model: Any) -> None:
+    """Let Transformers' own forward record hidden states under the model's present class.
+
+    What a model can record is filed under the name of its class when it is constructed.
+    """
+    registry: Any = output_capturing._CAN_RECORD_REGISTRY
+    by_name = type(registry) is dict  # before 5.24 the caller makes the key
+    registry[str(type(model)) if by_name else model] = model._can_record_outputs
+
+
+def _selected(asked: bool | int | list[int] | None, layers: int) -> set[int] | None:
+    """What ``output_hidden_states`` (a flag, or indices, negative from the end) takes of 0..M."""
+    if not asked:
+        return None
+    if isinstance(asked, bool):
+        return set(range(layers + 1))
+    indices = [asked] if isinstance(asked, int) else asked
+    return {i % (layers + 1) for i in indices if -layers - 1 <= i <= layers}
+
+
+def _masked_lm(
+    model: Any, packed: Packed, labels: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Loss and logits (B, N, V) of a masked-LM head; either may be None."""
+    predictions, layout, impl = model.cls.predictions, packed.layout, model.fast_impl
+    if labels is not None:
+        labels = layout.pack(labels.view(layout.batch_size, layout.width))
+        if model.training and not model.fast_training_logits:
+            return masked_lm_loss(predictions, packed.rows, labels, impl=impl), None
+    logits = predict(predictions, packed.rows, impl=impl)
+    loss = None if labels is None else F.cross_entropy(logits, labels, ignore_index=IGNORED)
+    return loss, layout.pad(logits)
+
+
+def _position_loss(logits: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    """Mean cross-entropy of (B, N) logits where ``positions`` (B,) point at a real token."""
+    width = logits.shape[1]
+    positions = positions.view(-1).clamp(0, width)
+    inside = positions.clamp(max=width - 1).unsqueeze(1)
+    positions = torch.where(real.gather(1, inside).squeeze(1), positions, width)
+    return F.cross_entropy(logits, positions, ignore_index=width)

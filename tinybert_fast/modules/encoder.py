@@ -1,0 +1,237 @@
+"""BERT's encoder on packed rows, over the Parameters of a Transformers BertModel.
+
+    h_0 = dropout(LN(word + position + type))                       (T, C), no padding looked up
+    a   = attention(q, k, v) of layer m; q, k, v = h_{m-1} W + b    (T, H, D)
+    s   = LN(h_{m-1} + dropout(a W_o + b_o))
+    h_m = LN(s + dropout(gelu(s W_1 + b_1) W_2 + b_2))              m = 1..M
+
+B sequences, N padded width, T real tokens, C channels, H heads, D head width, M layers.
+Every dropout place has its own site number, 4 m + place, under one seed per forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinybert_fast import ops
+from tinybert_fast.modules.capture import Capture
+from tinybert_fast.ops.layout import SequenceLayout
+
+SITES_PER_LAYER = 4
+ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = 0, 1, 2  # places in a layer; the embeddings are site 0
+
+
+def encode(
+    bert: Any,
+    layout: SequenceLayout,
+    *,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    capture: Capture | None = None,
+    impl: Any = "auto",
+) -> Tensor:
+    """The last hidden state (T, C) of ``bert`` on the real tokens of a padded batch.
+
+    ``bert``: anything with the submodules of Transformers' BertModel; its train/eval state, dropout
+    rates and gradient checkpointing are honoured. Inputs are padded, as the caller has them: ids
+    (B, N), types and positions (B, N) or (1, N), ``inputs_embeds`` (B, N, C). ``capture`` records
+    what it asks for on the way.
+    """
+    layers = bert.encoder.layer
+    capture = Capture() if capture is None else capture
+    capture.start(len(layers), layout)
+    seed = torch.randint(2**63 - 1, (2,), device=layout.rows.device) if _drops(bert) else None
+    hidden = embed(
+        bert.embeddings,
+        layout,
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        token_type_ids=token_type_ids,
+        position_ids=position_ids,
+        seed=seed,
+        impl=impl,
+    )
+    if 0 in capture.hidden_states:
+        capture.hidden[0] = hidden
+    for m, layer in enumerate(layers, start=1):
+        attended = m in capture.attention
+        run: Callable[..., Any] = partial(
+            encode_layer, layer, layout=layout, seed=seed, m=m, give_scores=attended, impl=impl
+        )
+        if _checkpointed(layer):
+            run = partial(layer._gradient_checkpointing_func, run)
+        # Recorded here, outside the checkpointed function: once per forward, and with a graph.
+        if attended:
+            hidden, capture.queries[m], capture.keys[m] = run(hidden)
+        else:
+            hidden = run(hidden)
+        if m in capture.hidden_states:
+            capture.hidden[m] = hidden
+    return hidden
+
+
+def embed(
+    embeddings: Any,
+    layout: SequenceLayout,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    seed: Tensor | None,
+    impl: Any,
+) -> Tensor:
+    """Embedding output h_0 (T, C); positions default to the padded column, types to 0."""
+    word, position, token_type = (
+        embeddings.word_embeddings,
+        embeddings.position_embeddings,
+        embeddings.token_type_embeddings,
+    )
+    if position_ids is None and layout.width > position.num_embeddings:
+        raise ValueError(
+            f"the batch is {layout.width} tokens wide and the model has {position.num_embeddings} "
+            "positions; truncate the text to that length"
+        )
+    positions = layout.columns if position_ids is None else _rows(position_ids, layout)
+    types = torch.zeros_like(positions) if token_type_ids is None else _rows(token_type_ids, layout)
+    norm, dropout_p = embeddings.LayerNorm, _p(embeddings.dropout)
+    if input_ids is not None:
+        return ops.embedding_layer_norm(
+            _rows(input_ids, layout),
+            types,
+            positions,
+            word.weight,
+            position.weight,
+            token_type.weight,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            dropout_p=dropout_p,
+            seed=seed,
+            site=0,
+            layout=layout,
+            padding_idx=word.padding_idx,
+            impl=impl,
+        )
+    assert inputs_embeds is not None
+    total = layout.pack(inputs_embeds) + token_type(types) + position(positions)
+    normal = ops.layer_norm(total, norm.weight, norm.bias, eps=norm.eps, impl=impl)
+    return F.dropout(
+        normal, dropout_p
+    )  # from torch's generator: no op serves ready-made embeddings
+
+
+def encode_layer(
+    layer: Any,
+    hidden: Tensor,
+    *,
+    layout: SequenceLayout,
+    seed: Tensor | None,
+    m: int,
+    give_scores: bool,
+    impl: Any,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Layer m: (T, C) -> (T, C), with its queries and keys (T, H, D) if ``give_scores``."""
+    attention, site = layer.attention, SITES_PER_LAYER * m
+    heads = attention.self
+    shape = (hidden.shape[0], heads.num_attention_heads, heads.attention_head_size)
+    # Three products: one over concatenated weights would pay for its launch with copies.
+    queries, keys, values = (
+        project(hidden).view(shape) for project in (heads.query, heads.key, heads.value)
+    )
+    context = ops.attention(
+        queries,
+        keys,
+        values,
+        layout=layout,
+        scale=heads.scaling,
+        dropout_p=heads.dropout.p if heads.training else 0.0,
+        seed=seed,
+        site=site + ATTENTION,
+        impl=impl,
+    )
+    common = {"layout": layout, "seed": seed, "impl": impl}
+    hidden = _output(
+        attention.output, context.flatten(1), hidden, site + ATTENTION_OUTPUT, **common
+    )
+    inner = layer.intermediate
+    if is_erf_gelu(inner.intermediate_act_fn) and is_plain(inner.dense):
+        expanded = ops.bias_gelu(F.linear(hidden, inner.dense.weight), inner.dense.bias, impl=impl)
+    else:
+        expanded = inner(hidden)
+    hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, **common)
+    return (hidden, queries, keys) if give_scores else hidden
+
+
+def _output(block: Any, x: Tensor, residual: Tensor, site: int, **common: Any) -> Tensor:
+    """LN(residual + dropout(dense(x))): BertSelfOutput and BertOutput, (T, any) -> (T, C)."""
+    dense, norm = block.dense, block.LayerNorm
+    if is_plain(dense):
+        x, bias = F.linear(x, dense.weight), dense.bias
+    else:
+        x, bias = dense(x), None
+    return ops.dropout_add_layer_norm(
+        x,
+        bias,
+        residual,
+        norm.weight,
+        norm.bias,
+        eps=norm.eps,
+        dropout_p=_p(block.dropout),
+        site=site,
+        **common,
+    )
+
+
+def is_plain(dense: nn.Module) -> bool:
+    """True if a layer is its weight and bias alone; adapters and hooks need it to be called."""
+    return (
+        type(dense) is nn.Linear
+        and dense.bias is not None
+        and not dense._forward_hooks
+        and not dense._forward_pre_hooks
+    )
+
+
+def is_erf_gelu(activation: Any) -> bool:
+    """The gelu of BERT, x * Phi(x), and not one of its approximations."""
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none"
+    return type(activation).__name__ == "GELUActivation"
+
+
+def _rows(ids: Tensor, layout: SequenceLayout) -> Tensor:
+    """(B, N) or (1, N) ids -> (T,)."""
+    return layout.pack(ids.expand(layout.batch_size, layout.width))
+
+
+def _p(dropout: Any) -> float:
+    return dropout.p if dropout.training else 0.0
+
+
+def _checkpointed(layer: Any) -> bool:
+    return (
+        getattr(layer, "gradient_checkpointing", False)
+        and layer.training
+        and torch.is_grad_enabled()
+    )
+
+
+def _drops(bert: Any) -> bool:
+    """Whether this forward drops anything; if not, torch's generator is left alone."""
+    if _p(bert.embeddings.dropout):
+        return True
+    return any(
+        (layer.attention.self.training and layer.attention.self.dropout.p)
+        or _p(layer.attention.output.dropout)
+        or _p(layer.output.dropout)
+        for layer in bert.encoder.layer
+    )

@@ -1,0 +1,60 @@
+"""Heads on packed rows, over the Parameters of Transformers' BERT heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinybert_fast import ops
+from tinybert_fast.modules.encoder import is_erf_gelu, is_plain
+from tinybert_fast.ops.layout import SequenceLayout
+
+IGNORED = -100  # the label of a position that has none
+
+
+def first_tokens(hidden: Tensor, layout: SequenceLayout) -> Tensor:
+    """What a pooler reads, (T, C) -> (B, 1, C): first tokens, zeros for an empty sequence."""
+    if layout.total == 0:
+        return hidden.new_zeros(layout.batch_size, 1, hidden.shape[-1])
+    first = hidden.index_select(0, layout.first_rows.clamp(min=0))
+    if 0 in layout.lengths:
+        first = first * (layout.first_rows >= 0).unsqueeze(1)
+    return first.unsqueeze(1)
+
+
+def predict(predictions: Any, hidden: Tensor, *, impl: Any = "auto") -> Tensor:
+    """Vocabulary logits (R, V) of rows (R, C)."""
+    return predictions.decoder(_transform(predictions.transform, hidden, impl))
+
+
+def masked_lm_loss(
+    predictions: Any, hidden: Tensor, labels: Tensor, *, impl: Any = "auto"
+) -> Tensor:
+    """Mean cross-entropy of labelled rows: hidden (T, C), labels (T,), -100 where there is none.
+
+    The whole prediction head runs on those rows alone, about 15 % of them. NaN if there is none,
+    as in PyTorch.
+    """
+    rows = (labels != IGNORED).nonzero().squeeze(1)
+    labels = labels.index_select(0, rows)
+    hidden = _transform(predictions.transform, hidden.index_select(0, rows), impl)
+    decoder = predictions.decoder
+    if is_plain(decoder):
+        every = torch.arange(rows.shape[0], device=rows.device)
+        return ops.linear_cross_entropy(
+            hidden, decoder.weight, decoder.bias, every, labels, impl=impl
+        )
+    return F.cross_entropy(decoder(hidden), labels)
+
+
+def _transform(transform: Any, hidden: Tensor, impl: Any) -> Tensor:
+    """LN(gelu(hidden W + b)): (R, C) -> (R, C)."""
+    dense, norm = transform.dense, transform.LayerNorm
+    if is_erf_gelu(transform.transform_act_fn) and is_plain(dense):
+        hidden = ops.bias_gelu(F.linear(hidden, dense.weight), dense.bias, impl=impl)
+    else:
+        hidden = transform.transform_act_fn(dense(hidden))
+    return ops.layer_norm(hidden, norm.weight, norm.bias, eps=norm.eps, impl=impl)

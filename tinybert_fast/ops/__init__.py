@@ -1,0 +1,25 @@
+"""The operators: one public function each, with ``impl=`` to name an implementation."""
+
+from tinybert_fast.ops.attention import attention
+from tinybert_fast.ops.attention_score_mse import attention_score_mse
+from tinybert_fast.ops.bias_gelu import bias_gelu
+from tinybert_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from tinybert_fast.ops.embedding_layer_norm import embedding_layer_norm
+from tinybert_fast.ops.hidden_mse import hidden_mse
+from tinybert_fast.ops.layer_norm import layer_norm
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.linear_cross_entropy import linear_cross_entropy
+from tinybert_fast.ops.soft_cross_entropy import soft_cross_entropy
+
+__all__ = [
+    "SequenceLayout",
+    "attention",
+    "attention_score_mse",
+    "bias_gelu",
+    "dropout_add_layer_norm",
+    "embedding_layer_norm",
+    "hidden_mse",
+    "layer_norm",
+    "linear_cross_entropy",
+    "soft_cross_entropy",
+]

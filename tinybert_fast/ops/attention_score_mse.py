@@ -1,0 +1,112 @@
+"""TinyBERT's attention loss: mean squared error of pre-softmax scores, with no N x N tensor kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import FLOATS_AND_DOUBLE, Impl, Limit, Limits, choose, define
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.loss import ScalarLoss
+from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
+
+LIMITS = Limits("attention_score_mse", torch=Limit(FLOATS_AND_DOUBLE))
+FORMS = ("auto", "direct", "gram")
+
+_forward = define(
+    "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens, str form)"
+    " -> (Tensor loss, Tensor dq, Tensor dk)",
+    fake=lambda q, k, *rest: (
+        q.new_empty((), dtype=torch.promote_types(q.dtype, torch.float32)),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+    ),
+    torch="tinybert_fast.tuned.attention_score_mse:forward",
+)
+
+
+def attention_score_mse(
+    q_student: Tensor,
+    k_student: Tensor,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    *,
+    layout: SequenceLayout | None = None,
+    form: str = "auto",
+    count_padded_queries: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``F.mse_loss(q_s @ k_s.mT / D_s**0.5, q_t @ k_t.mT / D_t**0.5)`` within each sequence.
+
+    Args:
+        q_student, k_student, q_teacher, k_teacher: packed (T, H, D) with ``layout``; or padded
+            (B, N, H, D), where ``layout`` names the real tokens and None means all. Student and
+            teacher may differ in D, not in H.
+        form: "direct" (scores in blocks), "gram" (linear in the length), or "auto": whichever
+            multiplies less at each length. The reported Gram loss loses digits when it is below
+            a thousandth of the scores' squares; its gradients stay accurate.
+        count_padded_queries: the released code's semantics, padded operands only: padding keys
+            contribute 0, padding queries count, and the mean is over B * H * N * N.
+
+    Returns:
+        Scalar, fp32 or wider: by default the mean over the H * sum(n^2) real (query, key) pairs
+        (Jiao et al. 2020, equation 7). No gradient to the teacher.
+
+    Raises:
+        ValueError: shapes that disagree (the message names the remedy for different head counts),
+            an unknown form, or a named ``impl`` that cannot serve the call.
+    """
+    impls = choose(impl, LIMITS, q_student)
+    operands = (q_student, k_student, q_teacher.detach(), k_teacher.detach())
+    _check(operands, layout, form, count_padded_queries)
+    if q_student.dim() == 4:
+        full = SequenceLayout.full(q_student.shape[0], q_student.shape[1], q_student.device)
+        layout = layout or full
+        if count_padded_queries:
+            real = layout.pad(torch.ones_like(layout.rows, dtype=torch.bool), fill=0)
+            q, k, p, r = operands
+            operands = (q, k * real[..., None, None], p, r * real[..., None, None])
+            layout = full
+        operands = tuple(layout.pack(x) for x in operands)
+    if impls[0] == "reference":
+        return reference(*operands, layout.cu_seqlens, form)
+    return ScalarLoss.apply(_forward, reference, impls, *operands, layout.cu_seqlens, form)
+
+
+def _check(operands, layout, form, count_padded_queries) -> None:
+    q, k, p, r = operands
+
+    def shapes() -> str:  # built on refusal alone: Dynamo cannot trace the join
+        names = ("q_student", "k_student", "q_teacher", "k_teacher")
+        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(names, operands, strict=True))
+
+    if q.dim() not in (3, 4) or q.shape != k.shape or p.shape != r.shape or q.dim() != p.dim():
+        raise ValueError(
+            "attention_score_mse: queries and keys must agree, packed (T, H, D) or padded "
+            f"(B, N, H, D); got {shapes()}"
+        )
+    if q.shape[-2] != p.shape[-2]:
+        raise ValueError(
+            f"attention_score_mse: the student has {q.shape[-2]} heads and the teacher "
+            f"{p.shape[-2]}; scores are matched head by head, so give the student "
+            f"{p.shape[-2]} heads (num_attention_heads={p.shape[-2]})"
+        )
+    if q.shape[:-2] != p.shape[:-2]:
+        raise ValueError(
+            f"attention_score_mse: student and teacher must see the same tokens; got {shapes()}"
+        )
+    if q.dim() == 3 and layout is None:
+        raise ValueError("attention_score_mse: packed (T, H, D) operands need layout=")
+    if layout is not None:
+        expected = (layout.total,) if q.dim() == 3 else (layout.batch_size, layout.width)
+        if tuple(q.shape[: len(expected)]) != expected:
+            raise ValueError(
+                f"attention_score_mse: the layout describes leading sizes {expected}; got {shapes()}"
+            )
+    if form not in FORMS:
+        raise ValueError(f"attention_score_mse: form={form!r} is not one of {FORMS}")
+    if count_padded_queries and q.dim() == 3:
+        raise ValueError(
+            "attention_score_mse: count_padded_queries=True needs padded (B, N, H, D) operands; "
+            "packed ones have no padding rows to count"
+        )

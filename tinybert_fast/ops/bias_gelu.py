@@ -1,0 +1,61 @@
+"""Linear bias + erf GELU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import (
+    FLOATS_AND_DOUBLE,
+    Impl,
+    Limit,
+    Limits,
+    choose,
+    define,
+    reference_gradient,
+)
+from tinybert_fast.ops.layer_norm import check_columns
+from tinybert_fast.reference.bias_gelu import bias_gelu as reference
+
+LIMITS = Limits("bias_gelu", torch=Limit(FLOATS_AND_DOUBLE))
+
+_forward = define(
+    "bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor y",
+    fake=lambda x, bias: torch.empty_like(x),
+    torch="tinybert_fast.tuned.bias_gelu:forward",
+)
+_backward = define(
+    "bias_gelu_bwd(Tensor grad, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
+    fake=lambda grad, x, bias: (torch.empty_like(x), torch.empty_like(bias)),
+    torch="tinybert_fast.tuned.bias_gelu:backward",
+)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, impls):
+        ctx.save_for_backward(x, bias)
+        ctx.impl = impls[1]
+        return _forward(x, bias, impls[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, bias = ctx.saved_tensors
+        if ctx.impl == "reference":
+            needs = ctx.needs_input_grad[:2]
+            return (*reference_gradient(reference, (x, bias), needs, grad), None)
+        return (*_backward(grad, x, bias, ctx.impl), None)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """``F.gelu(x + bias)``, the erf form: (..., C) and (C,) -> (..., C) in x's dtype.
+
+    Raises:
+        ValueError: bias is not (C,), or a named ``impl`` that cannot serve the call.
+    """
+    impls = choose(impl, LIMITS, x)
+    check_columns("bias_gelu", x, bias=bias)
+    rows = x.reshape(-1, x.shape[-1])
+    y = reference(rows, bias) if impls[0] == "reference" else _BiasGelu.apply(rows, bias, impls)
+    return y.view(x.shape)

@@ -1,0 +1,193 @@
+"""The only place that chooses an implementation of an op.
+
+Order: an explicit ``impl=``, then the environment variable ``TINYBERT_FAST_IMPL`` (``triton``, or per
+op ``attention=triton,mlm_mask=native``; a bare name applies to the ops that have it), then ``auto``:
+the fastest implementation that can serve the call. A named implementation runs or raises ValueError
+with the reason. ``impl=("triton", "reference")`` names forward and backward separately.
+
+    reference  the definition, plain PyTorch, any float dtype
+    torch      tuned PyTorch, any device
+    native     the compiled C++/CUDA module
+    triton     Triton kernels, NVIDIA GPUs (or the CPU under TRITON_INTERPRET=1)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FASTEST_FIRST = ("triton", "native", "torch", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
+NAMESPACE = "tinybert_fast"
+
+Impl = str | tuple[str, str]
+
+
+def _probe() -> dict[str, str | None]:
+    """Each implementation -> why this process cannot run it, or None."""
+    why: dict[str, str | None] = dict.fromkeys(FASTEST_FIRST)
+    if find_spec("tinybert_fast._native") is None:
+        why["native"] = "the compiled module tinybert_fast._native is not installed"
+    if find_spec("triton") is None:
+        why["triton"] = "the package triton is not installed"
+    elif not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        why["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, slowly)"
+    return why
+
+
+def _parse(setting: str) -> dict[str, str]:
+    """``a=triton,native`` -> {"a": "triton", "": "native"}."""
+    chosen = {}
+    for part in filter(None, (piece.strip() for piece in setting.split(","))):
+        op, _, name = part.rpartition("=")
+        if name not in (*FASTEST_FIRST, "auto"):
+            raise ValueError(
+                f"TINYBERT_FAST_IMPL={setting!r}: {name!r} is not one of "
+                f"{', '.join((*FASTEST_FIRST, 'auto'))}"
+            )
+        chosen[op] = name
+    return chosen
+
+
+UNAVAILABLE = _probe()
+FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
+OPS: dict[str, Limits] = {}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one implementation of one op accepts; ``refuses(**facts)`` gives a reason or None."""
+
+    dtypes: tuple[torch.dtype, ...]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    refuses: Callable[..., str | None] = field(default=lambda **facts: None)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The implementations that an op has, each with its limit."""
+
+    op: str
+    torch: Limit
+    native: Limit | None = None
+    triton: Limit | None = None
+    reference: Limit = Limit(FLOATS_AND_DOUBLE, ("cpu", "cuda", "meta"))
+
+    def __post_init__(self) -> None:
+        OPS[self.op] = self
+
+    def refusal(self, impl: str, tensor: Tensor, facts: dict[str, Any]) -> str | None:
+        """Why ``impl`` cannot serve a call whose first operand is ``tensor``."""
+        limit = getattr(self, impl)
+        if limit is None:
+            return f"{self.op} has no {impl} implementation"
+        if UNAVAILABLE[impl] is not None:
+            return UNAVAILABLE[impl]
+        if tensor.dtype not in limit.dtypes:
+            return f"dtype {tensor.dtype} is not one of {', '.join(map(str, limit.dtypes))}"
+        if tensor.device.type not in limit.devices:
+            return f"device {tensor.device.type} is not one of {', '.join(limit.devices)}"
+        return limit.refuses(**facts)
+
+
+def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[str, str]:
+    """The implementations of (forward, backward) for this call."""
+    if not isinstance(impl, str):
+        forward, backward = (_choose_one(name, limits, tensor, facts) for name in impl)
+        if backward not in (forward, "reference"):
+            raise ValueError(
+                f"{limits.op}: impl={impl!r} pairs forward {forward!r} with backward {backward!r}; "
+                f"the backward must be {forward!r} or 'reference'"
+            )
+        if forward == "torch" != backward and facts.get("dropout_p", 0.0) > 0.0:
+            raise ValueError(
+                f"{limits.op}: impl={impl!r} at dropout_p={facts['dropout_p']}: the torch forward "
+                "draws another mask than the reference's gradient; use dropout_p=0"
+            )
+        return forward, backward
+    one = _choose_one(impl, limits, tensor, facts)
+    return one, one
+
+
+def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]) -> str:
+    if impl == "auto":
+        named = FROM_ENVIRONMENT.get(limits.op)
+        bare = FROM_ENVIRONMENT.get("")
+        if named is None and bare not in (None, "auto") and getattr(limits, bare) is not None:
+            named = bare
+        impl = named or "auto"
+    if impl == "auto":
+        for name in FASTEST_FIRST:
+            if limits.refusal(name, tensor, facts) is None:
+                return name
+        reasons = "; ".join(f"{n}: {limits.refusal(n, tensor, facts)}" for n in FASTEST_FIRST)
+        raise ValueError(f"{limits.op}: no implementation can serve this call ({reasons})")
+    if impl not in FASTEST_FIRST:
+        raise ValueError(
+            f"{limits.op}: impl={impl!r} is not one of auto, {', '.join(FASTEST_FIRST)}"
+        )
+    reason = limits.refusal(impl, tensor, facts)
+    if reason is not None:
+        raise ValueError(f"{limits.op}: impl={impl!r} cannot serve this call: {reason}")
+    return impl
+
+
+def define(schema: str, *, fake: Callable, **implementations: str) -> Callable:
+    """Register ``schema`` (its last argument, ``str impl``, is added here) and return its handle.
+
+    Args:
+        schema: ``name(Tensor x, ...) -> (...)`` as torch.library takes it.
+        fake: shapes and dtypes of the outputs, from the same arguments without ``impl``.
+        implementations: name -> "module:function", imported when first executed.
+    """
+    name, _, rest = schema.partition("(")
+    arguments, _, returns = rest.partition(") ->")
+    torch.library.define(f"{NAMESPACE}::{name}", f"({arguments}, str impl) ->{returns}")
+
+    @torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd")
+    def run(*args):
+        *operands, impl = args
+        module, _, function = implementations[impl].partition(":")
+        return getattr(import_module(module), function)(*operands)
+
+    @torch.library.register_fake(f"{NAMESPACE}::{name}")
+    def run_fake(*args):
+        return fake(*args[:-1])
+
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def reference_gradient(
+    reference: Callable, operands: tuple, needs: tuple[bool, ...], *upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradient of ``reference(*operands)`` by autograd, for the operands that need one."""
+    with torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_() if need else x
+            for x, need in zip(operands, needs, strict=True)
+        ]
+        wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(reference(*leaves), wanted, upstream, allow_unused=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+    """ValueError unless the rate fits 8 bits and a seed comes with it."""
+    from tinybert_fast.reference.philox import threshold
+
+    if dropout_p == 0.0:
+        return
+    threshold(dropout_p)
+    if seed is None or seed.dtype != torch.int64 or seed.shape != (2,):
+        got = "None" if seed is None else f"{seed.dtype} {tuple(seed.shape)}"
+        raise ValueError(
+            f"{op}: dropout_p={dropout_p} needs seed, an int64 tensor of shape (2,); got {got}"
+        )

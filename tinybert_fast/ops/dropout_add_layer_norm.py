@@ -1,0 +1,155 @@
+"""Linear bias + dropout + residual add + layer norm: the post-norm block of BERT."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import (
+    FLOATS_AND_DOUBLE,
+    Impl,
+    Limit,
+    Limits,
+    check_dropout,
+    choose,
+    define,
+    reference_gradient,
+)
+from tinybert_fast.ops.layer_norm import check_columns, statistic
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.reference.dropout_add_layer_norm import dropout_add_layer_norm as reference
+
+LIMITS = Limits("dropout_add_layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
+
+
+def _keep(x: Tensor, dropout_p: float) -> Tensor:
+    return x.new_empty(x.shape if dropout_p > 0.0 else (0,), dtype=torch.bool)
+
+
+def _forward_fake(x, bias, residual, weight, ln_bias, eps, dropout_p, *place):
+    like = torch.empty_like(residual)
+    keep = _keep(x, dropout_p)
+    return like, torch.empty_like(residual), statistic(residual), statistic(residual), keep
+
+
+def _backward_fake(grad, total, mean, rstd, keep, weight, dropout_p, with_bias):
+    dx = torch.empty_like(total) if dropout_p > 0.0 else total.new_empty(0)
+    dbias = torch.empty_like(weight) if with_bias else weight.new_empty(0)
+    return dx, torch.empty_like(total), dbias, torch.empty_like(weight), torch.empty_like(weight)
+
+
+_forward = define(
+    "dropout_add_layer_norm_fwd(Tensor x, Tensor? bias, Tensor residual, Tensor weight,"
+    " Tensor ln_bias, float eps, float dropout_p, Tensor? seed, int site, Tensor sequences,"
+    " Tensor positions) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor keep)",
+    fake=_forward_fake,
+    torch="tinybert_fast.tuned.dropout_add_layer_norm:forward",
+)
+_backward = define(
+    "dropout_add_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor keep,"
+    " Tensor weight, float dropout_p, bool with_bias)"
+    " -> (Tensor dx, Tensor dtotal, Tensor dbias, Tensor dweight, Tensor dln_bias)",
+    fake=_backward_fake,
+    torch="tinybert_fast.tuned.dropout_add_layer_norm:backward",
+)
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, weight, ln_bias, seed, sequences, positions, call, impls):
+        eps, dropout_p, site = call
+        place = (seed, site, sequences, positions)
+        y, total, mean, rstd, keep = _forward(
+            x, bias, residual, weight, ln_bias, eps, dropout_p, *place, impls[0]
+        )
+        ctx.impl, ctx.call, ctx.with_bias, ctx.x_dtype = impls[1], call, bias is not None, x.dtype
+        if ctx.impl == "reference":
+            ctx.save_for_backward(x, bias, residual, weight, ln_bias, seed, sequences, positions)
+        else:
+            ctx.save_for_backward(total, mean, rstd, keep, weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        eps, dropout_p, site = ctx.call
+        if ctx.impl == "reference":
+            *operands, seed, sequences, positions = ctx.saved_tensors
+            operands = (*operands, eps, dropout_p, seed, site, sequences, positions)
+            needs = (*ctx.needs_input_grad[:5], *(False,) * 6)
+            grads = reference_gradient(reference, operands, needs, grad)[:5]
+        else:
+            total, mean, rstd, keep, weight = ctx.saved_tensors
+            dx, dtotal, dbias, dweight, dln_bias = _backward(
+                grad, total, mean, rstd, keep, weight, dropout_p, ctx.with_bias, ctx.impl
+            )
+            dx = dx if dropout_p > 0.0 else dtotal
+            grads = (
+                dx.to(ctx.x_dtype), dbias if ctx.with_bias else None, dtotal, dweight, dln_bias,
+            )  # fmt: skip
+        return (*grads, None, None, None, None, None)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    layout: SequenceLayout | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``F.layer_norm(residual + F.dropout(x + bias), (C,), weight, ln_bias, eps)``.
+
+    Args:
+        x, residual: packed (T, C) with ``layout``; or (B, N, C) or (rows, C) without.
+        bias: (C,) of the linear layer that made x, or None where x has it already.
+        dropout_p, seed, site, layout: as in ``attention``; the mask is a function of seed, site,
+            sequence, token rank and column.
+
+    Returns:
+        The residual's shape and dtype; the sum and its statistics are fp32 or wider.
+
+    Raises:
+        ValueError: shapes that disagree, a dropout rate out of range, a layout of another size, or
+            a named ``impl`` that cannot serve the call.
+    """
+    impls = choose(impl, LIMITS, x, dropout_p=dropout_p)
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"dropout_add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must "
+            "have one shape"
+        )
+    check_columns("dropout_add_layer_norm", x, bias=bias, weight=weight, ln_bias=ln_bias)
+    check_dropout("dropout_add_layer_norm", dropout_p, seed)
+    rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
+    sequences, positions = token_places("dropout_add_layer_norm", x, layout)
+    if impls[0] == "reference":
+        y = reference(
+            rows, bias, residual_rows, weight, ln_bias, eps, dropout_p, seed, site, sequences,
+            positions,
+        )  # fmt: skip
+    else:
+        y = _DropoutAddLayerNorm.apply(
+            rows, bias, residual_rows, weight, ln_bias, seed, sequences, positions,
+            (eps, dropout_p, site), impls,
+        )  # fmt: skip
+    return y.view(x.shape)
+
+
+def token_places(op: str, x: Tensor, layout: SequenceLayout | None) -> tuple[Tensor, Tensor]:
+    """(sequence, rank) of each row of x: from the layout, or from x's own (B, N) or (rows,)."""
+    if layout is not None:
+        if x.dim() != 2 or x.shape[0] != layout.total:
+            raise ValueError(
+                f"{op}: with a layout x is packed ({layout.total}, C); got {tuple(x.shape)}"
+            )
+        return layout.sequences, layout.positions
+    batch, width = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[:-1].numel())
+    row = torch.arange(batch * width, device=x.device, dtype=torch.int32)
+    return torch.div(row, max(width, 1), rounding_mode="floor"), row % max(width, 1)

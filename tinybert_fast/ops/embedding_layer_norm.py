@@ -1,0 +1,152 @@
+"""Word + position + token-type embeddings, layer norm and dropout: BERT's input layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import (
+    FLOATS_AND_DOUBLE,
+    Impl,
+    Limit,
+    Limits,
+    check_dropout,
+    choose,
+    define,
+    reference_gradient,
+)
+from tinybert_fast.ops.dropout_add_layer_norm import token_places
+from tinybert_fast.ops.layer_norm import check_columns, statistic
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.reference.embedding_layer_norm import embedding_layer_norm as reference
+
+LIMITS = Limits("embedding_layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
+
+
+def _forward_fake(word, position, token_type, weight, bias, input_ids, *call):
+    dropout_p = call[4]
+    y = word.new_empty(len(input_ids), word.shape[1])
+    keep = y.new_empty(y.shape if dropout_p > 0.0 else (0,), dtype=torch.bool)
+    return y, torch.empty_like(y), statistic(y), statistic(y), keep
+
+
+def _backward_fake(
+    grad, total, mean, rstd, keep, weight, input_ids, position_ids, token_type_ids, *tables
+):
+    words, positions, types, *_ = tables
+    columns = total.shape[1]
+    return (
+        *(total.new_empty(rows, columns) for rows in (words, positions, types)),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    )
+
+
+_forward = define(
+    "embedding_layer_norm_fwd(Tensor word, Tensor position, Tensor token_type, Tensor weight,"
+    " Tensor bias, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, int padding_idx,"
+    " float eps, float dropout_p, Tensor? seed, int site, Tensor sequences, Tensor positions)"
+    " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor keep)",
+    fake=_forward_fake,
+    torch="tinybert_fast.tuned.embedding_layer_norm:forward",
+)
+_backward = define(
+    "embedding_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor keep,"
+    " Tensor weight, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, int words,"
+    " int positions, int types, int padding_idx, float dropout_p)"
+    " -> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
+    fake=_backward_fake,
+    torch="tinybert_fast.tuned.embedding_layer_norm:backward",
+)
+
+
+class _EmbeddingLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, word, position, token_type, weight, bias, ids, seed, sequences, positions, call, impls
+    ):
+        padding_idx, eps, dropout_p, site = call
+        tables = (word, position, token_type, weight, bias)
+        y, total, mean, rstd, keep = _forward(
+            *tables, *ids, padding_idx, eps, dropout_p, seed, site, sequences, positions, impls[0]
+        )
+        ctx.call, ctx.impl = call, impls[1]
+        ctx.sizes = [len(table) for table in tables[:3]]
+        if ctx.impl == "reference":
+            ctx.save_for_backward(*tables, *ids, seed, sequences, positions)
+        else:
+            ctx.save_for_backward(total, mean, rstd, keep, weight, *ids)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        padding_idx, eps, dropout_p, site = ctx.call
+        if ctx.impl == "reference":
+            *operands, seed, sequences, positions = ctx.saved_tensors
+            call = (padding_idx, eps, dropout_p, seed, site, sequences, positions)
+            needs = (*ctx.needs_input_grad[:5], *(False,) * 10)
+            grads = reference_gradient(reference, (*operands, *call), needs, grad)[:5]
+        else:
+            grads = _backward(
+                grad, *ctx.saved_tensors, *ctx.sizes, padding_idx, dropout_p, ctx.impl
+            )
+        return (*grads, None, None, None, None, None, None)
+
+
+def embedding_layer_norm(
+    input_ids: Tensor,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    layout: SequenceLayout | None = None,
+    padding_idx: int | None = 0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``F.dropout(F.layer_norm(word[ids] + position[positions] + token_type[types]))``.
+
+    Args:
+        input_ids, token_type_ids, position_ids: int64 (T,).
+        word, position, token_type: tables (V, C), (P, C), (S, C).
+        weight, bias: (C,) of the layer norm.
+        dropout_p, seed, site, layout: as in ``dropout_add_layer_norm``.
+        padding_idx: the word whose embedding gets no gradient, or None.
+
+    Returns:
+        (T, C) in the tables' dtype.
+
+    Raises:
+        ValueError: ids that disagree in shape, tables that disagree in width, a dropout rate out of
+            range, or a named ``impl`` that cannot serve the call.
+        IndexError: an id outside its table.
+    """
+    impls = choose(impl, LIMITS, word, dropout_p=dropout_p)
+    ids = (input_ids, position_ids, token_type_ids)
+    if input_ids.dim() != 1 or any(i.shape != input_ids.shape for i in ids):
+        raise ValueError(
+            "embedding_layer_norm: input_ids, position_ids and token_type_ids must share one shape "
+            f"(T,); got {', '.join(str(tuple(i.shape)) for i in ids)}"
+        )
+    if len({table.shape[1] for table in (word, position, token_type)}) > 1:
+        raise ValueError(
+            "embedding_layer_norm: word, position and token_type must share their width; got "
+            f"{', '.join(str(tuple(t.shape)) for t in (word, position, token_type))}"
+        )
+    check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
+    check_dropout("embedding_layer_norm", dropout_p, seed)
+    sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)
+    padding = -1 if padding_idx is None else padding_idx
+    tables = (word, position, token_type, weight, bias)
+    if impls[0] == "reference":
+        return reference(*tables, *ids, padding, eps, dropout_p, seed, site, sequences, positions)
+    call = (padding, eps, dropout_p, site)
+    return _EmbeddingLayerNorm.apply(*tables, ids, seed, sequences, positions, call, impls)

@@ -1,0 +1,87 @@
+"""Layer norm over the last axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import (
+    FLOATS_AND_DOUBLE,
+    Impl,
+    Limit,
+    Limits,
+    choose,
+    define,
+    reference_gradient,
+)
+from tinybert_fast.reference.layer_norm import layer_norm as reference
+
+LIMITS = Limits("layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
+
+
+def statistic(x: Tensor) -> Tensor:
+    """One fp32 (or wider) number per row, as layer-norm kernels return mean and rstd."""
+    return x.new_empty((x.shape[0], 1), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+_forward = define(
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    fake=lambda x, weight, bias, eps: (torch.empty_like(x), statistic(x), statistic(x)),
+    torch="tinybert_fast.tuned.layer_norm:forward",
+)
+_backward = define(
+    "layer_norm_bwd(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    fake=lambda grad, x, weight, mean, rstd: (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    ),
+    torch="tinybert_fast.tuned.layer_norm:backward",
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, impls):
+        y, mean, rstd = _forward(x, weight, bias, eps, impls[0])
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps, ctx.impl = eps, impls[1]
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        if ctx.impl == "reference":
+            needs = ctx.needs_input_grad[:4]
+            grads = reference_gradient(reference, (x, weight, bias, ctx.eps), needs, grad)
+            return (*grads, None)
+        return (*_backward(grad, x, weight, mean, rstd, ctx.impl), None, None)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-12, impl: Impl = "auto"
+) -> Tensor:
+    """``F.layer_norm(x, (C,), weight, bias, eps)``: (..., C) -> (..., C) in x's dtype.
+
+    Raises:
+        ValueError: weight or bias is not (C,), or a named ``impl`` that cannot serve the call.
+    """
+    impls = choose(impl, LIMITS, x)
+    check_columns("layer_norm", x, weight=weight, bias=bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if impls[0] == "reference":
+        return reference(rows, weight, bias, eps).view(x.shape)
+    return _LayerNorm.apply(rows, weight, bias, eps, impls).view(x.shape)
+
+
+def check_columns(op: str, x: Tensor, **vectors: Tensor | None) -> None:
+    """ValueError unless every vector given is (C,) for x (..., C)."""
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: {name} must have shape ({x.shape[-1]},), the last axis of x "
+                f"{tuple(x.shape)}; got {tuple(vector.shape)}"
+            )

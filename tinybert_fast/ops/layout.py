@@ -1,0 +1,140 @@
+"""Which rows of a padded batch are real tokens, found once per batch and used by every layer.
+
+A batch of B sequences padded to width N is packed into T = sum(lengths) rows by dropping every
+padding position, in row-major order. Any key-padding mask is legal: padding on the right, on the
+left, holes, and sequences with no token at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """The valid rows of one batch: host sizes beside the device tensors that kernels read.
+
+    Attributes:
+        batch_size: B, sequences in the batch, empty ones included.
+        width: N, positions of a padded row.
+        lengths: valid tokens of each sequence, on the host.
+        cu_seqlens: int32 (B + 1,), exclusive running sum of the lengths.
+        rows: int64 (T,), flat index ``b * N + n`` of each valid token, increasing.
+        sequences: int32 (T,), the sequence b that a token belongs to.
+        positions: int32 (T,), rank of a token among the valid tokens of its sequence. Dropout
+            counters, causal order and block masks use it, so they don't depend on padding.
+    """
+
+    batch_size: int
+    width: int
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    rows: Tensor
+    sequences: Tensor
+    positions: Tensor
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> SequenceLayout:
+        """From a (B, N) key-padding mask, non-zero where a token is real. One host sync."""
+        if mask.dim() != 2:
+            raise ValueError(
+                f"a key-padding mask has 2 dimensions (batch, width); got shape {tuple(mask.shape)}. "
+                "Reduce a 3-D or 4-D attention mask to (batch, width) first"
+            )
+        mask = mask.detach() != 0
+        lengths = mask.sum(1).tolist()
+        rows = mask.flatten().nonzero().flatten()
+        return cls._build(mask.shape[1], lengths, rows)
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], width: int | None = None, device: torch.device | str = "cpu"
+    ) -> SequenceLayout:
+        """Right-padded rows of the given lengths, padded to ``width`` (default: the longest)."""
+        lengths = [int(n) for n in lengths]
+        width = max(lengths, default=0) if width is None else width
+        if any(not 0 <= n <= width for n in lengths):
+            raise ValueError(f"lengths must lie in 0..{width} (the padded width); got {lengths}")
+        starts = torch.arange(len(lengths)) * width
+        rows = torch.cat(
+            [torch.arange(n) + start for n, start in zip(lengths, starts, strict=True)]
+            or [torch.empty(0, dtype=torch.int64)]
+        )
+        return cls._build(width, lengths, rows.to(device))
+
+    @classmethod
+    def full(
+        cls, batch_size: int, width: int, device: torch.device | str = "cpu"
+    ) -> SequenceLayout:
+        """Every position of a (B, N) batch is a token."""
+        rows = torch.arange(batch_size * width, device=device)
+        return cls._build(width, [width] * batch_size, rows)
+
+    @classmethod
+    def _build(cls, width: int, lengths: list[int], rows: Tensor) -> SequenceLayout:
+        counts = torch.tensor([0, *lengths], dtype=torch.int32)
+        cu_seqlens = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
+        sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
+        positions = torch.arange(len(rows), device=rows.device) - cu_seqlens[sequences]
+        return cls(
+            batch_size=len(lengths),
+            width=width,
+            lengths=tuple(lengths),
+            cu_seqlens=cu_seqlens,
+            rows=rows,
+            sequences=sequences.int(),
+            positions=positions.int(),
+        )
+
+    @property
+    def total(self) -> int:
+        """T, the valid tokens of the batch."""
+        return self.rows.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """int64 (T,): the padded column n of each token, which BERT's position ids default to."""
+        return self.rows - self.sequences.long() * self.width
+
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """int64 (B,): packed row of each sequence's first token, -1 where a sequence is empty."""
+        starts = self.cu_seqlens.long()
+        return torch.where(starts[1:] > starts[:-1], starts[:-1], -1)
+
+    @cached_property
+    def is_full(self) -> bool:
+        """No position is padding, so packing is a reshape."""
+        return self.total == self.batch_size * self.width
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(B, N, ...) -> (T, ...): drop the padding rows."""
+        if padded.shape[:2] != (self.batch_size, self.width):
+            raise ValueError(
+                f"expected a tensor of shape ({self.batch_size}, {self.width}, ...) to pack; "
+                f"got {tuple(padded.shape)}"
+            )
+        flat = padded.flatten(0, 1)
+        return flat if self.is_full else flat.index_select(0, self.rows)
+
+    def pad(self, packed: Tensor, fill: float = 0.0) -> Tensor:
+        """(T, ...) -> (B, N, ...): put the tokens back, ``fill`` in the padding rows."""
+        if packed.shape[0] != self.total:
+            raise ValueError(
+                f"expected {self.total} packed rows; got a tensor of shape {tuple(packed.shape)}"
+            )
+        shape = (self.batch_size, self.width, *packed.shape[1:])
+        if self.is_full:
+            return packed.reshape(shape)
+        flat = packed.new_full((self.batch_size * self.width, *packed.shape[1:]), fill)
+        return flat.index_copy(0, self.rows, packed).view(shape)

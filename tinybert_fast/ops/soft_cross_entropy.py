@@ -1,0 +1,64 @@
+"""Cross-entropy of a student's logits against a teacher's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import FLOATS_AND_DOUBLE, Impl, Limit, Limits, choose, define
+from tinybert_fast.ops.loss import ScalarLoss
+from tinybert_fast.reference.soft_cross_entropy import soft_cross_entropy as reference
+
+LIMITS = Limits("soft_cross_entropy", torch=Limit(FLOATS_AND_DOUBLE))
+
+_forward = define(
+    "soft_cross_entropy_fwd(Tensor student, Tensor teacher, float temperature, SymInt divisor)"
+    " -> (Tensor loss, Tensor dstudent)",
+    fake=lambda student, teacher, temperature, divisor: (
+        student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32)),
+        torch.empty_like(student),
+    ),
+    torch="tinybert_fast.tuned.soft_cross_entropy:forward",
+)
+
+
+def soft_cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "batch",
+    impl: Impl = "auto",
+) -> Tensor:
+    """``F.cross_entropy(student / t, softmax(teacher / t))`` on (B, K) logits.
+
+    Args:
+        temperature: t, divides both; there is no t^2 factor (Jiao et al. 2020, equation 10).
+        reduction: "batch" averages over B (the paper); "official" over B and K, as the released
+            code does, which makes the loss K times smaller.
+
+    Returns:
+        Scalar, fp32 or wider; no gradient to the teacher.
+
+    Raises:
+        ValueError: shapes that disagree, a temperature that is not positive, an unknown reduction,
+            or a named ``impl`` that cannot serve the call.
+    """
+    impls = choose(impl, LIMITS, student_logits)
+    if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "soft_cross_entropy: both logits must be (batch, classes); got student "
+            f"{tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}"
+        )
+    if not temperature > 0.0:
+        raise ValueError(f"soft_cross_entropy: temperature must be positive; got {temperature}")
+    if reduction not in ("batch", "official"):
+        raise ValueError(
+            f"soft_cross_entropy: reduction={reduction!r} is not one of 'batch', 'official'"
+        )
+    batch, classes = student_logits.shape
+    divisor = max(batch if reduction == "batch" else batch * classes, 1)
+    operands = (student_logits, teacher_logits.detach(), float(temperature), divisor)
+    if impls[0] == "reference":
+        return reference(*operands)
+    return ScalarLoss.apply(_forward, reference, impls, *operands)

@@ -1,0 +1,36 @@
+"""loss = mean((S - T)^2), S = Q K^T / sqrt(D), T = P R^T / sqrt(Dt): TinyBERT's attention loss.
+
+Scores before the softmax, student q, k (T, H, D) against teacher p, r (T, H, Dt), over the real
+(query, key) pairs of each sequence. Jiao et al. 2020, arXiv:1909.10351, equation 7.
+
+Gram form, exact, no N x N matrix: with a = D**-0.5 and b = Dt**-0.5,
+
+    sum (S - T)^2 = a^2 <Q^T Q, K^T K> - 2ab <Q^T P, K^T R> + b^2 <P^T P, R^T R>
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_score_mse(
+    q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, form: str
+) -> Tensor:
+    """``F.mse_loss(q @ k.mT / D**0.5, p @ r.mT / Dt**0.5)`` over all pairs of all sequences."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    a, b = q.shape[-1] ** -0.5, p.shape[-1] ** -0.5
+    bounds = cu_seqlens.tolist()
+    total, pairs = q.new_zeros((), dtype=wide), 0
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        q_, k_, p_, r_ = (
+            x[start:stop].transpose(0, 1).to(wide) for x in (q, k, p.detach(), r.detach())
+        )
+        if form == "gram":
+            total = total + a * a * ((q_.mT @ q_) * (k_.mT @ k_)).sum()
+            total = total - 2 * a * b * ((q_.mT @ p_) * (k_.mT @ r_)).sum()
+            total = total + b * b * ((p_.mT @ p_) * (r_.mT @ r_)).sum()
+        else:
+            total = total + (a * (q_ @ k_.mT) - b * (p_ @ r_.mT)).square().sum()
+        pairs += (stop - start) ** 2
+    return total / max(q.shape[1] * pairs, 1)

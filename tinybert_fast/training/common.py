@@ -1,0 +1,161 @@
+"""transformers.Trainer as every run here uses it: arguments in our words, and a trainer that
+resumes exactly.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from tinybert_fast.data import LengthGroupedSampler
+from tinybert_fast.integrations import is_accelerated
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
+from tinybert_fast.training.loading import quiet
+
+
+def training_arguments(
+    output_dir: str | Path,
+    *,
+    epochs: float = 3.0,
+    max_steps: int = -1,
+    lr: float = 5e-5,
+    batch_size: int = 32,
+    eval_batch_size: int | None = None,
+    accumulation: int = 1,
+    warmup: float = 0.1,
+    schedule: str = "linear",
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    bf16: bool = False,
+    evaluate: bool = True,
+    eval_steps: int | None = None,
+    select_by: str | None = None,
+    log_steps: int = 10,
+    keep: int = 2,
+    **more: Any,
+) -> TrainingArguments:
+    """TrainingArguments. `output_dir` takes the checkpoints, of which the last `keep` (and the
+    best) stay.
+
+    `batch_size` is per device and micro-batch. `warmup` below 1 is a share of all steps. A
+    checkpoint follows every evaluation: each epoch, or every `eval_steps` steps; with `select_by`
+    (a dev metric, or "loss") the best one is loaded at the end. `more` goes to TrainingArguments as
+    it is and wins.
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; expected 0 or more")
+    for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected 1 or more")
+    if max_steps <= 0 and epochs <= 0:
+        raise ValueError(f"epochs is {epochs}; expected more than 0")
+    when = "epoch" if eval_steps is None else "steps"
+    fields: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "num_train_epochs": epochs,
+        "max_steps": max_steps,
+        "learning_rate": lr,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": eval_batch_size or 2 * batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "warmup_steps": warmup,
+        "lr_scheduler_type": schedule,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "seed": seed,
+        "bf16": bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "train_sampling_strategy": "group_by_length",
+        "remove_unused_columns": False,  # the collator takes what it needs
+        "eval_strategy": when if evaluate else "no",
+        "eval_steps": eval_steps if evaluate else None,
+        "save_strategy": when,
+        "save_steps": eval_steps or 500,
+        "save_total_limit": keep,
+        "load_best_model_at_end": evaluate and select_by is not None,
+        "metric_for_best_model": select_by if evaluate else None,
+        "logging_steps": log_steps,
+        "logging_nan_inf_filter": False,  # StopOnNonFinite wants to see them
+        "disable_tqdm": True,
+        "report_to": "none",  # RunTrainer adds TensorBoard with the folder of the run
+    }
+    return TrainingArguments(**{**fields, **more})
+
+
+class RunTrainer(transformers.Trainer):
+    """transformers.Trainer that
+
+    - batches by length in an order that depends on (seed, epoch) alone: a run resumed in the middle
+      of an epoch goes on as it would have (Transformers' own sampler draws from torch's generator);
+    - stops at a NaN or infinite loss;
+    - divides by the accumulation steps, which Trainer leaves to the model: BERT's heads do not;
+    - hands a packed encoder its layout (`LengthCollator(lengths=True)`);
+    - shows one progress bar and writes TensorBoard logs to `logs`.
+    """
+
+    def __init__(
+        self,
+        *args,
+        logs: Path | None = None,
+        title: str = "training",
+        progress: bool = True,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.packs = is_accelerated(self.model)
+        self.guard = StopOnNonFinite()
+        self.add_callback(self.guard)
+        self.remove_callback(PrinterCallback)
+        self.bar = ProgressBar(title)
+        if progress:
+            self.add_callback(self.bar)
+        if logs is not None:
+            board = TensorBoardCallback()
+            board.logging_dir = board.logging_dir or str(logs)
+            self.add_callback(board)
+
+    def train(self, *args, **kwargs):
+        try:
+            with quiet():
+                return super().train(*args, **kwargs)
+        finally:
+            self.bar.close()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.observe(loss, self.state.global_step + 1)
+        return loss
+
+    def _prepare_inputs(self, inputs):
+        """On the device; a packed encoder gets its layout, from the lengths the collator gave."""
+        inputs = super()._prepare_inputs(inputs)
+        lengths = inputs.pop("lengths", None)
+        if lengths is not None and self.packs:
+            ids = inputs["input_ids"]
+            inputs["layout"] = SequenceLayout.from_lengths(lengths, ids.shape[1], ids.device)
+        return inputs
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not grouped or "length" not in getattr(dataset, "column_names", ()):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = LengthGroupedSampler(
+            dataset["length"], self.args.train_batch_size, seed=seed, group=self.args.world_size
+        )
+        self.remove_callback(SetEpoch)
+        self.add_callback(SetEpoch(sampler))
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In order: the caller has sorted it by length (`sort_by_length`)."""
+        return SequentialSampler(eval_dataset)

@@ -1,0 +1,102 @@
+"""Tokenizers and classification models from a folder, with errors that say what is wrong."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from tinybert_fast.data import Task
+
+
+def check_model_path(path: str | Path) -> str:
+    """The path as a string; FileNotFoundError if it is no model folder. Names such as
+    `google/bert_uncased_L-4_H-312_A-12` go to the Hugging Face hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(
+                f"{path} has no config.json; expected a Transformers model folder"
+            )
+        return str(path)
+    here = (
+        folder.is_absolute() or str(path).startswith(("./", "../", "~")) or folder.parent.exists()
+    )
+    if folder.exists() or len(folder.parts) > 2 or (here and len(folder.parts) > 1):
+        raise FileNotFoundError(
+            f"{path} does not exist or is no folder; expected a Transformers model folder"
+        )
+    return str(path)
+
+
+def load_config(path: str | Path):
+    return _load(AutoConfig, path)
+
+
+def load_tokenizer(path: str | Path):
+    return _load(AutoTokenizer, path)
+
+
+def load_classifier(path: str | Path, task: Task | None = None):
+    """AutoModelForSequenceClassification. With a task: its label names, and a new head where the
+    old does not fit.
+
+    Refuses a folder whose encoder weights are missing or have other shapes than its config says.
+    """
+    fields = {} if task is None else task.config_fields()
+    model, info = _load(
+        AutoModelForSequenceClassification,
+        path,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **fields,
+    )
+    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    head = tuple(
+        name
+        for name, _ in model.named_parameters()
+        if not name.startswith(f"{model.base_model_prefix}.")
+    )
+    # A pooler may be missing: encoders trained with the MLM loss alone have none.
+    lost = sorted(name for name in new if name not in head and ".pooler." not in name)
+    if lost:
+        raise ValueError(
+            f"{path} does not hold the weights its config.json asks for: "
+            f"{len(lost)} are missing or have another shape, {lost[0]} among them"
+        )
+    if new and task is None:
+        raise ValueError(f"{path} has no trained classification head; fine-tune it first")
+    return model
+
+
+def _load(auto, path: str | Path, **options):
+    name = check_model_path(path)
+    try:
+        with quiet():
+            return auto.from_pretrained(name, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: a weight file is truncated or damaged ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: a JSON file is damaged ({error})") from None
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers without its own progress bars and load reports: what matters is checked here."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

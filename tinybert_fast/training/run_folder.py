@@ -1,0 +1,272 @@
+"""The output folder of a training run: what may be written there, and how a run is found again.
+
+    config.json, model.safetensors, tokenizer files     the model, a plain Transformers folder
+    metrics.json  report.md  curves.png
+    run.json                                            settings, and what the run has finished
+    checkpoints/<stage>/checkpoint-N                    removed at the end unless asked for
+    logs/<stage>/                                       TensorBoard
+
+A file is written under another name first and then renamed; config.json comes last, so a folder
+that holds one holds a whole model. Under torchrun rank 0 alone writes.
+"""
+
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinybert_fast.training.loading import quiet
+from tinybert_fast.training.report import Panels, plot
+
+RUN = "run.json"
+METRICS = "metrics.json"
+REPORT = "report.md"
+CURVES = "curves.png"
+CHECKPOINT_FILES = {  # name for a message -> pattern: sharded weights and several processes number theirs
+    "trainer_state.json": "trainer_state.json",
+    "model.safetensors": "model*.safetensors",
+    "optimizer.pt": "optimizer.pt",
+    "scheduler.pt": "scheduler.pt",
+    "rng_state.pth": "rng_state*.pth",
+}
+
+
+class RunFolder:
+    """Opens `path` for a run. Only checks; nothing is created or removed before `begin`.
+
+    Raises FileExistsError if a model or an unfinished run is there and neither `overwrite` nor
+    `resume` says what to do with it. `resume` on an untouched folder starts from the beginning.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False, resume: bool = False):
+        if overwrite and resume:
+            raise ValueError("overwrite and resume exclude each other: start again, or go on?")
+        self.path = Path(
+            path
+        ).resolve()  # checkpoints remember their folder, whatever the working directory
+        self.main = int(os.environ.get("RANK", "0")) == 0
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{path} is a file; expected a folder to write the model to")
+        self._run = _read_json(self.path / RUN) if (self.path / RUN).exists() else None
+        self.resuming = resume and self._run is not None
+        if self.main and not overwrite and not self.resuming:
+            self._refuse(resume)
+
+    def _refuse(self, resume: bool) -> None:
+        if (self.path / "config.json").exists():
+            then = (
+                "that this program did not train, so there is nothing to resume" if resume else ""
+            )
+            raise FileExistsError(
+                f"{self.path} already holds a model{' ' + then if then else ''}; "
+                "choose another folder, or overwrite it (--overwrite)"
+            )
+        if self._run is not None:
+            raise FileExistsError(
+                f"{self.path} holds an unfinished run; go on with it (--resume) "
+                "or start again (--overwrite)"
+            )
+
+    # ---- the run ---------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """True when a resumed run has nothing left to do: its answer is `metrics()`."""
+        return self.resuming and bool(self.recorded("finished"))
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Creates the folder, or goes on in it. `settings`: what decides the weights; JSON values.
+
+        Raises ValueError if a resumed run was begun with other settings. Call it when every input
+        has been read (nothing is left behind by a bad one) and after TrainingArguments (they start
+        torchrun's group).
+        """
+        wanted = json.loads(json.dumps(settings))  # tuples become lists, as they are on disk
+        if self.resuming:
+            self._compare(wanted)
+        else:
+            self._run = {"settings": wanted, "finished": False}
+            if self.main:
+                self.path.mkdir(parents=True, exist_ok=True)
+                for name in ("checkpoints", "logs"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                for name in (METRICS, REPORT, CURVES):
+                    (self.path / name).unlink(missing_ok=True)
+            self._write_run()
+        _barrier()
+
+    def _compare(self, settings: dict) -> None:
+        old = self.recorded("settings", {})
+        changed = [
+            f"{name} was {old.get(name)!r}, now {settings.get(name)!r}"
+            for name in {**old, **settings}
+            if old.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"the run in {self.path} was begun with other settings ({'; '.join(changed)}); "
+                "resume with the same ones, or start again (--overwrite)"
+            )
+
+    def record(self, **values: Any) -> None:
+        """Keeps small facts (JSON values) in run.json, for `recorded` after a restart."""
+        if self._run is None:
+            raise RuntimeError("record before begin")
+        self._run.update(values)
+        self._write_run()
+
+    def recorded(self, name: str, default: Any = None) -> Any:
+        return (self._run or {}).get(name, default)
+
+    def _write_run(self) -> None:
+        if self.main:
+            atomic_write(self.path / RUN, json.dumps(self._run, indent=2))
+
+    def finish(self, keep_checkpoints: bool = False) -> None:
+        """Marks the run as complete and removes its checkpoints."""
+        _barrier()
+        self.record(finished=True)
+        if self.main and not keep_checkpoints:
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def checkpoints(self, stage: str = "train") -> Path:
+        return self.path / "checkpoints" / stage
+
+    def logs(self, stage: str = "train") -> Path:
+        return self.path / "logs" / stage
+
+    def last_checkpoint(self, stage: str = "train") -> str | None:
+        """Where a resumed stage goes on, checked file by file; None: from the beginning."""
+        found = checkpoints_in(self.checkpoints(stage)) if self.resuming else []
+        if not found:
+            return None
+        before = f"resume from {found[-2].name}" if len(found) > 1 else "start from the beginning"
+        check_checkpoint(found[-1], remedy=f"delete the folder {found[-1]} to {before}")
+        return str(found[-1])
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def save_model(self, model, tokenizer=None, name: str | None = None) -> Path:
+        """`save_pretrained` of both into the folder (or its sub-folder `name`), by rename."""
+        target = self.path if name is None else self.path / name
+        if self.main:
+            partial = target.parent / f".{target.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            with quiet():
+                model.save_pretrained(partial)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(partial)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, target / file.name)
+            partial.rmdir()
+        _barrier()
+        return target
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        if self.main:
+            atomic_write(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
+
+    def metrics(self) -> dict[str, Any]:
+        return _read_json(self.path / METRICS)
+
+    def write_report(self, title: str, sections: Mapping[str, str], panels: Panels) -> None:
+        """report.md (a heading and Markdown per section) and curves.png beside it."""
+        if not self.main:
+            return
+        parts = [f"# {title}", *(f"## {heading}\n\n{body}" for heading, body in sections.items())]
+        picture = plot(panels)
+        if picture is not None:
+            atomic_write(self.path / CURVES, picture)
+            parts.append(f"## Curves\n\n![curves]({CURVES})")
+        atomic_write(self.path / REPORT, "\n\n".join(parts) + "\n")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """checkpoint-N folders, oldest step first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def check_checkpoint(folder: Path, remedy: str) -> None:
+    """Raises ValueError that names the first missing, truncated or damaged file of a Trainer
+    checkpoint.
+    """
+    present = sorted(file for file in folder.iterdir() if file.is_file())
+    names = {file.name for file in present}
+    for name, pattern in CHECKPOINT_FILES.items():
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(
+                f"{folder / name} is missing: the run was stopped while it wrote this "
+                f"checkpoint; {remedy}"
+            )
+    for file in present:
+        fault = _fault(file)
+        if fault:
+            raise ValueError(f"{file} is truncated or damaged ({fault}); {remedy}")
+
+
+def _fault(file: Path) -> str | None:
+    """What is wrong with the file, as far as its format can tell (zip archives carry checksums)."""
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt"):
+                return None
+        except SafetensorError as error:
+            return str(error)
+    if file.suffix in (".pt", ".pth", ".bin"):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                bad = archive.testzip()
+            return f"checksum of {bad}" if bad else None
+        except zipfile.BadZipFile as error:
+            return str(error)
+    if file.suffix == ".json":
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return str(error)
+    return None
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Writes beside `path`, then renames: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+def examples_digest(examples) -> str:
+    """Short hash of a dataset's texts and labels: tells a resumed run that its data is the same."""
+    digest = hashlib.sha256()
+    for column in sorted(examples.column_names):
+        digest.update(column.encode())
+        for value in examples[column]:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:16]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start again (--overwrite)") from None
+
+
+def _barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

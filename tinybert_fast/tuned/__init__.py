@@ -1,0 +1,1 @@
+"""Tuned PyTorch: the ``torch`` implementation of each op, forward and backward written out."""

@@ -1,0 +1,212 @@
+"""Attention over packed sequences: equal lengths run as one batch, no padding, no mask.
+
+Without dropout each batch is one fused scaled-dot-product attention. With dropout PyTorch would fall
+to a path that holds the N x N tensors of the whole batch, so scores are computed in blocks of
+at most SCRATCH cells, in the forward and again in the backward, and none outlives its block.
+
+    P = exp(scale * Q K^T - lse),  dV = (P * M)^T dO,  dP = (dO V^T) * M,
+    dS = P * (dP - rowsum(dO * O)),  dQ = scale * dS K,  dK = scale * dS^T Q
+
+with M = keep / keep_rate. On a GPU in fp16 and bf16, FlashAttention-2 in its varlen form serves
+calls without a block mask, head dims padded to a multiple of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinybert_fast.reference.attention import allowed_pairs
+from tinybert_fast.reference.philox import keep_scale
+from tinybert_fast.tuned import random
+
+SCRATCH = 1 << 20  # scores alive at a time: 4 MB in fp32, inside an L2 + L3 share
+FLASH_ALIGNMENT = 8  # head dims of FlashAttention-2
+
+aten = torch.ops.aten
+
+
+def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site, block_mask):
+    """(T, H, D) operands -> out (T, H, D), lse (T, H) fp32, rng state of the fused GPU kernel."""
+    if _fused_on_gpu(q, direction, block_mask):
+        return _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p)
+    out, lse = torch.empty_like(v), q.new_empty(q.shape[:2], dtype=_wide(q))
+    source = random.generator(seed, site) if dropout_p > 0.0 else None
+    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], dropout_p > 0.0):
+        queries, keys, values = (heads_of(x, rows, length) for x in (q, k, v))  # (b, H, n, D)
+        mask = _additive_mask(length, direction, block_mask, sequences, queries)
+        if dropout_p == 0.0 and q.device.type == "cpu" and block_mask is None:
+            o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
+                queries, keys, values, attn_mask=mask, scale=scale
+            )
+        else:
+            o, log_sum = _blocked_forward(queries, keys, values, mask, scale, dropout_p, source)
+        put(out, rows, o)
+        put(lse, rows, log_sum)
+    return out, lse, torch.empty(0, dtype=torch.int64, device=q.device)
+
+
+def backward(
+    grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p, seed, site,
+    block_mask,
+):  # fmt: skip
+    """Gradients of q, k, v (T, H, D); dropout masks are drawn again, in the forward's order."""
+    if _fused_on_gpu(q, direction, block_mask):
+        return _flash_backward(
+            grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p
+        )
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    source = random.generator(seed, site) if dropout_p > 0.0 else None
+    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], dropout_p > 0.0):
+        operands = [heads_of(x, rows, length) for x in (q, k, v, out, grad)]
+        log_sum = heads_of(lse[..., None], rows, length)[..., 0]  # (b, H, n)
+        mask = _additive_mask(length, direction, block_mask, sequences, operands[0])
+        if dropout_p == 0.0 and q.device.type == "cpu" and block_mask is None:
+            queries, keys, values, o, do = operands
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                do, queries, keys, values, o, log_sum, 0.0, False, attn_mask=mask, scale=scale
+            )
+        else:
+            grads = _blocked_backward(*operands, log_sum, mask, scale, dropout_p, source)
+        for whole, part in zip((dq, dk, dv), grads, strict=True):
+            put(whole, rows, part)
+    return dq, dk, dv
+
+
+def equal_lengths(
+    cu_seqlens: Tensor, heads: int, blocked: bool
+) -> Iterator[tuple[Tensor | slice, list[int], int]]:
+    """Batches of sequences of one length: (their rows, their numbers, the length).
+
+    With ``blocked``, as many as keep heads * length^2 scores each within SCRATCH.
+    """
+    bounds = cu_seqlens.tolist()
+    by_length: dict[int, list[int]] = {}
+    for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if stop > start:
+            by_length.setdefault(stop - start, []).append(b)
+    for length, numbers in by_length.items():
+        most = max(1, SCRATCH // (heads * length * length)) if blocked else len(numbers)
+        for first in range(0, len(numbers), most):
+            some = numbers[first : first + most]
+            starts = [bounds[b] for b in some]
+            if starts[-1] - starts[0] == length * (len(some) - 1):  # adjacent: no gather
+                yield slice(starts[0], starts[0] + length * len(some)), some, length
+            else:
+                offsets = torch.tensor(starts, device=cu_seqlens.device)[:, None]
+                rows = offsets + torch.arange(length, device=cu_seqlens.device)
+                yield rows.flatten(), some, length
+
+
+def heads_of(x: Tensor, rows: Tensor | slice, length: int) -> Tensor:
+    """Rows of (T, H, D) -> (b, H, n, D), a view where the rows are adjacent."""
+    return x[rows].unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def put(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
+    """(b, H, n[, D]) -> rows of ``whole`` (T, H[, D])."""
+    whole[rows] = part.transpose(1, 2).flatten(0, 1).to(whole.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _additive_mask(length, direction, block_mask, sequences, like) -> Tensor | None:
+    """0 where attention is allowed, -inf elsewhere: (1 or b, 1, n, n), or None."""
+    if direction == "both" and block_mask is None:
+        return None
+    shared = block_mask is None or block_mask.dim() == 2
+    allowed = torch.stack(
+        [
+            allowed_pairs(length, direction, block_mask, b, like.device)
+            for b in (sequences[:1] if shared else sequences)
+        ]
+    )[:, None]
+    dtype = like.dtype if block_mask is None else _wide(like)
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, -torch.inf)
+
+
+def _head_blocks(batch: int, heads: int, length: int) -> Iterator[slice]:
+    """Slices of the heads, so that batch * heads * length^2 scores stay within SCRATCH."""
+    most = max(1, SCRATCH // (batch * length * length))
+    for first in range(0, heads, most):
+        yield slice(first, first + most)
+
+
+def _blocked_forward(q, k, v, mask, scale, dropout_p, source):
+    o, log_sum = torch.empty_like(v, dtype=_wide(v)), q.new_empty(q.shape[:3], dtype=_wide(q))
+    q, k, v = (x.to(_wide(x)) for x in (q, k, v))
+    batch, heads, length = q.shape[:3]
+    for h in _head_blocks(batch, heads, length):
+        scores = (q[:, h] * scale) @ k[:, h].mT
+        if mask is not None:
+            scores += mask
+        log_sum[:, h] = torch.logsumexp(scores, -1)
+        probabilities = scores.sub_(_finite(log_sum[:, h])[..., None]).exp_()
+        if dropout_p > 0.0:
+            keep = random.keep_cells(probabilities.shape, dropout_p, source, q.device)
+            probabilities.mul_(keep).mul_(keep_scale(dropout_p))
+        o[:, h] = probabilities @ v[:, h]
+    return o, log_sum
+
+
+def _blocked_backward(q, k, v, out, grad, log_sum, mask, scale, dropout_p, source):
+    dq, dk, dv = (torch.empty_like(x, dtype=_wide(x)) for x in (q, k, v))
+    q, k, v, out, grad = (x.to(_wide(x)) for x in (q, k, v, out, grad))
+    delta = (grad * out).sum(-1, keepdim=True)  # (b, H, n, 1)
+    batch, heads, length = q.shape[:3]
+    for h in _head_blocks(batch, heads, length):
+        scores = (q[:, h] * scale) @ k[:, h].mT
+        if mask is not None:
+            scores += mask
+        probabilities = scores.sub_(_finite(log_sum[:, h])[..., None]).exp_()
+        dp = grad[:, h] @ v[:, h].mT
+        dropped = probabilities
+        if dropout_p > 0.0:
+            keep = random.keep_cells(probabilities.shape, dropout_p, source, q.device)
+            factor = keep * keep_scale(dropout_p)
+            dropped = probabilities * factor
+            dp.mul_(factor)
+        dv[:, h] = dropped.mT @ grad[:, h]
+        ds = dp.sub_(delta[:, h]).mul_(probabilities).mul_(scale)
+        dq[:, h] = ds @ k[:, h]
+        dk[:, h] = ds.mT @ q[:, h]
+    return dq, dk, dv
+
+
+def _finite(log_sum: Tensor) -> Tensor:
+    """A query with no key has lse = -inf; subtracting 0 instead leaves its probabilities at 0."""
+    return log_sum.masked_fill(log_sum == -torch.inf, 0.0)
+
+
+def _fused_on_gpu(q: Tensor, direction: str, block_mask: Tensor | None) -> bool:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and block_mask is None and direction != "anti_causal"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % FLASH_ALIGNMENT))
+
+
+def _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p):
+    out, lse, rng, _, _ = aten._flash_attention_forward(
+        _aligned(q), _aligned(k), _aligned(v), cu_seqlens, cu_seqlens, max_length, max_length,
+        dropout_p, direction == "causal", False, scale=scale,
+    )  # fmt: skip
+    return out[..., : v.shape[-1]].contiguous(), lse.mT.contiguous(), rng.view(torch.int64)
+
+
+def _flash_backward(
+    grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p
+):
+    unused = torch.empty(0, device=q.device)
+    grads = aten._flash_attention_backward(
+        _aligned(grad), _aligned(q), _aligned(k), _aligned(v), _aligned(out),
+        lse.mT.contiguous(), cu_seqlens, cu_seqlens, max_length, max_length, dropout_p,
+        direction == "causal", rng.view(torch.uint64), unused, scale=scale,
+    )  # fmt: skip
+    return tuple(g[..., : x.shape[-1]].contiguous() for g, x in zip(grads, (q, k, v), strict=True))

@@ -1,0 +1,51 @@
+"""dropout + add + layer norm: one in-place sum, then PyTorch's fused layer norm.
+
+The forward keeps the sum, its statistics and, with dropout, one byte per cell of mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.reference.philox import keep_scale
+from tinybert_fast.tuned import random
+
+aten = torch.ops.aten
+
+
+def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):
+    """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), keep (bool)."""
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    total = x.to(wide) if bias is None else torch.add(x, bias).to(wide)
+    keep = torch.empty(0, dtype=torch.bool, device=x.device)
+    if dropout_p > 0.0:
+        source = random.generator(seed, site) if x.device.type == "cpu" else None
+        keep = random.keep_cells(x.shape, dropout_p, source, x.device)
+        total = torch.addcmul(residual.to(wide), total, keep.to(wide), value=keep_scale(dropout_p))
+    else:
+        total = total + residual
+    y, mean, rstd = aten.native_layer_norm(
+        total, x.shape[-1:], weight.to(wide), ln_bias.to(wide), eps
+    )
+    return y.to(residual.dtype), total.to(residual.dtype), mean, rstd, keep
+
+
+def backward(grad, total, mean, rstd, keep, weight, dropout_p, with_bias):
+    """Gradients of x (empty without dropout: it equals the sum's), sum, bias, weight, ln_bias."""
+    wide = mean.dtype
+    dtotal, dweight, dln_bias = aten.native_layer_norm_backward(
+        grad.to(wide).contiguous(), total.to(wide), total.shape[-1:], mean, rstd, weight.to(wide),
+        weight.to(wide), (True, True, True),
+    )  # fmt: skip
+    dx = dtotal.new_empty(0)
+    if dropout_p > 0.0:
+        dx = torch.where(keep, dtotal * keep_scale(dropout_p), 0.0)
+    dbias = dtotal.new_empty(0)
+    if with_bias:
+        dbias = (dx if dropout_p > 0.0 else dtotal).sum(0)
+    narrow = total.dtype
+    return (
+        dx.to(narrow), dtotal.to(narrow), dbias.to(weight.dtype), dweight.to(weight.dtype),
+        dln_bias.to(weight.dtype),
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""Embedding sum, layer norm and dropout with PyTorch's embedding and layer-norm kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from tinybert_fast.reference.philox import keep_scale
+from tinybert_fast.tuned import random
+
+aten = torch.ops.aten
+
+
+def forward(
+    word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids, padding_idx,
+    eps, dropout_p, seed, site, sequences, positions,
+):  # fmt: skip
+    """Tables and (T,) ids -> y in the tables' dtype, sum, mean, rstd (wide), keep (bool)."""
+    wide = torch.promote_types(word.dtype, torch.float32)
+    total = word.index_select(0, input_ids).to(wide)
+    total = total.add_(position.index_select(0, position_ids))
+    total = total.add_(token_type.index_select(0, token_type_ids))
+    y, mean, rstd = aten.native_layer_norm(
+        total, total.shape[-1:], weight.to(wide), bias.to(wide), eps
+    )
+    keep = torch.empty(0, dtype=torch.bool, device=word.device)
+    if dropout_p > 0.0:
+        source = random.generator(seed, site) if word.device.type == "cpu" else None
+        keep = random.keep_cells(y.shape, dropout_p, source, word.device)
+        y = y.mul_(keep).mul_(keep_scale(dropout_p))
+    return y.to(word.dtype), total.to(word.dtype), mean, rstd, keep
+
+
+def backward(
+    grad, total, mean, rstd, keep, weight, input_ids, position_ids, token_type_ids, words,
+    position_rows, types, padding_idx, dropout_p,
+):  # fmt: skip
+    """Gradients of the three tables (words, position_rows, types rows), weight and bias."""
+    wide = mean.dtype
+    grad = grad.to(wide)
+    if dropout_p > 0.0:
+        grad = torch.where(keep, grad * keep_scale(dropout_p), 0.0)
+    dtotal, dweight, dbias = aten.native_layer_norm_backward(
+        grad.contiguous(), total.to(wide), total.shape[-1:], mean, rstd, weight.to(wide),
+        weight.to(wide), (True, True, True),
+    )  # fmt: skip
+    dtotal = dtotal.to(total.dtype)
+    tables = (
+        aten.embedding_dense_backward(dtotal, ids, rows, padding, False)
+        for ids, rows, padding in (
+            (input_ids, words, padding_idx),
+            (position_ids, position_rows, -1),
+            (token_type_ids, types, -1),
+        )
+    )
+    return (*tables, dweight.to(weight.dtype), dbias.to(weight.dtype))

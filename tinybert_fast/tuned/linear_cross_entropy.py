@@ -1,0 +1,46 @@
+"""Labelled rows only, in chunks, so that no (R, V) tensor is ever alive; gradients in the same pass.
+
+dlogits = (softmax(logits) - onehot) / R,  dhidden = dlogits W,  dW += dlogits^T hidden
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_CELLS = 1 << 23  # logits alive at a time: 32 MB in fp32
+
+
+def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor):
+    """-> loss, and its gradients with respect to hidden (T, C), weight (V, C) and bias (V,)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    selected = hidden.index_select(0, rows)
+    count = max(len(labels), 1)
+    loss = hidden.new_zeros((), dtype=wide)
+    dselected = torch.empty_like(selected)
+    dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    dbias = hidden.new_zeros(0 if bias is None else len(bias), dtype=wide)
+    size = max(1, CHUNK_CELLS // weight.shape[0])
+    for first in range(0, len(labels), size):
+        some, target = selected[first : first + size], labels[first : first + size, None]
+        logits = (some @ weight.mT).to(wide)
+        if bias is not None:
+            logits += bias
+        largest = logits.amax(1, keepdim=True)
+        right = logits.gather(1, target) - largest
+        exponentials = logits.sub_(largest).exp_()
+        total = exponentials.sum(1, keepdim=True)
+        loss += (total.log() - right).sum()
+        dlogits = exponentials.div_(total * count)
+        dlogits.scatter_add_(1, target, dlogits.new_full(target.shape, -1.0 / count))
+        if bias is not None:
+            dbias += dlogits.sum(0)
+        dlogits = dlogits.to(hidden.dtype)
+        dselected[first : first + size] = dlogits @ weight.to(hidden.dtype)
+        if dweight.dtype == dlogits.dtype:
+            dweight.addmm_(dlogits.mT, some)
+        else:
+            dweight += dlogits.mT @ some
+    dhidden = torch.zeros_like(hidden).index_add_(0, rows, dselected)
+    dbias = dbias if bias is None else dbias.to(bias.dtype)
+    return loss / count, dhidden, dweight.to(weight.dtype), dbias
