@@ -16,6 +16,7 @@ DATA := $(VENV)/.installed-data
 
 .PHONY: help test lint demo demo-full bench
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
 help:
 	@echo "make test       lint, then the test suite (ARGS='-k attention' chooses tests)"

@@ -222,9 +222,7 @@ def test_model_without_names_counts_its_classes():
 
 
 def test_unseen_label_names_the_row(tokenizer):
-    with pytest.raises(
-        ValueError, match="row 2 has the label 'ok', never seen in training"
-    ):
+    with pytest.raises(ValueError, match="row 2 has the label 'ok', never seen in training"):
         encode_examples(examples_of(["bad", "ok"]), tokenizer, Task(labels=("bad", "good")), 8)
 
 

@@ -74,8 +74,8 @@ def pair_of(name, width=312, *, config=None, accelerate=None, **changes):
 
 
 def assert_same_gradients(ours, theirs, relative=2e-5):
-    """Per parameter, in norm. A gradient that is zero in exact arithmetic (the key bias: softmax ignores
-    it) is measured against the model's largest."""
+    """Per parameter, in norm. A gradient that is zero in exact arithmetic (the key bias: softmax
+    ignores it) is measured against the model's largest."""
     expected = {n: p.grad for n, p in theirs.named_parameters()}
     scale = max(g.norm() for g in expected.values() if g is not None)
     for name, parameter in ours.named_parameters():

@@ -38,7 +38,7 @@ def test_opening_touches_nothing(tmp_path):
 
 def test_refuses_what_it_would_destroy(tmp_path):
     model = tiny_classifier(tmp_path / "model")
-    with pytest.raises(FileExistsError, match="already holds a model; .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"already holds a model; .*--overwrite"):
         RunFolder(model)
     with pytest.raises(FileExistsError, match="did not train, so there is nothing to resume"):
         RunFolder(model, resume=True)
@@ -68,7 +68,7 @@ def test_overwriting_keeps_the_old_model_until_the_new_one_is_written(tmp_path):
     other = load_classifier(tiny_classifier(tmp_path / "other", seed=1))
     run.save_model(other)
     assert (path / "model.safetensors").read_bytes() != before
-    assert not list(path.parent.glob(".*partial"))
+    assert not list(path.glob(".*"))
 
 
 def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):
@@ -80,6 +80,7 @@ def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):
     model.classifier.bias.data += 1
 
     def out_of_disk(folder):
+        folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("No space left on device")
 
@@ -139,11 +140,6 @@ def test_damaged_checkpoint_is_named(tmp_path, name, damage):
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
     again = RunFolder(tmp_path / "run", resume=True)
-    if (name, damage) == (
-        "rng_state.pth",
-        "missing",
-    ):  # its name depends on the number of processes
-        return
     with pytest.raises(ValueError, match=rf"{name} is .*resume from checkpoint-5"):
         again.last_checkpoint()
 
@@ -162,7 +158,7 @@ def test_a_flipped_byte_is_found(tmp_path):
 def test_damaged_run_file(tmp_path):
     begun(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="run.json is damaged"):
+    with pytest.raises(ValueError, match=r"run.json is damaged"):
         RunFolder(tmp_path / "run", resume=True)
 
 

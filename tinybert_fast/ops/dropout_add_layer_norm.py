@@ -22,17 +22,17 @@ from tinybert_fast.reference.dropout_add_layer_norm import dropout_add_layer_nor
 LIMITS = Limits("dropout_add_layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
 
 
-def _keep(x: Tensor, dropout_p: float) -> Tensor:
-    return x.new_empty(x.shape if dropout_p > 0.0 else (0,), dtype=torch.bool)
+def _cells(x: Tensor, dropout_p: float) -> Tensor:
+    return x.new_empty(x.shape if dropout_p > 0.0 else (0,), dtype=torch.uint8)
 
 
 def _forward_fake(x, bias, residual, weight, ln_bias, eps, dropout_p, *place):
     like = torch.empty_like(residual)
-    keep = _keep(x, dropout_p)
-    return like, torch.empty_like(residual), statistic(residual), statistic(residual), keep
+    cells = _cells(x, dropout_p)
+    return like, torch.empty_like(residual), statistic(residual), statistic(residual), cells
 
 
-def _backward_fake(grad, total, mean, rstd, keep, weight, dropout_p, with_bias):
+def _backward_fake(grad, total, mean, rstd, cells, weight, dropout_p, with_bias):
     dx = torch.empty_like(total) if dropout_p > 0.0 else total.new_empty(0)
     dbias = torch.empty_like(weight) if with_bias else weight.new_empty(0)
     return dx, torch.empty_like(total), dbias, torch.empty_like(weight), torch.empty_like(weight)
@@ -41,12 +41,12 @@ def _backward_fake(grad, total, mean, rstd, keep, weight, dropout_p, with_bias):
 _forward = define(
     "dropout_add_layer_norm_fwd(Tensor x, Tensor? bias, Tensor residual, Tensor weight,"
     " Tensor ln_bias, float eps, float dropout_p, Tensor? seed, int site, Tensor sequences,"
-    " Tensor positions) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor keep)",
+    " Tensor positions) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor cells)",
     fake=_forward_fake,
     torch="tinybert_fast.tuned.dropout_add_layer_norm:forward",
 )
 _backward = define(
-    "dropout_add_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor keep,"
+    "dropout_add_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor cells,"
     " Tensor weight, float dropout_p, bool with_bias)"
     " -> (Tensor dx, Tensor dtotal, Tensor dbias, Tensor dweight, Tensor dln_bias)",
     fake=_backward_fake,
@@ -59,14 +59,14 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     def forward(ctx, x, bias, residual, weight, ln_bias, seed, sequences, positions, call, impls):
         eps, dropout_p, site = call
         place = (seed, site, sequences, positions)
-        y, total, mean, rstd, keep = _forward(
+        y, total, mean, rstd, cells = _forward(
             x, bias, residual, weight, ln_bias, eps, dropout_p, *place, impls[0]
         )
         ctx.impl, ctx.call, ctx.with_bias, ctx.x_dtype = impls[1], call, bias is not None, x.dtype
         if ctx.impl == "reference":
             ctx.save_for_backward(x, bias, residual, weight, ln_bias, seed, sequences, positions)
         else:
-            ctx.save_for_backward(total, mean, rstd, keep, weight)
+            ctx.save_for_backward(total, mean, rstd, cells, weight)
         return y
 
     @staticmethod
@@ -79,9 +79,9 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             needs = (*ctx.needs_input_grad[:5], *(False,) * 6)
             grads = reference_gradient(reference, operands, needs, grad)[:5]
         else:
-            total, mean, rstd, keep, weight = ctx.saved_tensors
+            total, mean, rstd, cells, weight = ctx.saved_tensors
             dx, dtotal, dbias, dweight, dln_bias = _backward(
-                grad, total, mean, rstd, keep, weight, dropout_p, ctx.with_bias, ctx.impl
+                grad, total, mean, rstd, cells, weight, dropout_p, ctx.with_bias, ctx.impl
             )
             dx = dx if dropout_p > 0.0 else dtotal
             grads = (

@@ -26,12 +26,12 @@ LIMITS = Limits("embedding_layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
 def _forward_fake(word, position, token_type, weight, bias, input_ids, *call):
     dropout_p = call[4]
     y = word.new_empty(len(input_ids), word.shape[1])
-    keep = y.new_empty(y.shape if dropout_p > 0.0 else (0,), dtype=torch.bool)
-    return y, torch.empty_like(y), statistic(y), statistic(y), keep
+    cells = y.new_empty(y.shape if dropout_p > 0.0 else (0,), dtype=torch.uint8)
+    return y, torch.empty_like(y), statistic(y), statistic(y), cells
 
 
 def _backward_fake(
-    grad, total, mean, rstd, keep, weight, input_ids, position_ids, token_type_ids, *tables
+    grad, total, mean, rstd, cells, weight, input_ids, position_ids, token_type_ids, *tables
 ):
     words, positions, types, *_ = tables
     columns = total.shape[1]
@@ -46,12 +46,12 @@ _forward = define(
     "embedding_layer_norm_fwd(Tensor word, Tensor position, Tensor token_type, Tensor weight,"
     " Tensor bias, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, int padding_idx,"
     " float eps, float dropout_p, Tensor? seed, int site, Tensor sequences, Tensor positions)"
-    " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor keep)",
+    " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor cells)",
     fake=_forward_fake,
     torch="tinybert_fast.tuned.embedding_layer_norm:forward",
 )
 _backward = define(
-    "embedding_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor keep,"
+    "embedding_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor cells,"
     " Tensor weight, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, int words,"
     " int positions, int types, int padding_idx, float dropout_p)"
     " -> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
@@ -67,7 +67,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     ):
         padding_idx, eps, dropout_p, site = call
         tables = (word, position, token_type, weight, bias)
-        y, total, mean, rstd, keep = _forward(
+        y, total, mean, rstd, cells = _forward(
             *tables, *ids, padding_idx, eps, dropout_p, seed, site, sequences, positions, impls[0]
         )
         ctx.call, ctx.impl = call, impls[1]
@@ -75,7 +75,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         if ctx.impl == "reference":
             ctx.save_for_backward(*tables, *ids, seed, sequences, positions)
         else:
-            ctx.save_for_backward(total, mean, rstd, keep, weight, *ids)
+            ctx.save_for_backward(total, mean, rstd, cells, weight, *ids)
         return y
 
     @staticmethod

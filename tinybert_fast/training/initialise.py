@@ -1,17 +1,20 @@
-"""Where a student starts: at random, from every k-th teacher layer, or from a PCA of the teacher's embeddings.
+"""Where a student starts: at random, from every k-th teacher layer, or from a PCA of the teacher's
+embeddings.
 
-The PCA start.  A BERT embedding output is  y = z * gamma + beta,  z = C x / rms(C x),  x = word + position + type, where C
-takes the mean over channels away.  The student has its own layer norm, which takes away one direction too, so of its d
-channels d - 1 can carry information.  With P (d_T, d - 1) the leading principal directions of z over the vocabulary and
-Q (d, d - 1) an orthonormal basis of the mean-free directions, each student table is
+The PCA start.  A BERT embedding output is  y = z * gamma + beta,  z = C x / rms(C x),  x = word +
+position + type, where C takes the mean over channels away.  The student has its own layer norm,
+which takes away one direction too, so of its d channels d - 1 can carry information.  With P (d_T,
+d - 1) the leading principal directions of z over the vocabulary and Q (d, d - 1) an orthonormal
+basis of the mean-free directions, each student table is
 
-    word_S = word_T C P Q^T,   position_S = position_T C P Q^T,   type_S = type_T C P Q^T      (one linear map, so sums agree)
+    word_S = word_T C P Q^T,   position_S = position_T C P Q^T,   type_S = type_T C P Q^T
 
-and the student's layer norm keeps weight 1, bias 0: its output is Q P^T z, rescaled to unit rms, which is what freshly
-initialised layers above expect.  The second moment of z is taken without centring, so the common mean of all tokens, which
-layer norm would otherwise distort, is among the directions kept.  The projection W, b then is the least-squares map from the
-student's embedding output to the teacher's (gamma and beta included), so  y_S W^T + b ~ y_T  as closely as the rank allows:
-exactly, when both widths agree.
+(one linear map, so their sums agree) and the student's layer norm keeps weight 1, bias 0: its output is Q P^T z, rescaled to unit rms,
+which is what freshly initialised layers above expect.  The second moment of z is taken without
+centring, so the common mean of all tokens, which layer norm would otherwise distort, is among the
+directions kept.  The projection W, b then is the least-squares map from the student's embedding
+output to the teacher's (gamma and beta included), so  y_S W^T + b ~ y_T  as closely as the rank
+allows: exactly, when both widths agree.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from tinybert_fast.training.projection import HiddenProjection
 
 How = Literal["random", "layers", "pca"]
 HOWS = ("random", "layers", "pca")
-SAMPLE_POSITIONS = 128  # positions over which vocabulary rows are spread when their sums are sampled
+SAMPLE_POSITIONS = 128  # over which the vocabulary is spread when sums are sampled
 LEAST_SQUARES_DAMPING = 1e-9  # of the mean diagonal: only directions without any energy feel it
 
 
@@ -40,11 +43,13 @@ def initialise_student(
     matches: LayerMatches | None = None,
     shared: bool = True,
 ) -> HiddenProjection:
-    """Set the start of ``student`` (any BERT class, changed in place) and return the projection that goes with it.
+    """Set the start of ``student`` (any BERT class, changed in place) and return the projection
+    that goes with it.
 
-    ``random``: nothing is changed. ``layers``: embeddings, pooler and, for each matched student layer, the teacher layer of
-    ``matches`` (uniform when not given) are copied; widths must agree; the projection starts as the identity. ``pca``: see the
-    top of this file; encoder layers stay as they are.
+    ``random``: nothing is changed. ``layers``: embeddings, pooler and, for each matched student
+    layer, the teacher layer of ``matches`` (uniform when not given) are copied; widths must agree;
+    the projection starts as the identity. ``pca``: see the top of this file; encoder layers stay as
+    they are.
     """
     if how not in HOWS:
         raise ValueError(f"a student starts from one of {', '.join(HOWS)}; got {how!r}")
@@ -52,23 +57,37 @@ def initialise_student(
     if matches is None:
         matches = LayerMatches.uniform(ours.num_hidden_layers, theirs.num_hidden_layers)
     projection = HiddenProjection(
-        ours.hidden_size, theirs.hidden_size, matches.student_states, shared=shared, std=ours.initializer_range
+        ours.hidden_size,
+        theirs.hidden_size,
+        matches.student_states,
+        shared=shared,
+        std=ours.initializer_range,
     )
     if how == "layers":
         _copy_layers(student.base_model, teacher.base_model, matches)
         projection.start(torch.eye(theirs.hidden_size), torch.zeros(theirs.hidden_size))
     elif how == "pca":
-        projection.start(*_embed_by_pca(student.base_model.embeddings, teacher.base_model.embeddings))
+        projection.start(
+            *_embed_by_pca(student.base_model.embeddings, teacher.base_model.embeddings)
+        )
     return projection
 
 
 def _copy_layers(student: Any, teacher: Any, matches: LayerMatches) -> None:
     ours, theirs = student.config, teacher.config
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "vocab_size"):
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "hidden_act",
+        "vocab_size",
+    ):
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(
-                f"copying layers needs equal shapes, but {name} is {getattr(ours, name)} in the student and "
-                f"{getattr(theirs, name)} in the teacher; start the student with 'pca' or 'random' instead"
+                f"copying layers needs equal shapes, but {name} is {getattr(ours, name)} in the "
+                "student and "
+                f"{getattr(theirs, name)} in the teacher; start the student with 'pca' or "
+                "'random' instead"
             )
     _fits(student.embeddings, teacher.embeddings)
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
@@ -78,18 +97,29 @@ def _copy_layers(student: Any, teacher: Any, matches: LayerMatches) -> None:
     chosen = {m: g for m, g in matches.hidden + matches.attention if m > 0}
     for m in range(1, ours.num_hidden_layers + 1):
         if m not in chosen:
-            raise ValueError(f"student layer {m} is matched with no teacher layer, so there is nothing to copy; match it")
-        student.encoder.layer[m - 1].load_state_dict(teacher.encoder.layer[chosen[m] - 1].state_dict())
+            raise ValueError(
+                f"student layer {m} is matched with no teacher layer, so there is nothing to "
+                "copy; match it"
+            )
+        student.encoder.layer[m - 1].load_state_dict(
+            teacher.encoder.layer[chosen[m] - 1].state_dict()
+        )
     if student.pooler is not None and teacher.pooler is not None:
         student.pooler.load_state_dict(teacher.pooler.state_dict())
 
 
 def _embed_by_pca(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
-    """Fill the student's embedding tables; returns the start of the projection, W (d_T, d) and b (d_T,)."""
-    width, teacher_width = student.word_embeddings.weight.shape[1], teacher.word_embeddings.weight.shape[1]
+    """Fill the student's embedding tables; returns the start of the projection, W (d_T, d) and b
+    (d_T,).
+    """
+    width, teacher_width = (
+        student.word_embeddings.weight.shape[1],
+        teacher.word_embeddings.weight.shape[1],
+    )
     if width > teacher_width:
         raise ValueError(
-            f"a PCA keeps at most the teacher's {teacher_width} channels, but the student has {width}; "
+            f"a PCA keeps at most the teacher's {teacher_width} channels, but the student has "
+            f"{width}; "
             "start it with 'random' instead"
         )
     _fits(student, teacher)
@@ -100,7 +130,9 @@ def _embed_by_pca(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
     sums = _sampled_sums(*tables.values())  # (V, d_T)
     eps = teacher.LayerNorm.eps
     normed = torch.nn.functional.layer_norm(sums, (teacher_width,), eps=eps)
-    mean_free = mean_free_basis(teacher_width).to(sums.device)  # searched in, so that P holds C: it never sees the ones
+    mean_free = mean_free_basis(teacher_width).to(
+        sums.device
+    )  # searched in, so that P holds C: it never sees the ones
     inside = normed @ mean_free
     leading = torch.linalg.eigh(inside.T @ inside).eigenvectors.flip(1)[:, : width - 1]
     to_student = mean_free @ leading @ mean_free_basis(width).T.to(sums.device)  # C P Q^T, (d_T, d)
@@ -116,9 +148,11 @@ def _embed_by_pca(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
 
 
 def mean_free_basis(width: int) -> Tensor:
-    """Q (width, width - 1), fp64: orthonormal columns, each with zero mean (the cosine transform without its constant).
+    """Q (width, width - 1), fp64: orthonormal columns, each with zero mean (the cosine transform
+    without its constant).
 
-    A cosine spreads every principal direction over all channels, so no channel is much louder than another.
+    A cosine spreads every principal direction over all channels, so no channel is much louder than
+    another.
     """
     channel = torch.arange(width, dtype=torch.float64)[:, None] + 0.5
     frequency = torch.arange(1, width, dtype=torch.float64)[None, :]
@@ -126,13 +160,17 @@ def mean_free_basis(width: int) -> Tensor:
 
 
 def _sampled_sums(word: Tensor, position: Tensor, token_type: Tensor) -> Tensor:
-    """(V, d): every word piece once, at positions spread evenly over the first 128, in the first segment."""
+    """(V, d): every word piece once, at positions spread evenly over the first 128, in the first
+    segment.
+    """
     places = torch.arange(len(word), device=word.device) % min(SAMPLE_POSITIONS, len(position))
     return word + position[places] + token_type[0]
 
 
 def _least_squares(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """W (d_out, d_in), b (d_out,) that minimise |inputs @ W.T + b - targets|^2; of the minimisers, the smallest W."""
+    """W (d_out, d_in), b (d_out,) that minimise |inputs @ W.T + b - targets|^2; of the minimisers,
+    the smallest W.
+    """
     input_mean, target_mean = inputs.mean(0), targets.mean(0)
     centred = inputs - input_mean
     gram = centred.T @ centred

@@ -1,7 +1,7 @@
 """The TinyBERT losses, pure: recorded states in, one named scalar per term out.
 
-    attention_m   mean over heads of MSE(Q_S K_S^T / sqrt(d_S), Q_T K_T^T / sqrt(d_T)), scores before softmax
-    hidden_m      MSE(H_S W^T + b, H_T)        (m = 0, the embedding output, is called ``embedding``)
+    attention_m   mean over heads of MSE(Q_S K_S^T / sqrt(d_S), Q_T K_T^T / sqrt(d_T)): no softmax
+    hidden_m      MSE(H_S W^T + b, H_T); m = 0, the embedding output, is called ``embedding``
     prediction    CE(z_T / t, z_S / t)
 
 Every term has weight 1 in the total, as in the paper (arXiv 1909.10351).
@@ -34,56 +34,75 @@ def intermediate_terms(
     layout: SequenceLayout | None = None,
     parity: Parity = "paper",
 ) -> dict[str, Tensor]:
-    """Embedding, hidden-state and attention terms: {"embedding", "hidden_1", ..., "attention_1", ...} -> scalars.
+    """Embedding, hidden-state and attention terms: {"embedding", "hidden_1", ..., "attention_1",
+    ...} -> scalars.
 
-    ``paper``: real tokens alone count, whether states were recorded packed (T, C), (T, H, D) or padded (B, N, C),
-    (B, N, H, D). ``official``: padded states only; hidden states are compared on padding too, scores are summed over real
-    keys for every query, padded ones included, and divided by B * H * N * N, as the authors' code does.
-    ``layout``: of the batch; the one recorded by the student when not given. Teacher states are constants.
+    ``paper``: real tokens alone count, whether states were recorded packed (T, C), (T, H, D) or
+    padded (B, N, C), (B, N, H, D). ``official``: padded states only; hidden states are compared on
+    padding too, scores are summed over real keys for every query, padded ones included, and divided
+    by B * H * N * N, as the authors' code does. ``layout``: of the batch; the one recorded by the
+    student when not given. Teacher states are constants.
     """
     layout = layout if layout is not None else student.layout
     official = parity == "official"
     terms: dict[str, Tensor] = {}
 
-
     def pick(states: Tensor, capture: Capture) -> Tensor:
         if official and capture.layout is not None:
-            raise ValueError("parity='official' counts padding, but states were recorded packed; record_padded() them")
+            raise ValueError(
+                "parity='official' counts padding, but states were recorded packed; "
+                "record_padded() them"
+            )
         if official or capture.layout is not None:
             return states
         if layout is None:
-            raise ValueError("padded states were recorded, and no layout says which tokens are real; pass layout=")
+            raise ValueError(
+                "padded states were recorded, and no layout says which tokens are real; pass "
+                "layout="
+            )
         return layout.pack(states)
 
     for m, g in matches.hidden:
         ours, theirs = pick(student.hidden[m], student), pick(teacher.hidden[g], teacher)
-        terms[f"hidden_{m}" if m else "embedding"] = ops.hidden_mse(ours, theirs.detach(), *projection.for_state(m))
+        terms[f"hidden_{m}" if m else "embedding"] = ops.hidden_mse(
+            ours, theirs.detach(), *projection.for_state(m)
+        )
     for m, g in matches.attention:
-        ours = pick(student.queries[m], student), pick(student.keys[m], student)
-        theirs = pick(teacher.queries[g], teacher).detach(), pick(teacher.keys[g], teacher).detach()
         terms[f"attention_{m}"] = ops.attention_score_mse(
-            *ours, *theirs, layout=layout, count_padded_queries=official
+            pick(student.queries[m], student),
+            pick(student.keys[m], student),
+            pick(teacher.queries[g], teacher).detach(),
+            pick(teacher.keys[g], teacher).detach(),
+            layout=layout,
+            count_padded_queries=official,
         )
     return terms
 
 
 def prediction_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, parity: Parity = "paper"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    parity: Parity = "paper",
 ) -> Tensor:
-    """What the student's logits (B, K) owe to the teacher's (B, K): a scalar; gold labels play no part.
+    """The teacher's logits (B, K) against the student's: a scalar; gold labels play no part.
 
-    ``paper``: soft cross-entropy, summed over classes and averaged over the batch. ``official``: averaged over classes too, so
-    K times smaller. With one output (regression, such as STS-B) there is no distribution to compare: the mean squared error
-    against the teacher's score, whatever the temperature.
+    ``paper``: soft cross-entropy, summed over classes and averaged over the batch. ``official``:
+    averaged over classes too, so K times smaller. With one output (regression, such as STS-B) there
+    is no distribution to compare: the mean squared error against the teacher's score, whatever the
+    temperature.
     """
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ; "
+            f"student logits {tuple(student_logits.shape)} and teacher logits "
+            f"{tuple(teacher_logits.shape)} differ; "
             "give the student as many labels as the teacher has"
         )
     if student_logits.shape[-1] == 1:
         wide = torch.promote_types(student_logits.dtype, torch.float32)
         return F.mse_loss(student_logits.to(wide), teacher_logits.detach().to(wide))
     reduction = "official" if parity == "official" else "batch"
-    return ops.soft_cross_entropy(student_logits, teacher_logits.detach(), temperature=temperature, reduction=reduction)
-
+    return ops.soft_cross_entropy(
+        student_logits, teacher_logits.detach(), temperature=temperature, reduction=reduction
+    )

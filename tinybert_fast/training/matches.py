@@ -1,6 +1,7 @@
 """Which student state learns from which teacher state: g(m) of the TinyBERT paper, said as data.
 
-Numbers are the paper's: hidden state 0 is the embedding output and m = 1..M the output of layer m; attention layers are 1..M.
+Numbers are the paper's: hidden state 0 is the embedding output and m = 1..M the output of layer m;
+attention layers are 1..M.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class LayerMatches:
             students = [m for m, _ in pairs]
             if len(set(students)) != len(students):
                 raise ValueError(
-                    f"a student state may be matched once; the {kind} matches {_write(pairs)} name one twice"
+                    f"a student state may be matched once; the {kind} matches {_write(pairs)} "
+                    "name one twice"
                 )
             if any(m < first or g < first for m, g in pairs):
                 raise ValueError(
@@ -41,59 +43,84 @@ class LayerMatches:
                     + (" (0 is the embedding output, which has no attention)" if first else "")
                 )
         if not self.hidden and not self.attention:
-            raise ValueError("no layer is matched; give pairs student:teacher such as 0:0,1:3,2:6,3:9,4:12")
+            raise ValueError(
+                "no layer is matched; give pairs student:teacher such as 0:0,1:3,2:6,3:9,4:12"
+            )
 
     @classmethod
     def uniform(cls, student_layers: int, teacher_layers: int) -> LayerMatches:
-        """g(m) = m * N / M, which the paper found best (3m for 4 of 12 layers, 2m for 6 of 12). M must divide N."""
+        """g(m) = m * N / M, which the paper found best (3m for 4 of 12 layers, 2m for 6 of 12). M
+        must divide N.
+        """
         if student_layers < 1 or teacher_layers < 1:
             raise ValueError(
-                f"layer counts must be positive, got {student_layers} student and {teacher_layers} teacher layers"
+                f"layer counts must be positive, got {student_layers} student and "
+                f"{teacher_layers} teacher layers"
             )
         every, rest = divmod(teacher_layers, student_layers)
         if rest or not every:
             # Evenly spread and rounded half up: a suggestion, never a silent choice.
-            spread = [(2 * m * teacher_layers + student_layers) // (2 * student_layers) for m in range(student_layers + 1)]
+            spread = [
+                (2 * m * teacher_layers + student_layers) // (2 * student_layers)
+                for m in range(student_layers + 1)
+            ]
             remedy = _write(tuple((m, max(g, 1) if m else 0) for m, g in enumerate(spread)))
             raise ValueError(
-                f"{student_layers} student layers do not divide {teacher_layers} teacher layers evenly; "
+                f"{student_layers} student layers do not divide {teacher_layers} teacher layers "
+                "evenly; "
                 f"name the matches yourself as student:teacher pairs, for instance {remedy}"
             )
         return cls.of(tuple((m, m * every) for m in range(student_layers + 1)))
 
     @classmethod
     def of(cls, pairs: Pairs) -> LayerMatches:
-        """The same pairs for hidden states and, but for the embedding output, for attention scores."""
+        """The same pairs for hidden states and, the embedding output aside, for attention."""
         return cls(hidden=pairs, attention=tuple(pair for pair in pairs if pair[0] > 0))
 
     @classmethod
     def parse(cls, text: str) -> LayerMatches:
         """``"0:0,1:2,2:3,3:5,4:6"``, or the two kinds apart: ``"hidden=0:0,4:6 attention=4:6"``."""
-        kinds = dict(part.split("=", 1) for part in re.split(r"[;\s]+(?=hidden|attention)", text.strip()) if "=" in part)
+        kinds = dict(
+            part.split("=", 1)
+            for part in re.split(r"[;\s]+(?=hidden|attention)", text.strip())
+            if "=" in part
+        )
         if not kinds:
             return cls.of(_read(text))
         unknown = set(kinds) - {"hidden", "attention"}
         if unknown:
-            raise ValueError(f"layer matches are for hidden and attention, got {sorted(unknown)} in {text!r}")
+            raise ValueError(
+                f"layer matches are for hidden and attention, got {sorted(unknown)} in {text!r}"
+            )
         return cls(**{kind: _read(kinds.get(kind, "")) for kind in ("hidden", "attention")})
 
     def validate(self, student_config: Any, teacher_config: Any) -> None:
         """Refuse states that do not exist and attention between different head counts."""
         for kind in ("hidden", "attention"):
-            for side, at, config in (("student", 0, student_config), ("teacher", 1, teacher_config)):
+            for side, at, config in (
+                ("student", 0, student_config),
+                ("teacher", 1, teacher_config),
+            ):
                 layers = config.num_hidden_layers
                 beyond = [pair[at] for pair in getattr(self, kind) if pair[at] > layers]
                 if beyond:
                     raise ValueError(
-                        f"{kind} matches {_write(getattr(self, kind))} name {side} layer {beyond[0]}, "
+                        f"{kind} matches {_write(getattr(self, kind))} name {side} layer "
+                        f"{beyond[0]}, "
                         f"but the {side} has {layers} layers; use numbers up to {layers}"
                     )
-        student_heads, teacher_heads = student_config.num_attention_heads, teacher_config.num_attention_heads
+        student_heads, teacher_heads = (
+            student_config.num_attention_heads,
+            teacher_config.num_attention_heads,
+        )
         if self.attention and student_heads != teacher_heads:
             raise ValueError(
-                f"attention scores are compared head by head, but the student has {student_heads} heads and the teacher "
-                f"{teacher_heads}; give the student num_attention_heads={teacher_heads} (its hidden size must be a "
-                f"multiple of it), or match hidden states alone: \"hidden={_write(self.hidden) or '0:0'}\""
+                "attention scores are compared head by head, but the student has "
+                f"{student_heads} heads and the teacher "
+                f"{teacher_heads}; give the student num_attention_heads={teacher_heads} (its "
+                "hidden size must be a "
+                "multiple of it), or match hidden states alone: "
+                f'"hidden={_write(self.hidden) or "0:0"}"'
             )
 
     @property
@@ -103,12 +130,15 @@ class LayerMatches:
 
     def student_capture(self) -> Capture:
         """A fresh record of what the losses read from the student."""
-        return Capture(hidden_states=[m for m, _ in self.hidden], attention=[m for m, _ in self.attention])
+        return Capture(
+            hidden_states=[m for m, _ in self.hidden], attention=[m for m, _ in self.attention]
+        )
 
     def teacher_capture(self) -> Capture:
         """A fresh record of what the losses read from the teacher, and nothing else."""
         return Capture(
-            hidden_states=sorted({g for _, g in self.hidden}), attention=sorted({g for _, g in self.attention})
+            hidden_states=sorted({g for _, g in self.hidden}),
+            attention=sorted({g for _, g in self.attention}),
         )
 
     def __str__(self) -> str:
@@ -127,7 +157,8 @@ def _read(text: str) -> Pairs:
         found = _PAIR.fullmatch(part)
         if found is None:
             raise ValueError(
-                f"expected layer matches as student:teacher pairs such as 0:0,1:2,2:3,3:5,4:6, got {part.strip()!r} in {text!r}"
+                "expected layer matches as student:teacher pairs such as 0:0,1:2,2:3,3:5,4:6, "
+                f"got {part.strip()!r} in {text!r}"
             )
         pairs.append((int(found[1]), int(found[2])))
     return tuple(pairs)

@@ -1,7 +1,8 @@
-"""The trained maps W_h, W_e from student width to teacher width: student_state @ W.T + b ~ teacher_state.
+"""The trained maps W_h, W_e from student width to teacher width: student_state @ W.T + b ~
+teacher_state.
 
-They serve the losses and are thrown away by whoever only wants the student, so they are saved beside the model
-(``projection.safetensors``), never inside its weights.
+They serve the losses and are thrown away by whoever only wants the student, so they are saved
+beside the model (``projection.safetensors``), never inside its weights.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 FILE_NAME = "projection.safetensors"
-# Where a projection may be found in a folder: ours first, then the checkpoints that the TinyBERT authors released.
+# Where a folder may hold one: our file first, then the kinds that the TinyBERT authors released.
 _FILES = (FILE_NAME, "model.safetensors", "pytorch_model.bin")
 _KEY = re.compile(r"(?:^|\.)(fit_dense|fit_denses\.(\d+))\.(weight|bias)$")
 
 
 class HiddenProjection(nn.Module):
-    """W (teacher_width, student_width) and b (teacher_width,), one for all states or one per student state.
+    """W (teacher_width, student_width) and b (teacher_width,), one for all states or one per
+    student state.
 
-    Names are the official ones: ``fit_dense`` when shared (the released "v1" code), ``fit_denses.m`` for student state m
-    otherwise ("v2"). ``states`` are the student states that a per-layer projection serves.
+    Names are the official ones: ``fit_dense`` when shared (the released "v1" code),
+    ``fit_denses.m`` for student state m otherwise ("v2"). ``states`` are the student states that a
+    per-layer projection serves.
     """
 
     def __init__(
@@ -43,19 +46,28 @@ class HiddenProjection(nn.Module):
             self.fit_dense = nn.Linear(student_width, teacher_width)
         else:
             if not self.states:
-                raise ValueError("a projection per layer needs the student states it serves, got none")
-            self.fit_denses = nn.ModuleDict({str(m): nn.Linear(student_width, teacher_width) for m in self.states})
+                raise ValueError(
+                    "a projection per layer needs the student states it serves, got none"
+                )
+            self.fit_denses = nn.ModuleDict(
+                {str(m): nn.Linear(student_width, teacher_width) for m in self.states}
+            )
         for linear in self.linears():
             nn.init.normal_(linear.weight, std=std)  # as the official code starts every linear map
             nn.init.zeros_(linear.bias)
 
     def linears(self) -> list[nn.Linear]:
-        return [self.fit_dense] if self.shared else list(self.fit_denses.values())
+        return [self._linear(m) for m in (self.states if not self.shared else (0,))]
 
     def for_state(self, m: int) -> tuple[Tensor, Tensor]:
         """(weight, bias) that carry student state m to the teacher's width."""
-        linear = self.fit_dense if self.shared else self.fit_denses[str(m)]
+        linear = self._linear(m)
         return linear.weight, linear.bias
+
+    def _linear(self, m: int) -> nn.Linear:
+        linear = self.fit_dense if self.shared else self.fit_denses[str(m)]
+        assert isinstance(linear, nn.Linear)
+        return linear
 
     @torch.no_grad()
     def start(self, weight: Tensor, bias: Tensor) -> HiddenProjection:
@@ -71,28 +83,35 @@ class HiddenProjection(nn.Module):
 
         path = Path(folder) / FILE_NAME
         part = path.with_name(path.name + ".part")
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, str(part))
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()},
+            str(part),
+        )
         os.replace(part, path)
         return path
 
     def load(self, folder: str | Path) -> HiddenProjection:
-        """Take the values saved in ``folder``, from our file or from an official checkpoint of either kind.
+        """Take the values saved in ``folder``: our file, or an official checkpoint of either kind.
 
         A shared map serves every state of a per-layer projection; the other way round is refused.
         """
         found = _read(Path(folder))
         if "fit_dense" in found:
-            maps = {None if self.shared else str(m): found["fit_dense"] for m in self.states or (0,)}
+            maps = {
+                None if self.shared else str(m): found["fit_dense"] for m in self.states or (0,)
+            }
         elif self.shared:
             raise ValueError(
-                f"{folder} holds one projection per layer ({', '.join(sorted(found))}), but a shared one is wanted; "
+                f"{folder} holds one projection per layer ({', '.join(sorted(found))}), but a "
+                "shared one is wanted; "
                 "ask for per-layer projections"
             )
         else:
             missing = [m for m in self.states if f"fit_denses.{m}" not in found]
             if missing:
                 raise ValueError(
-                    f"{folder} has no projection for student states {missing}; it holds {', '.join(sorted(found))}"
+                    f"{folder} has no projection for student states {missing}; it holds "
+                    f"{', '.join(sorted(found))}"
                 )
             maps = {str(m): found[f"fit_denses.{m}"] for m in self.states}
         for at, values in maps.items():
@@ -100,8 +119,10 @@ class HiddenProjection(nn.Module):
             shape = tuple(values["weight"].shape)
             if shape != tuple(linear.weight.shape):
                 raise ValueError(
-                    f"the projection in {folder} maps {shape[1]} -> {shape[0]} channels, but this student and teacher need "
-                    f"{self.student_width} -> {self.teacher_width}; it belongs to another pair of models"
+                    f"the projection in {folder} maps {shape[1]} -> {shape[0]} channels, but "
+                    "this student and teacher need "
+                    f"{self.student_width} -> {self.teacher_width}; it belongs to another pair "
+                    "of models"
                 )
             with torch.no_grad():
                 linear.weight.copy_(values["weight"])
@@ -115,7 +136,9 @@ class HiddenProjection(nn.Module):
 
 
 def _find(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """{"fit_dense" or "fit_denses.m": {"weight", "bias"}} from the first file in ``folder`` that has any."""
+    """{"fit_dense" or "fit_denses.m": {"weight", "bias"}} from the first file in ``folder`` that
+    has any.
+    """
     for name in _FILES:
         path = folder / name
         if not path.is_file():
@@ -136,19 +159,25 @@ def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
     maps = _find(folder)
     if not maps:
         raise FileNotFoundError(
-            f"{folder} holds no projection: expected {FILE_NAME}, or a checkpoint with fit_dense or fit_denses weights"
+            f"{folder} holds no projection: expected {FILE_NAME}, or a checkpoint with fit_dense "
+            "or fit_denses weights"
         )
     return maps
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file whose key names a projection (others stay on disk where the format allows)."""
+    """The tensors of one file whose key names a projection (others stay on disk where the format
+    allows).
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(str(path), framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if _KEY.search(key)}  # noqa: SIM118
+                keys = [key for key in file.keys() if _KEY.search(key)]  # noqa: SIM118
+                return {key: file.get_tensor(key) for key in keys}
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"cannot read {path} ({error}); the file is damaged or cut short, restore it") from error
+        raise ValueError(
+            f"cannot read {path} ({error}); the file is damaged or cut short, restore it"
+        ) from error

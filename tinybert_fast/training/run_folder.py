@@ -29,7 +29,7 @@ RUN = "run.json"
 METRICS = "metrics.json"
 REPORT = "report.md"
 CURVES = "curves.png"
-CHECKPOINT_FILES = {  # name for a message -> pattern: sharded weights and several processes number theirs
+CHECKPOINT_FILES = {  # name -> pattern: sharded weights and several processes number theirs
     "trainer_state.json": "trainer_state.json",
     "model.safetensors": "model*.safetensors",
     "optimizer.pt": "optimizer.pt",
@@ -159,13 +159,13 @@ class RunFolder:
         """`save_pretrained` of both into the folder (or its sub-folder `name`), by rename."""
         target = self.path if name is None else self.path / name
         if self.main:
-            partial = target.parent / f".{target.name}.partial"
+            target.mkdir(parents=True, exist_ok=True)
+            partial = target / ".partial"
             shutil.rmtree(partial, ignore_errors=True)
             with quiet():
                 model.save_pretrained(partial)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(partial)
-            target.mkdir(parents=True, exist_ok=True)
             for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
                 os.replace(file, target / file.name)
             partial.rmdir()

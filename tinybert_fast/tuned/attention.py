@@ -4,10 +4,10 @@ Without dropout each batch is one fused scaled-dot-product attention. With dropo
 to a path that holds the N x N tensors of the whole batch, so scores are computed in blocks of
 at most SCRATCH cells, in the forward and again in the backward, and none outlives its block.
 
-    P = exp(scale * Q K^T - lse),  dV = (P * M)^T dO,  dP = (dO V^T) * M,
-    dS = P * (dP - rowsum(dO * O)),  dQ = scale * dS K,  dK = scale * dS^T Q
+    P = softmax(scale * Q K^T),  dV = (P * M)^T dO,  dP = (dO V^T) * M,
+    dS = P * (dP - rowsum(P * dP)),  dQ = scale * dS K,  dK = scale * dS^T Q
 
-with M = keep / keep_rate. On a GPU in fp16 and bf16, FlashAttention-2 in its varlen form serves
+with M = keep / keep_rate; the factor is applied to V and dO, which are smaller than P. On a GPU in fp16 and bf16, FlashAttention-2 in its varlen form serves
 calls without a block mask, head dims padded to a multiple of 8.
 """
 
@@ -30,10 +30,14 @@ aten = torch.ops.aten
 
 
 def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site, block_mask):
-    """(T, H, D) operands -> out (T, H, D), lse (T, H) fp32, rng state of the fused GPU kernel."""
+    """(T, H, D) operands -> out (T, H, D), lse (T, H) and the rng state that fused kernels return.
+
+    Blocked scores leave lse at 0: their backward computes the softmax again and does not read it.
+    """
     if _fused_on_gpu(q, direction, block_mask):
         return _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p)
-    out, lse = torch.empty_like(v), q.new_empty(q.shape[:2], dtype=_wide(q))
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    lse = q.new_zeros(q.shape[:2], dtype=_wide(q))
     source = random.generator(seed, site) if dropout_p > 0.0 else None
     for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], dropout_p > 0.0):
         queries, keys, values = (heads_of(x, rows, length) for x in (q, k, v))  # (b, H, n, D)
@@ -42,10 +46,10 @@ def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, 
             o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
                 queries, keys, values, attn_mask=mask, scale=scale
             )
+            put(lse, rows, log_sum)
         else:
-            o, log_sum = _blocked_forward(queries, keys, values, mask, scale, dropout_p, source)
+            o = _blocked_forward(queries, keys, values, mask, scale, dropout_p, source)
         put(out, rows, o)
-        put(lse, rows, log_sum)
     return out, lse, torch.empty(0, dtype=torch.int64, device=q.device)
 
 
@@ -61,16 +65,16 @@ def backward(
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     source = random.generator(seed, site) if dropout_p > 0.0 else None
     for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], dropout_p > 0.0):
-        operands = [heads_of(x, rows, length) for x in (q, k, v, out, grad)]
-        log_sum = heads_of(lse[..., None], rows, length)[..., 0]  # (b, H, n)
-        mask = _additive_mask(length, direction, block_mask, sequences, operands[0])
+        queries, keys, values, do = (heads_of(x, rows, length) for x in (q, k, v, grad))
+        mask = _additive_mask(length, direction, block_mask, sequences, queries)
         if dropout_p == 0.0 and q.device.type == "cpu" and block_mask is None:
-            queries, keys, values, o, do = operands
+            o = heads_of(out, rows, length)
+            log_sum = heads_of(lse[..., None], rows, length)[..., 0]  # (b, H, n)
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, queries, keys, values, o, log_sum, 0.0, False, attn_mask=mask, scale=scale
             )
         else:
-            grads = _blocked_backward(*operands, log_sum, mask, scale, dropout_p, source)
+            grads = _blocked_backward(queries, keys, values, do, mask, scale, dropout_p, source)
         for whole, part in zip((dq, dk, dv), grads, strict=True):
             put(whole, rows, part)
     return dq, dk, dv
@@ -138,49 +142,47 @@ def _head_blocks(batch: int, heads: int, length: int) -> Iterator[slice]:
 
 
 def _blocked_forward(q, k, v, mask, scale, dropout_p, source):
-    o, log_sum = torch.empty_like(v, dtype=_wide(v)), q.new_empty(q.shape[:3], dtype=_wide(q))
-    q, k, v = (x.to(_wide(x)) for x in (q, k, v))
-    batch, heads, length = q.shape[:3]
-    for h in _head_blocks(batch, heads, length):
-        scores = (q[:, h] * scale) @ k[:, h].mT
-        if mask is not None:
-            scores += mask
-        log_sum[:, h] = torch.logsumexp(scores, -1)
-        probabilities = scores.sub_(_finite(log_sum[:, h])[..., None]).exp_()
+    """(b, H, n, D) -> the output; scores, probabilities and mask live for one block of heads."""
+    q, k, v = (x.to(_wide(x)) for x in (q * scale, k, _undropped(v, dropout_p)))
+    out = torch.empty_like(v)
+    for h in _head_blocks(*q.shape[:3]):
+        probabilities = _softmax(q[:, h] @ k[:, h].mT, mask)
         if dropout_p > 0.0:
-            keep = random.keep_cells(probabilities.shape, dropout_p, source, q.device)
-            probabilities.mul_(keep).mul_(keep_scale(dropout_p))
-        o[:, h] = probabilities @ v[:, h]
-    return o, log_sum
+            cells = random.draw_bytes(probabilities.shape, source, q.device)
+            probabilities.mul_(random.keep_mask(cells, dropout_p, q.dtype))
+        out[:, h] = probabilities @ v[:, h]
+    return out
 
 
-def _blocked_backward(q, k, v, out, grad, log_sum, mask, scale, dropout_p, source):
-    dq, dk, dv = (torch.empty_like(x, dtype=_wide(x)) for x in (q, k, v))
-    q, k, v, out, grad = (x.to(_wide(x)) for x in (q, k, v, out, grad))
-    delta = (grad * out).sum(-1, keepdim=True)  # (b, H, n, 1)
-    batch, heads, length = q.shape[:3]
-    for h in _head_blocks(batch, heads, length):
-        scores = (q[:, h] * scale) @ k[:, h].mT
-        if mask is not None:
-            scores += mask
-        probabilities = scores.sub_(_finite(log_sum[:, h])[..., None]).exp_()
+def _blocked_backward(q, k, v, grad, mask, scale, dropout_p, source):
+    q, k, v, grad = (x.to(_wide(x)) for x in (q * scale, k, v, _undropped(grad, dropout_p)))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for h in _head_blocks(*q.shape[:3]):
+        probabilities = _softmax(q[:, h] @ k[:, h].mT, mask)
         dp = grad[:, h] @ v[:, h].mT
         dropped = probabilities
         if dropout_p > 0.0:
-            keep = random.keep_cells(probabilities.shape, dropout_p, source, q.device)
-            factor = keep * keep_scale(dropout_p)
-            dropped = probabilities * factor
-            dp.mul_(factor)
+            cells = random.draw_bytes(probabilities.shape, source, q.device)
+            keep = random.keep_mask(cells, dropout_p, q.dtype)
+            dp.mul_(keep)
+            dropped = keep.mul_(probabilities)
         dv[:, h] = dropped.mT @ grad[:, h]
-        ds = dp.sub_(delta[:, h]).mul_(probabilities).mul_(scale)
+        ds = aten._softmax_backward_data(dp, probabilities, -1, dp.dtype)
         dq[:, h] = ds @ k[:, h]
         dk[:, h] = ds.mT @ q[:, h]
-    return dq, dk, dv
+    return dq.mul_(scale), dk, dv
 
 
-def _finite(log_sum: Tensor) -> Tensor:
-    """A query with no key has lse = -inf; subtracting 0 instead leaves its probabilities at 0."""
-    return log_sum.masked_fill(log_sum == -torch.inf, 0.0)
+def _undropped(x: Tensor, dropout_p: float) -> Tensor:
+    return x * keep_scale(dropout_p) if dropout_p > 0.0 else x
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the last axis; a query with no key gets zeros."""
+    if mask is None:
+        return torch.softmax(scores, -1)
+    probabilities = torch.softmax(scores.add_(mask), -1)
+    return probabilities.masked_fill_((mask == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _fused_on_gpu(q: Tensor, direction: str, block_mask: Tensor | None) -> bool:

@@ -1,6 +1,6 @@
 """dropout + add + layer norm: one in-place sum, then PyTorch's fused layer norm.
 
-The forward keeps the sum, its statistics and, with dropout, one byte per cell of mask.
+The forward keeps the sum, its statistics and, with dropout, the random byte of each cell.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ aten = torch.ops.aten
 
 
 def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):
-    """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), keep (bool)."""
+    """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), cells (uint8)."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     total = x.to(wide) if bias is None else torch.add(x, bias).to(wide)
-    keep = torch.empty(0, dtype=torch.bool, device=x.device)
+    cells = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0.0:
         source = random.generator(seed, site) if x.device.type == "cpu" else None
-        keep = random.keep_cells(x.shape, dropout_p, source, x.device)
-        total = torch.addcmul(residual.to(wide), total, keep.to(wide), value=keep_scale(dropout_p))
+        cells = random.draw_bytes(x.shape, source, x.device)
+        keep = random.keep_mask(cells, dropout_p, wide)
+        total = torch.addcmul(residual.to(wide), total, keep, value=keep_scale(dropout_p))
     else:
         total = total + residual
     y, mean, rstd = aten.native_layer_norm(
         total, x.shape[-1:], weight.to(wide), ln_bias.to(wide), eps
     )
-    return y.to(residual.dtype), total.to(residual.dtype), mean, rstd, keep
+    return y.to(residual.dtype), total.to(residual.dtype), mean, rstd, cells
 
 
-def backward(grad, total, mean, rstd, keep, weight, dropout_p, with_bias):
+def backward(grad, total, mean, rstd, cells, weight, dropout_p, with_bias):
     """Gradients of x (empty without dropout: it equals the sum's), sum, bias, weight, ln_bias."""
     wide = mean.dtype
     dtotal, dweight, dln_bias = aten.native_layer_norm_backward(
@@ -40,7 +41,7 @@ def backward(grad, total, mean, rstd, keep, weight, dropout_p, with_bias):
     )  # fmt: skip
     dx = dtotal.new_empty(0)
     if dropout_p > 0.0:
-        dx = torch.where(keep, dtotal * keep_scale(dropout_p), 0.0)
+        dx = random.keep_mask(cells, dropout_p, wide).mul_(keep_scale(dropout_p)).mul_(dtotal)
     dbias = dtotal.new_empty(0)
     if with_bias:
         dbias = (dx if dropout_p > 0.0 else dtotal).sum(0)

@@ -14,7 +14,7 @@ def forward(
     word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids, padding_idx,
     eps, dropout_p, seed, site, sequences, positions,
 ):  # fmt: skip
-    """Tables and (T,) ids -> y in the tables' dtype, sum, mean, rstd (wide), keep (bool)."""
+    """Tables and (T,) ids -> y in the tables' dtype, sum, mean, rstd (wide), cells (uint8)."""
     wide = torch.promote_types(word.dtype, torch.float32)
     total = word.index_select(0, input_ids).to(wide)
     total = total.add_(position.index_select(0, position_ids))
@@ -22,23 +22,23 @@ def forward(
     y, mean, rstd = aten.native_layer_norm(
         total, total.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
-    keep = torch.empty(0, dtype=torch.bool, device=word.device)
+    cells = torch.empty(0, dtype=torch.uint8, device=word.device)
     if dropout_p > 0.0:
         source = random.generator(seed, site) if word.device.type == "cpu" else None
-        keep = random.keep_cells(y.shape, dropout_p, source, word.device)
-        y = y.mul_(keep).mul_(keep_scale(dropout_p))
-    return y.to(word.dtype), total.to(word.dtype), mean, rstd, keep
+        cells = random.draw_bytes(y.shape, source, word.device)
+        y = y.mul_(random.keep_mask(cells, dropout_p, wide)).mul_(keep_scale(dropout_p))
+    return y.to(word.dtype), total.to(word.dtype), mean, rstd, cells
 
 
 def backward(
-    grad, total, mean, rstd, keep, weight, input_ids, position_ids, token_type_ids, words,
+    grad, total, mean, rstd, cells, weight, input_ids, position_ids, token_type_ids, words,
     position_rows, types, padding_idx, dropout_p,
 ):  # fmt: skip
     """Gradients of the three tables (words, position_rows, types rows), weight and bias."""
     wide = mean.dtype
     grad = grad.to(wide)
     if dropout_p > 0.0:
-        grad = torch.where(keep, grad * keep_scale(dropout_p), 0.0)
+        grad = random.keep_mask(cells, dropout_p, wide).mul_(keep_scale(dropout_p)).mul_(grad)
     dtotal, dweight, dbias = aten.native_layer_norm_backward(
         grad.contiguous(), total.to(wide), total.shape[-1:], mean, rstd, weight.to(wide),
         weight.to(wide), (True, True, True),

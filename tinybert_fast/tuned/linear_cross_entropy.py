@@ -23,24 +23,23 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, l
     size = max(1, CHUNK_CELLS // weight.shape[0])
     for first in range(0, len(labels), size):
         some, target = selected[first : first + size], labels[first : first + size, None]
-        logits = (some @ weight.mT).to(wide)
+        logits = (some @ weight.to(hidden.dtype).mT).to(wide)
         if bias is not None:
             logits += bias
-        largest = logits.amax(1, keepdim=True)
-        right = logits.gather(1, target) - largest
-        exponentials = logits.sub_(largest).exp_()
-        total = exponentials.sum(1, keepdim=True)
-        loss += (total.log() - right).sum()
-        dlogits = exponentials.div_(total * count)
-        dlogits.scatter_add_(1, target, dlogits.new_full(target.shape, -1.0 / count))
+        log_probabilities = torch.log_softmax(logits, 1)
+        loss -= log_probabilities.gather(1, target).sum()
+        dlogits = log_probabilities.exp_()
+        dlogits.scatter_add_(1, target, dlogits.new_full(target.shape, -1.0))
         if bias is not None:
             dbias += dlogits.sum(0)
         dlogits = dlogits.to(hidden.dtype)
         dselected[first : first + size] = dlogits @ weight.to(hidden.dtype)
         if dweight.dtype == dlogits.dtype:
-            dweight.addmm_(dlogits.mT, some)
+            dweight.addmm_(dlogits.mT, some, alpha=1.0 / count)
         else:
-            dweight += dlogits.mT @ some
+            dweight.add_(dlogits.mT @ some, alpha=1.0 / count)
+    dselected.div_(count)
+    dbias.div_(count)
     dhidden = torch.zeros_like(hidden).index_add_(0, rows, dselected)
     dbias = dbias if bias is None else dbias.to(bias.dtype)
     return loss / count, dhidden, dweight.to(weight.dtype), dbias

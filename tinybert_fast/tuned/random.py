@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,19 @@ def generator(seed: Tensor, site: int) -> torch.Generator:
     return torch.Generator(seed.device).manual_seed((mixed ^ (mixed >> 32)) & (2**63 - 1))
 
 
-def keep_cells(
-    shape: torch.Size | tuple[int, ...], dropout_p: float, source: torch.Generator | None, device
+def draw_bytes(
+    shape: torch.Size | tuple[int, ...], source: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """Bool ``shape``: True with the exact keep rate of ``dropout_p``.
-
-    Eight cells come from one 64-bit draw, which is 15 times faster than ``bernoulli_`` on a CPU.
-    """
-    count = 1
-    for size in shape:
-        count *= size
+    """Random uint8 ``shape``; 8 cells come from one 64-bit draw, 15 times faster than bernoulli_."""
+    count = math.prod(shape)
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=source)
-    return (words.view(torch.uint8)[:count] >= threshold(dropout_p)).view(shape)
+    return words.view(torch.uint8)[:count].view(shape)
+
+
+def keep_mask(cells: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
+    """1 where a random byte keeps its cell, else 0, in the dtype it will be multiplied with.
+
+    On a CPU a product of float and bool tensors takes 20 times that of two float tensors.
+    """
+    return cells.to(dtype).ge_(threshold(dropout_p))

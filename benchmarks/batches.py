@@ -1,0 +1,80 @@
+"""Seeded batches of BERT inputs with lengths drawn over a range, as real text has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHORTEST = 0.2  # of the width; lengths spread evenly over [0.2, 1] leave about 60 % real positions
+LABELLED = 0.15  # of the tokens between [CLS] and [SEP]
+IGNORED = -100
+MASK = 103  # [MASK] in BERT's English vocabulary; ids drawn for words start above it
+SPECIAL = 2  # [CLS] and [SEP]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Right-padded (B, N) ids, mask, types and masked-LM labels (-100 where there is none)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "token_type_ids": self.token_type_ids,
+        }
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def buckets(self, count: int) -> list[Batch]:
+        """Sorted by length and cut into ``count`` batches, each trimmed to its longest sequence."""
+        order = sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b])
+        size = -(-len(order) // count)
+        return [self._rows(order[i : i + size]) for i in range(0, len(order), size)]
+
+    def _rows(self, numbers: list[int]) -> Batch:
+        longest = max(self.lengths[b] for b in numbers)
+        index = torch.tensor(numbers, device=self.input_ids.device)
+        padded = (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)
+        parts = (x.index_select(0, index)[:, :longest].contiguous() for x in padded)
+        return Batch(*parts, lengths=tuple(self.lengths[b] for b in numbers))
+
+
+def draw_lengths(batch: int, width: int, generator: torch.Generator) -> list[int]:
+    """One length from each of ``batch`` equal slices of [0.2, 1] * width, in random order."""
+    within = torch.rand(batch, generator=generator)
+    at = (torch.arange(batch) + within) / batch
+    lengths = (width * (SHORTEST + (1 - SHORTEST) * at)).round().long().clamp(SPECIAL + 1, width)
+    return lengths[torch.randperm(batch, generator=generator)].tolist()
+
+
+def draw_batch(
+    lengths: list[int],
+    width: int,
+    vocabulary: int,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Batch:
+    """Random words between a first and a last special token; 15 % of them labelled and masked."""
+    batch = len(lengths)
+    first = min(MASK + 1, vocabulary // 2)
+    ids = torch.randint(first, vocabulary, (batch, width), generator=generator)
+    real = torch.arange(width) < torch.tensor(lengths)[:, None]
+    labels = torch.full((batch, width), IGNORED)
+    for b, length in enumerate(lengths):
+        words = length - SPECIAL
+        chosen = 1 + torch.randperm(words, generator=generator)[: max(1, round(LABELLED * words))]
+        labels[b, chosen] = ids[b, chosen]
+        ids[b, chosen] = min(MASK, first - 1)
+    padded = (ids * real, real.long(), torch.zeros_like(ids), labels)
+    return Batch(*(x.to(device) for x in padded), lengths=tuple(lengths))

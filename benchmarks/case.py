@@ -1,0 +1,86 @@
+"""The words of the runner: providers do the same job, a case times them, checks hold them to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BASELINE, CAREFUL, OURS = "a", "b", "ours"  # roles: as it comes, as a careful user writes it
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cases of a run share. ``smoke``: sizes that take a second, for tests."""
+
+    device: torch.device
+    dropout: float = 0.1
+    seed: int = 0
+    smoke: bool = False
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a provider computed at dropout 0, to be compared with the others."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+class Provider(Protocol):
+    """One way to do the job. ``dtype`` is that of autocast; fp32 means none."""
+
+    name: str
+    role: str
+
+    def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
+        """Choose the fastest of its settings on this machine, if it has any."""
+
+    def setting(self, dtype: str) -> str:
+        """The chosen setting in words, empty if there is nothing to choose."""
+
+    def run(self, dtype: str) -> None:
+        """What is timed."""
+
+    def outcome(self, what: str, dtype: str) -> Outcome:
+        """Loss and gradients at dropout 0 on the inputs of the check ``what``."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """On the inputs ``what``, ``others`` must agree with ``reference`` in loss and gradients."""
+
+    what: str
+    reference: str
+    others: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Case:
+    name: str
+    batch: int  # sequences
+    width: int  # padded length
+    valid_tokens: int
+    dropout: float
+    optimizer: str  # inside what is timed; "none" if it is not
+    providers: list[Any]
+    checks: tuple[Check, ...]
+
+    @property
+    def valid_fraction(self) -> float:
+        return self.valid_tokens / (self.batch * self.width)
+
+
+Cases = dict[str, Callable[[Setup], Iterator[Case]]]  # built one at a time: models are large
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")

@@ -1,0 +1,129 @@
+"""Distillation step, 12L-768 teacher (random weights) and 4L-312 student: both forwards, embedding,
+hidden-state and attention losses, backward, AdamW update of student and projection.
+
+The official formulas compare padding too, ours and the careful baseline's do not. So `careful` and
+`ours` are held to each other on the timed lengths, and to `official` where every position is real
+and the losses coincide.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinybert_fast.benchmarks.baselines.distillation import CarefulStep, OfficialStep
+from tinybert_fast.benchmarks.batches import Batch, draw_batch, draw_lengths
+from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup
+from tinybert_fast.benchmarks.cases.mlm_step import student_config
+from tinybert_fast.benchmarks.training_step import OPTIMIZER, TrainingStep
+from tinybert_fast.integrations import accelerate
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.training.losses import intermediate_terms
+from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.projection import HiddenProjection
+
+SHAPES = ((16, 128), (4, 512))
+SMOKE_BATCH, SMOKE_WIDTH = 4, 16
+RAGGED, FULL = "lengths as timed", "every position real"
+
+
+class OurStep(TrainingStep):
+    """What DistillationTrainer runs: accelerated models, captured states, our losses."""
+
+    name, role = "ours", OURS
+
+    def __init__(
+        self,
+        trained: nn.ModuleDict,
+        teacher: Any,
+        matches: LayerMatches,
+        batches: dict[str, Batch],
+        dropout: float,
+    ) -> None:
+        super().__init__(trained, batches, dropout)
+        self.teacher, self.matches = teacher.eval().requires_grad_(False), matches
+
+    def backward(self, batch: Batch, dtype: str, setting: Any) -> Tensor:
+        layout = SequenceLayout.from_mask(batch.attention_mask)
+        ours, theirs = self.matches.student_capture(), self.matches.teacher_capture()
+        student: Any = self.trained["student"]
+        projection: Any = self.trained["projection"]
+        with self.autocast(dtype):
+            with torch.no_grad():
+                self.teacher(**batch.inputs, layout=layout, capture=theirs, packed=True)
+            student(**batch.inputs, layout=layout, capture=ours, packed=True)
+            terms = intermediate_terms(ours, theirs, self.matches, projection, layout=layout)
+            loss = torch.stack(list(terms.values())).sum()
+        loss.backward()
+        return loss.detach()
+
+
+def cases(setup: Setup, *, batch: int, width: int) -> Iterator[Case]:
+    from transformers import BertConfig, BertModel
+
+    name = f"distill_step_b{batch}_n{width}"
+    if setup.smoke:
+        batch, width = SMOKE_BATCH, SMOKE_WIDTH
+    generator = setup.generator()
+    torch.manual_seed(setup.seed)
+    config = student_config(setup)
+    tiny = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 96,
+    }
+    teacher_config = BertConfig(**(tiny if setup.smoke else {}))  # BERT-base by default
+    student = BertModel(config, add_pooling_layer=False).to(setup.device)
+    teacher = BertModel(teacher_config, add_pooling_layer=False).to(setup.device)
+    matches = LayerMatches.uniform(config.num_hidden_layers, teacher_config.num_hidden_layers)
+    projection = HiddenProjection(config.hidden_size, teacher_config.hidden_size).to(setup.device)
+
+    def draw(lengths: list[int]) -> Batch:
+        return draw_batch(lengths, width, config.vocab_size, generator, setup.device)
+
+    drawn = draw(draw_lengths(batch, width, generator))
+    batches = {"timed": drawn, RAGGED: drawn, FULL: draw([width] * batch)}
+    common = batches, setup.dropout
+    yield Case(
+        name=name,
+        batch=batch,
+        width=width,
+        valid_tokens=drawn.tokens,
+        dropout=setup.dropout,
+        optimizer=OPTIMIZER,
+        providers=[
+            OfficialStep(_both(student, projection), _shared(teacher), *common),
+            CarefulStep(_both(student, projection), _shared(teacher), *common),
+            OurStep(
+                _both(accelerate(copy.deepcopy(student)), projection),
+                accelerate(_shared(teacher)),
+                matches,
+                *common,
+            ),
+        ],
+        checks=(Check(FULL, "official", ("careful", "ours")), Check(RAGGED, "careful", ("ours",))),
+    )
+
+
+def _both(student: nn.Module, projection: nn.Module) -> nn.ModuleDict:
+    """What is trained, in copies: one set of parameter names for all providers."""
+    parts = {"student": student, "projection": projection}
+    return nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
+
+
+def _shared(model: nn.Module) -> Any:
+    """A copy of the modules over the same Parameters: frozen weights lie in memory once."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+CASES: Cases = {
+    f"distill_step_b{batch}_n{width}": partial(cases, batch=batch, width=width)
+    for batch, width in SHAPES
+}

@@ -1,0 +1,355 @@
+"""The benchmark runner: tune, check, time in interleaved rounds, one row per provider and dtype.
+
+For every case, at full size:
+1. each provider that has settings times them and keeps its fastest;
+2. at dropout 0 the providers must agree in loss and gradients, or no speed is printed at all;
+3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios, so what
+   disturbs the machine for a while disturbs both sides;
+4. one more run of each under the allocation profiler gives its peak memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Case, Cases, Outcome, Setup
+from tinybert_fast.benchmarks.hardware import facts, has_bf16
+from tinybert_fast.benchmarks.memory import peak_bytes
+from tinybert_fast.benchmarks.table import (
+    COLUMNS,
+    Row,
+    check_csv,
+    growth_exponents,
+    show,
+    write_csv,
+    write_json,
+)
+
+SUITES = ("step", "memory")
+DTYPE_CHOICES = {"fp32": ("fp32",), "bf16": ("bf16",), "both": ("fp32", "bf16")}
+
+# Relative differences allowed at dropout 0 in fp32, where the order of additions differs. In bf16:
+# twice the reference's own distance from its fp32 answer, and these on top.
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 2e-4
+# A gradient is compared with its own norm, but with no less than this share of the largest one: the
+# key biases' is zero but for rounding.
+SMALLEST_NORM = 1e-3
+
+ROUNDS = {"cpu": 10, "cuda": 50}
+WARM_UP = {"cpu": 2, "cuda": 20}
+ROUNDS_SHORT = 3  # bf16 without instructions for it (slow, and nobody's figure), smoke runs
+TUNING_RUNS = 2
+WIDTH = 120  # columns of the printed table
+
+Lane = tuple[Any, str]  # provider, dtype
+
+
+class Disagreement(RuntimeError):
+    """Providers of one case computed different things; the message says which and by how much."""
+
+
+def load_cases(suite: str) -> Cases:
+    """Name -> builder of every case of a suite."""
+    if suite not in SUITES:
+        raise ValueError(f"--suite {suite!r} is not one of {', '.join(SUITES)}")
+    if suite == "memory":
+        from tinybert_fast.benchmarks.cases import attention_score_mse_memory
+
+        return attention_score_mse_memory.CASES
+    from tinybert_fast.benchmarks.cases import distill_step, mlm_step
+
+    return {**mlm_step.CASES, **distill_step.CASES}
+
+
+def run_suite(
+    suite: str = "step",
+    *,
+    cases: Collection[str] = (),
+    dtype: str = "fp32",
+    rounds: int | None = None,
+    threads: int | None = 2,
+    dropout: float = 0.1,
+    device: str = "auto",
+    seed: int = 0,
+    smoke: bool = False,
+    json_path: str | Path | None = None,
+    csv_path: str | Path | None = None,
+    console: Any = None,
+) -> list[Row]:
+    """Run a suite, print its table, write what was asked for, and return the rows (table.COLUMNS).
+
+    Args:
+        suite: "step" (training steps) or "memory" (attention loss against the length).
+        cases: names, or beginnings of names, of the cases to run; all by default.
+        dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
+        rounds: repetitions; by default 10 on a CPU (3 where bf16 is emulated), 50 on a GPU.
+        threads: of PyTorch on the CPU, None leaves them as they are.
+        dropout: while timed. Values are always checked at 0.
+        device: "auto" takes a GPU if there is one.
+        smoke: tiny models, seconds: shows that it works, its times mean nothing.
+        json_path: file to write; csv_path: file to append to.
+        console: a rich Console for the table (stdout by default); progress goes to stderr.
+
+    Raises:
+        Disagreement: providers differ in loss or gradients; nothing is written.
+        ValueError: an argument that cannot be served.
+    """
+    from rich.console import Console
+
+    if console is None:
+        console = Console()
+        console.width = max(console.width, WIDTH)  # a wrapped line is better than a cut number
+    builders = _selected(load_cases(suite), cases)
+    if dtype not in DTYPE_CHOICES:
+        raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")
+    for what, value in (("--rounds", rounds), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what} {value}: at least 1 is needed")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"--dropout {dropout}: a probability in [0, 1) is needed")
+    if csv_path is not None:
+        check_csv(Path(csv_path))
+    setup = Setup(_device(device), dropout=dropout, seed=seed, smoke=smoke)
+    dtypes = DTYPE_CHOICES[dtype]
+    emulated = "bf16" in dtypes and not has_bf16(setup.device)
+    if rounds is None:
+        rounds = ROUNDS_SHORT if emulated or smoke else ROUNDS[setup.device.type]
+    warm_up = 1 if emulated or smoke else WARM_UP[setup.device.type]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    rows: list[Row] = []
+    try:
+        common = {"suite": suite, **facts(setup.device)}
+        for name, build in builders.items():
+            for case in build(setup):
+                with _progress(f"{name} N={case.width}") as say:
+                    rows += measure(case, dtypes, rounds, warm_up, setup.device, common, say)
+                del case
+                gc.collect()
+    finally:
+        torch.set_num_threads(before)
+    growth_exponents(rows)
+    show(rows, console)
+    if json_path is not None:
+        write_json(Path(json_path), suite, rows)
+    if csv_path is not None:
+        write_csv(Path(csv_path), rows)
+    return rows
+
+
+def measure(
+    case: Case,
+    dtypes: tuple[str, ...],
+    rounds: int,
+    warm_up: int,
+    device: torch.device,
+    common: dict[str, Any],
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """The rows of one case; ``common`` are the columns that all rows of a run share."""
+    clock = Clock(device)
+    lanes = [(provider, dtype) for dtype in dtypes for provider in case.providers]
+    for provider, dtype in lanes:
+        say(f"{provider.name} {dtype}: choosing its fastest setting")
+        provider.tune(dtype, clock.best)
+    errors: dict[tuple[str, str], tuple[float, float]] = {}
+    for dtype in dtypes:
+        say(f"{dtype}: comparing losses and gradients")
+        for name, error in check(case, dtype).items():
+            errors[name, dtype] = error
+    times = interleave(lanes, rounds, warm_up, clock, say)
+    say("peak memory")
+    peaks = {lane: peak_bytes(lambda lane=lane: lane[0].run(lane[1]), device) for lane in lanes}
+
+    by_role = {(provider.role, dtype): times[provider, dtype] for provider, dtype in lanes}
+    rows = []
+    for lane in lanes:
+        provider, dtype = lane
+        mine = times[lane]
+        p20, median, p80 = quantiles(mine, (0.2, 0.5, 0.8))
+        loss_error, gradient_error = errors.get((provider.name, dtype), (None, None))
+        row = dict.fromkeys(COLUMNS)
+        row.update(
+            common,
+            case=case.name,
+            provider=provider.name,
+            role=provider.role,
+            dtype=dtype,
+            batch=case.batch,
+            width=case.width,
+            valid_tokens=case.valid_tokens,
+            valid_fraction=round(case.valid_fraction, 4),
+            dropout=case.dropout,
+            optimizer=case.optimizer,
+            setting=provider.setting(dtype),
+            rounds=rounds,
+            median_ms=_digits(1e3 * median),
+            p20_ms=_digits(1e3 * p20),
+            p80_ms=_digits(1e3 * p80),
+            tokens_per_s=_digits(case.valid_tokens / median),
+            speedup_a=speedup(by_role.get((BASELINE, dtype)), mine),
+            speedup_b=speedup(by_role.get((CAREFUL, dtype)), mine),
+            speedup_a_fp32=speedup(by_role.get((BASELINE, "fp32")), mine),
+            peak_mib=_digits(peaks[lane] / 2**20),
+            loss_error=_digits(loss_error),
+            gradient_error=_digits(gradient_error),
+        )
+        rows.append(row)
+    return rows
+
+
+class Clock:
+    """Seconds that a call takes, the device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - start
+
+    def best(self, call: Callable[[], Any]) -> float:
+        """The fastest of a few runs, the first (allocations, caches) aside."""
+        call()
+        return min(self(call) for _ in range(TUNING_RUNS))
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def interleave(
+    lanes: list[Lane],
+    rounds: int,
+    warm_up: int,
+    clock: Callable[[Callable[[], Any]], float],
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[Lane, list[float]]:
+    """Seconds of every lane in every round: A B C, A B C, ..."""
+    times: dict[Lane, list[float]] = {lane: [] for lane in lanes}
+    for number in range(-warm_up, rounds):
+        say("warm-up" if number < 0 else f"round {number + 1} of {rounds}")
+        gc.collect()  # rather now than inside somebody's time
+        for lane in lanes:
+            provider, dtype = lane
+            seconds = clock(lambda provider=provider, dtype=dtype: provider.run(dtype))
+            if number >= 0:
+                times[lane].append(seconds)
+    return times
+
+
+def quantiles(values: list[float], at: tuple[float, ...]) -> list[float]:
+    """By linear interpolation between the sorted values."""
+    ranked = torch.tensor(values, dtype=torch.float64)
+    return ranked.quantile(torch.tensor(at, dtype=torch.float64)).tolist()
+
+
+def speedup(baseline: list[float] | None, mine: list[float]) -> float | None:
+    """How many times faster than the baseline: the median of the rounds' ratios."""
+    if baseline is None:
+        return None
+    ratios = [theirs / ours for theirs, ours in zip(baseline, mine, strict=True)]
+    return round(quantiles(ratios, (0.5,))[0], 3)
+
+
+def check(case: Case, dtype: str) -> dict[str, tuple[float, float]]:
+    """Largest (loss, gradient) error of each provider that a check compares, or Disagreement."""
+    providers = {provider.name: provider for provider in case.providers}
+    found: dict[str, tuple[float, float]] = {}
+    for one in case.checks:
+        exact = providers[one.reference].outcome(one.what, "fp32")
+        allowed = [LOSS_TOLERANCE, GRADIENT_TOLERANCE]
+        if dtype != "fp32":
+            own, _ = errors_between(exact, providers[one.reference].outcome(one.what, dtype))
+            allowed = [tolerance + 2 * e for tolerance, e in zip(allowed, own, strict=True)]
+        for name in one.others:
+            errors, worst = errors_between(exact, providers[name].outcome(one.what, dtype))
+            # Written so that a NaN does not pass.
+            if not all(e <= most for e, most in zip(errors, allowed, strict=True)):
+                raise Disagreement(
+                    f"{case.name} in {dtype}, {one.what}: {name!r} does not compute what "
+                    f"{one.reference!r} computes. Loss differs by {errors[0]:.2e} (allowed "
+                    f"{allowed[0]:.1e}), gradient of {worst} by {errors[1]:.2e} (allowed "
+                    f"{allowed[1]:.1e}). No speed is reported"
+                )
+            before = found.get(name, (0.0, 0.0))
+            found[name] = max(before[0], errors[0]), max(before[1], errors[1])
+    return found
+
+
+def errors_between(exact: Outcome, other: Outcome) -> tuple[tuple[float, float], str]:
+    """Relative (loss, worst gradient) errors of ``other``, and the name of that gradient."""
+    loss = abs(other.loss - exact.loss) / abs(exact.loss)
+    if exact.gradients.keys() != other.gradients.keys():
+        strange = sorted(exact.gradients.keys() ^ other.gradients.keys())
+        return (loss, float("inf")), f"{strange[0]} (only one side has it)"
+    norms = {name: _norm(g) for name, g in exact.gradients.items()}
+    floor = SMALLEST_NORM * max(norms.values())
+    errors = {
+        name: _norm(other.gradients[name].double() - g.double()) / max(norms[name], floor)
+        for name, g in exact.gradients.items()
+    }
+    # A NaN compares false with everything: look for it first.
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+    return (loss, errors[worst]), worst
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.double()))
+
+
+def _selected(builders: Cases, wanted: Collection[str]) -> Cases:
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    for begin in wanted:
+        if not any(name.startswith(begin) for name in builders):
+            raise ValueError(f"--case {begin!r} matches none of {', '.join(builders)}")
+    return {
+        name: build
+        for name, build in builders.items()
+        if not wanted or any(name.startswith(begin) for begin in wanted)
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ROUNDS:
+        raise ValueError(f"--device {name!r} is not one of auto, {', '.join(ROUNDS)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here")
+    return torch.device(name)
+
+
+def _digits(value: float | None) -> float | None:
+    """Four significant digits: more would be noise."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+class _progress:
+    """A line on stderr that says what is running, gone when it is done."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+
+        self._title = title
+        self._status = Console(stderr=True).status(title)
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._status.__enter__()
+        return lambda text: self._status.update(f"{self._title}: {text}")
+
+    def __exit__(self, *raised: Any) -> None:
+        self._status.__exit__(*raised)

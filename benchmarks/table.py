@@ -1,0 +1,222 @@
+"""The one results table: what a row holds, and how it is written and shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+# Column -> what it says. A cell that does not apply, or was not measured, is empty (null in JSON).
+COLUMNS = {
+    "suite": "step or memory",
+    "case": "what is computed (benchmarks/cases)",
+    "provider": "who computes it",
+    "role": "a: as it comes; b: as a careful user writes it; ours",
+    "dtype": "fp32, or bf16 autocast over fp32 weights",
+    "batch": "sequences B",
+    "width": "padded length N",
+    "valid_tokens": "real positions of the batch",
+    "valid_fraction": "valid_tokens / (B N)",
+    "dropout": "probability while timed",
+    "optimizer": "inside what is timed; none if it is not",
+    "setting": "what the provider chose by timing itself before the rounds",
+    "rounds": "interleaved repetitions: one run of every provider and dtype per round",
+    "median_ms": "over the rounds",
+    "p20_ms": "over the rounds",
+    "p80_ms": "over the rounds",
+    "tokens_per_s": "real tokens / median",
+    "speedup_a": "median over rounds of time(a) / time, same dtype",
+    "speedup_b": "median over rounds of time(b) / time, same dtype",
+    "speedup_a_fp32": "median over rounds of time(a in fp32) / time",
+    "peak_mib": "largest memory alive during one run beyond what was alive before it",
+    "growth": "exponent of peak_mib in N over the rows of this provider",
+    "loss_error": "largest relative difference from the check's reference at dropout 0",
+    "gradient_error": "the same, of any parameter's gradient",
+    "device": "where it ran",
+    "cpu": "model",
+    "cpu_instructions": "what PyTorch's kernels use",
+    "cores": "usable by the process",
+    "threads": "used",
+    "gpu": "model",
+    "bf16_hardware": "no: bf16 is emulated here, its times say nothing about hardware that has it",
+    "tinybert_fast": "version",
+    "torch": "version",
+    "cuda": "version",
+    "transformers": "version",
+    "triton": "version",
+    "python": "version",
+    "platform": "system and machine",
+    "commit": "of the checkout, + if changed; none if installed",
+    "date": "UTC, when the run began",
+}
+
+
+def to_csv(rows: list[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Append to ``path``, header first in a new file. Refuses a file with other columns."""
+    check_csv(path)
+    header, _, new = to_csv(rows).partition("\n")
+    old = path.read_text(encoding="utf-8") if path.exists() else header + "\n"
+    _replace(path, old + ("" if old.endswith("\n") else "\n") + new)
+
+
+def check_csv(path: Path) -> None:
+    """ValueError if ``path`` is there and its header is not ours: rows must not shift columns."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            found = file.readline().strip()
+        if found != ",".join(COLUMNS):
+            raise ValueError(
+                f"{path} has other columns than the benchmark table ({found[:60]!r} ...); "
+                "rows are appended, so name a new file"
+            )
+
+
+def write_json(path: Path, suite: str, rows: list[Row]) -> None:
+    """{"suite", "columns": {name: meaning}, "rows": [...]}, whole or not at all."""
+    found = {"suite": suite, "columns": COLUMNS, "rows": rows}
+    _replace(path, json.dumps(found, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def growth_exponents(rows: list[Row]) -> None:
+    """Fill ``growth`` where one provider was measured at several widths: the slope of log peak
+    against log N, 1 for memory linear in the length, 2 for its square."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["provider"], row["dtype"]), []).append(row)
+    for group in groups.values():
+        points = {row["width"]: row["peak_mib"] for row in group if row["peak_mib"]}
+        if len(points) > 1:
+            exponent = slope([math.log(n) for n in points], [math.log(m) for m in points.values()])
+            for row in group:
+                row["growth"] = round(exponent, 3)
+
+
+def slope(x: list[float], y: list[float]) -> float:
+    """Least squares."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    over = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return over / sum((a - mean_x) ** 2 for a in x)
+
+
+def show(rows: list[Row], console: Any) -> None:
+    """A printed table per case, and beneath it where it was measured."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        key = (row["case"],) if row["growth"] is not None else (row["case"], row["width"])
+        groups.setdefault(key, []).append(row)
+    for group in groups.values():
+        console.print((_growth if group[0]["growth"] is not None else _speed)(group))
+    last = rows[-1]
+    lines = [
+        f"{last['cpu']} ({last['cpu_instructions']}), {last['cores']} cores, {last['threads']} "
+        f"threads; GPU {last['gpu']}; torch {last['torch']}, transformers {last['transformers']}, "
+        f"tinybert_fast {last['tinybert_fast']}, commit {last['commit']}; {last['date']}",
+        f"{last['rounds']} interleaved rounds; x (a), x (b): times faster than baseline a, b "
+        "(median of the rounds' ratios).",
+    ]
+    errors = [(row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"]]
+    if errors:
+        loss, gradient = (max(column) for column in zip(*errors, strict=True))
+        lines.append(
+            f"At dropout 0 the providers agree: losses within {loss:.1e}, gradients within "
+            f"{gradient:.1e} (relative)."
+        )
+    if any(_emulated(row) for row in rows):
+        lines.append(
+            "* this processor has no bf16 instructions: bf16 is emulated, and these times say "
+            "nothing about one that has them."
+        )
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def _speed(rows: list[Row]) -> Any:
+    first = rows[0]
+    table = _titled(
+        f"{first['case']}: B={first['batch']} N={first['width']}, "
+        f"{first['valid_fraction']:.0%} real positions, dropout {first['dropout']}, "
+        + ("no optimizer" if first["optimizer"] == "none" else f"{first['optimizer']} inside")
+    )
+    for head in ("provider", "dtype"):
+        table.add_column(head, no_wrap=True)
+    across = len({row["dtype"] for row in rows}) > 1
+    ratios = ["speedup_a", "speedup_b", *(["speedup_a_fp32"] if across else [])]
+    heads = ("x (a)", "x (b)", "x (a) fp32")
+    for head in ("ms", "p20 - p80", *heads[: len(ratios)], "tokens/s", "peak MiB"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("setting")
+    for row in rows:
+        table.add_row(
+            *_who(row),
+            _number(row["median_ms"], ",.1f"),
+            f"{row['p20_ms']:,.1f} - {row['p80_ms']:,.1f}",
+            *(_number(row[ratio], ".2f") for ratio in ratios),
+            _number(row["tokens_per_s"], ",.0f"),
+            _number(row["peak_mib"], ",.1f"),
+            row["setting"],
+        )
+    return table
+
+
+def _growth(rows: list[Row]) -> Any:
+    """Peaks side by side, one column per N."""
+    first = rows[0]
+    table = _titled(f"{first['case']}: B={first['batch']}, peak MiB and time of the longest")
+    for head in ("provider", "dtype"):
+        table.add_column(head, no_wrap=True)
+    widths = sorted({row["width"] for row in rows})
+    for head in (*(f"N={n}" for n in widths), "peak ~ N^", "ms", "x (a)"):
+        table.add_column(head, justify="right", no_wrap=True)
+    by_lane: dict[tuple, dict[int, Row]] = {}
+    for row in rows:
+        by_lane.setdefault(_who(row), {})[row["width"]] = row
+    for who, at in by_lane.items():
+        longest = at[widths[-1]]
+        table.add_row(
+            *who,
+            *(_number(at[n]["peak_mib"], ",.1f") for n in widths),
+            _number(longest["growth"], ".2f"),
+            _number(longest["median_ms"], ",.1f"),
+            _number(longest["speedup_a"], ".2f"),
+        )
+    return table
+
+
+def _titled(title: str) -> Any:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold")
+
+
+def _who(row: Row) -> tuple[str, str]:
+    role = "" if row["role"] == row["provider"] else f" ({row['role']})"
+    return row["provider"] + role, row["dtype"] + ("*" if _emulated(row) else "")
+
+
+def _emulated(row: Row) -> bool:
+    return row["dtype"] == "bf16" and row["bf16_hardware"] == "no"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,719 @@
+"""accelerate(): the outputs and gradients of Transformers' BERT, for every class, padding and
+mode.
+"""
+
+import copy
+import inspect
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import BertConfig, BertForSequenceClassification, BertModel, EncoderDecoderModel
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+
+import tinybert_fast as tbf
+from tinybert_fast.integrations import bert as integration
+
+FP32 = {"atol": 1e-5, "rtol": 1e-5}
+CLASSES = (
+    "BertModel",
+    "BertForPreTraining",
+    "BertForMaskedLM",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+)
+
+
+@pytest.fixture(autouse=True)
+def _say_again():
+    """Warnings that are given once per process, once per test."""
+    integration._warn.cache_clear()
+
+
+def labels_of(name, mask):
+    """Keyword labels that give class ``name`` a loss over real tokens."""
+    generator = torch.Generator().manual_seed(1)
+    batch, width = mask.shape
+    words = torch.randint(97, mask.shape, generator=generator)
+    masked = torch.where(
+        (torch.rand(mask.shape, generator=generator) < 0.4) & mask.bool(), words, -100
+    )
+    masked[0, :2] = words[0, :2]
+    pairs = torch.arange(batch) % 2
+    return {
+        "BertModel": {},
+        "BertForPreTraining": {"labels": masked, "next_sentence_label": pairs},
+        "BertForMaskedLM": {"labels": masked},
+        "BertForNextSentencePrediction": {"labels": pairs},
+        "BertForSequenceClassification": {"labels": pairs},
+        "BertForTokenClassification": {"labels": torch.where(mask.bool(), words % 2, -100)},
+        "BertForQuestionAnswering": {},
+    }[name]
+
+
+def tensors(output):
+    return {key: value for key, value in output.items() if torch.is_tensor(value)}
+
+
+def assert_same_on_real_tokens(ours, theirs, mask):
+    """Rows (B, N, ...) of real tokens, everything else (pooled, logits of a sequence, loss) where a
+    row has tokens.
+    """
+    assert tensors(ours).keys() == tensors(theirs).keys()
+    for key, want in tensors(theirs).items():
+        got = ours[key]
+        assert got.shape == want.shape, key
+        if want.shape[:2] == mask.shape:
+            got, want = got[mask.bool()], want[mask.bool()]
+        elif want.dim() and want.shape[0] == mask.shape[0]:
+            live = mask.any(1)
+            got, want = got[live], want[live]
+        torch.testing.assert_close(got, want, **FP32, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def scalar_of(output, mask):
+    """A smooth function of all that counts in an output: real tokens, sequences that have tokens,
+    and the loss.
+    """
+    total = output["loss"] if "loss" in output else 0.0
+    for key, value in tensors(output).items():
+        if value.dim() == 0:
+            continue
+        value = value[mask.bool()] if value.shape[:2] == mask.shape else value[mask.any(1)]
+        total = total + (value * torch.linspace(-1, 1, value.numel()).view(value.shape)).mean()
+    return total
+
+
+@pytest.mark.parametrize("width", [312, 768])
+@pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
+def test_real_tokens_and_gradients_with_any_padding(cases, name, width, padding):
+    plain, fast = cases.pair(name, width)
+    batch = cases.batch(padding)
+    mask = batch["attention_mask"]
+    theirs, ours = plain(**batch), fast(**batch)
+    assert_same_on_real_tokens(ours, theirs, mask)
+    scalar_of(theirs, mask).backward()
+    scalar_of(ours, mask).backward()
+    cases.same_gradients(fast, plain)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class(cases, name, poolable):
+    """Training mode, labels given; heads that skip unlabelled rows are asked for their logits as
+    well.
+    """
+    plain, fast = cases.pair(name, accelerate={"training_logits": True})
+    plain.train(), fast.train()
+    batch = cases.batch(poolable)
+    batch |= labels_of(name, batch["attention_mask"])
+    theirs, ours = plain(**batch), fast(**batch)
+    assert type(theirs) is type(ours)
+    assert_same_on_real_tokens(ours, theirs, batch["attention_mask"])
+    scalar_of(theirs, batch["attention_mask"]).backward()
+    scalar_of(ours, batch["attention_mask"]).backward()
+    cases.same_gradients(fast, plain)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_masked_lm_training_skips_unlabelled_rows(cases, name, padding):
+    plain, fast = cases.pair(name)
+    batch = cases.batch(padding)
+    batch |= labels_of(name, batch["attention_mask"])
+    with torch.no_grad():
+        evaluated = fast(**batch)
+        assert_same_on_real_tokens(evaluated, plain(**batch), batch["attention_mask"])
+    plain.train(), fast.train()
+    theirs, ours = plain(**batch), fast(**batch)
+    pooled_padding = name == "BertForPreTraining" and padding in ("left", "hole_first")
+    logits = "prediction_logits" if name == "BertForPreTraining" else "logits"
+    assert (ours[logits] is None) is not pooled_padding
+    torch.testing.assert_close(ours.loss, theirs.loss, **FP32)
+    torch.testing.assert_close(ours.loss, evaluated.loss, **FP32)
+    theirs.loss.backward()
+    ours.loss.backward()
+    cases.same_gradients(fast, plain)
+
+
+def test_pretraining_gives_a_loss_for_both_labels_only(cases):
+    _, fast = cases.pair("BertForPreTraining")
+    batch = cases.batch("right")
+    labels = labels_of("BertForPreTraining", batch["attention_mask"])
+    fast.train()
+    one = fast(**batch, labels=labels["labels"])
+    assert one.loss is None
+    assert one.prediction_logits.shape == (*cases.shape, cases.vocabulary)
+    loss, order = fast(**batch, **labels, return_dict=False)
+    assert loss.dim() == 0
+    assert order.shape == (cases.shape[0], 2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "number"),
+    [
+        ("regression", torch.tensor([0.5, -1.0, 2.0, 0.0]), 1),
+        ("single_label_classification", torch.tensor([0, 2, 1, 2]), 3),
+        ("multi_label_classification", torch.tensor([[0, 1, 1.0]] * 4), 3),
+    ],
+)
+def test_sequence_classification_problems(cases, problem, labels, number):
+    plain, fast = cases.pair(
+        "BertForSequenceClassification",
+        config=cases.config(num_labels=number, problem_type=problem),
+    )
+    batch = cases.batch("right", labels=labels)
+    theirs, ours = plain(**batch), fast(**batch)
+    assert_same_on_real_tokens(ours, theirs, batch["attention_mask"])
+
+
+def test_multiple_choice(cases):
+    plain, fast = cases.pair("BertForMultipleChoice")
+    batch = {k: v.view(2, 2, -1) for k, v in cases.batch("right").items()}
+    batch["labels"] = torch.tensor([1, 0])
+    theirs, ours = plain(**batch), fast(**batch)
+    torch.testing.assert_close(ours.loss, theirs.loss, **FP32)
+    torch.testing.assert_close(ours.logits, theirs.logits, **FP32)
+
+
+def test_question_answering_never_answers_with_padding(cases, padding):
+    plain, fast = cases.pair("BertForQuestionAnswering")
+    batch = cases.batch(padding)
+    mask = batch["attention_mask"]
+    start, end = mask.argmax(1), mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    theirs, ours = plain(**batch), fast(**batch, start_positions=start, end_positions=end)
+    expected = 0.0
+    for got, want, at in (
+        (ours.start_logits, theirs.start_logits, start),
+        (ours.end_logits, theirs.end_logits, end),
+    ):
+        torch.testing.assert_close(got[mask.bool()], want[mask.bool()], **FP32)
+        assert (got[~mask.bool()] == torch.finfo(got.dtype).min).all()
+        real = want.masked_fill(~mask.bool(), -torch.inf)
+        expected = expected + F.cross_entropy(real[mask.any(1)], at[mask.any(1)]) / 2
+    torch.testing.assert_close(ours.loss, expected, **FP32)
+    expected.backward()
+    ours.loss.backward()
+    cases.same_gradients(fast, plain)
+
+
+def test_question_answering_ignores_positions_on_padding(cases):
+    _, fast = cases.pair("BertForQuestionAnswering")
+    batch = cases.batch("right")  # row 2 has 4 tokens
+    inside = torch.tensor([1, 1, 1, 1])
+    on_padding, outside = torch.tensor([1, 1, 5, 1]), torch.tensor([1, 1, 99, 1])
+    losses = [
+        fast(**batch, start_positions=at, end_positions=at).loss
+        for at in (on_padding, outside, inside)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_empty_rows_pool_zeros(cases):
+    _, fast = cases.pair("BertForPreTraining")
+    batch = cases.batch("empty_row")
+    empty = ~batch["attention_mask"].any(1)
+    zeros = torch.zeros(1, 1, 312)
+    pooled = fast.bert(**batch).pooler_output
+    torch.testing.assert_close(pooled[empty], fast.bert.pooler(zeros).expand(int(empty.sum()), -1))
+    order = fast(**batch).seq_relationship_logits
+    torch.testing.assert_close(order, fast.cls.seq_relationship(pooled), **FP32)
+
+
+def test_a_batch_of_padding_alone(cases):
+    _, fast = cases.pair("BertForPreTraining")
+    batch = cases.batch("right", attention_mask=torch.zeros(cases.shape, dtype=torch.int64))
+    output = fast(**batch, output_hidden_states=True)
+    assert not output.hidden_states[-1].any()
+    assert output.seq_relationship_logits.isfinite().all()
+    output.seq_relationship_logits.sum().backward()
+
+
+def test_padding_is_zero_where_padded_states_are_returned(cases, poolable):
+    _, fast = cases.pair("BertModel")
+    batch = cases.batch(poolable)
+    output = fast(**batch, output_hidden_states=True)
+    for states in (output.last_hidden_state, *output.hidden_states):
+        assert not states[~batch["attention_mask"].bool()].any()
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int32, torch.float32, None])
+def test_mask_dtypes_and_no_mask(cases, kind):
+    plain, fast = cases.pair("BertModel")
+    batch = cases.batch("right")
+    mask = batch.pop("attention_mask")
+    if kind is None:
+        mask = torch.ones_like(mask)
+    else:
+        batch["attention_mask"] = mask.to(kind)
+    assert_same_on_real_tokens(fast(**batch), plain(**batch), mask)
+
+
+def test_positions_types_and_embeddings_of_the_caller(cases, poolable):
+    plain, fast = cases.pair("BertModel")
+    batch = cases.batch(poolable)
+    mask = batch["attention_mask"]
+    offsets = torch.arange(cases.shape[1]) + 3
+    ready = torch.randn(*cases.shape, 312)
+    common = {"attention_mask": mask}
+    for inputs in (
+        {"input_ids": batch["input_ids"]},  # neither types nor positions
+        {"input_ids": batch["input_ids"], "position_ids": offsets[None]},
+        {"input_ids": batch["input_ids"], "position_ids": offsets.expand(cases.shape).flip(0)},
+        {
+            "input_ids": batch["input_ids"],
+            "token_type_ids": torch.ones(1, cases.shape[1], dtype=int),
+        },
+        {"inputs_embeds": ready, "token_type_ids": batch["token_type_ids"]},
+        {"inputs_embeds": ready, "position_ids": offsets[None]},
+    ):
+        assert_same_on_real_tokens(fast(**inputs, **common), plain(**inputs, **common), mask)
+
+
+def test_gradient_of_ready_made_embeddings(cases):
+    plain, fast = cases.pair("BertModel")
+    mask = cases.batch("holes")["attention_mask"]
+    grads = []
+    for model in (plain, fast):
+        ready = torch.randn(*cases.shape, 312, generator=torch.Generator().manual_seed(3))
+        ready.requires_grad_()
+        scalar_of(model(inputs_embeds=ready, attention_mask=mask), mask).backward()
+        grads.append(ready.grad[mask.bool()])
+    torch.testing.assert_close(grads[1], grads[0], **FP32)
+
+
+@pytest.mark.parametrize("asked", [True, 1, [0, -1], [-2], []], ids=str)
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForQuestionAnswering"])
+def test_hidden_states(cases, name, asked, poolable):
+    plain, fast = cases.pair(name)
+    batch = cases.batch(poolable)
+    mask = batch["attention_mask"].bool()
+    theirs = plain(**batch, output_hidden_states=asked).hidden_states
+    ours = fast(**batch, output_hidden_states=asked).hidden_states
+    if theirs is None:
+        assert ours is None
+        return
+    assert len(ours) == len(theirs)
+    for got, want in zip(ours, theirs):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got[mask], want[mask], **FP32)
+
+
+def test_hidden_states_by_config_and_as_tuple(cases):
+    plain, fast = cases.pair("BertForPreTraining", config=cases.config(output_hidden_states=True))
+    batch = cases.batch("right")
+    theirs, ours = plain(**batch, return_dict=False), fast(**batch, return_dict=False)
+    assert isinstance(ours, tuple)
+    assert [type(x) for x in ours] == [type(x) for x in theirs]
+    assert len(ours[-1]) == 3
+    assert isinstance(fast.bert(**batch, return_dict=False), tuple)
+    fast.config.return_dict = False
+    assert isinstance(fast(**batch), tuple)
+    assert isinstance(fast(**batch, return_dict=True), BertForPreTrainingOutput)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing(cases, reentrant, dropout):
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    _, fast = cases.pair("BertForMaskedLM", **rates)
+    batch = cases.batch("right")
+    batch |= labels_of("BertForMaskedLM", batch["attention_mask"])
+    fast.train()
+    saved = copy.deepcopy(fast)
+    saved.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    losses = []
+    for model in (fast, saved):
+        torch.manual_seed(5)
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+    assert losses[0] == losses[1]
+    for (name, a), (_, b) in zip(fast.named_parameters(), saved.named_parameters()):
+        assert torch.equal(a.grad, b.grad), name
+
+
+def test_dropout_follows_the_torch_seed_and_the_mode(cases):
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    plain, fast = cases.pair("BertModel", **rates)
+    batch = cases.batch("right")
+    before = torch.random.get_rng_state()
+    assert_same_on_real_tokens(fast(**batch), plain(**batch), batch["attention_mask"])
+    assert torch.equal(before, torch.random.get_rng_state()), (
+        "an eval forward drew from torch's generator"
+    )
+    fast.train()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(fast(**batch).last_hidden_state)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[2], fast(**batch).last_hidden_state), (
+        "a second step drew the same mask"
+    )
+
+
+@pytest.mark.parametrize(
+    "only", ["hidden_dropout_prob", "attention_probs_dropout_prob"], ids=lambda name: name[:6]
+)
+def test_each_dropout_rate_reaches_its_places(cases, only):
+    """The mean over many masks is near the eval output, and each rate alone disturbs it."""
+    _, fast = cases.pair("BertModel", **{only: 0.1})
+    batch = cases.batch("full")
+    still = fast(**batch).last_hidden_state
+    fast.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = torch.stack([fast(**batch).last_hidden_state for _ in range(40)])
+    spread = drawn.std(0).mean()
+    assert spread > 1e-3
+    assert (drawn.mean(0) - still).abs().mean() < spread
+
+
+def test_other_activations_run_packed(cases, caplog):
+    for activation in ("relu", "gelu_new"):
+        plain, fast = cases.pair("BertForMaskedLM", hidden_act=activation)
+        batch = cases.batch("left")
+        assert_same_on_real_tokens(fast(**batch), plain(**batch), batch["attention_mask"])
+    assert not caplog.records
+
+
+def test_adapters_and_hooks_on_linear_layers_are_heard(cases, caplog):
+    plain, fast = cases.pair("BertModel")
+    batch = cases.batch("right")
+    shapes = []
+    for model in (plain, fast):
+        for name, module in model.named_modules():
+            if name.endswith(("query", "dense")) and "pooler" not in name:
+                module.register_forward_hook(
+                    lambda m, args, out: (shapes.append(out.shape), out * 1.5)[1]
+                )
+    assert_same_on_real_tokens(fast(**batch), plain(**batch), batch["attention_mask"])
+    assert len(shapes) == 2 * 2 * 4
+    assert not caplog.records
+
+
+# ---- what packed rows cannot serve ----
+
+
+def served_by_transformers(caplog, match):
+    return [r for r in caplog.records if r.levelno == logging.WARNING and match in r.message]
+
+
+def test_left_padding_with_a_pooler_runs_transformers_and_says_so_once(cases, caplog):
+    plain, fast = cases.pair("BertForSequenceClassification")
+    batch = cases.batch("left")
+    for _ in range(2):
+        torch.testing.assert_close(fast(**batch).logits, plain(**batch).logits, atol=0, rtol=0)
+    assert len(served_by_transformers(caplog, "starts with padding")) == 1
+    fast(**cases.batch("right"))
+    with pytest.raises(ValueError, match="starts with padding"):
+        fast(**batch, capture=tbf.Capture(hidden_states=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("reason", "call"),
+    [
+        ("output_attentions", lambda b: {**b, "output_attentions": True}),
+        ("3-D mask", lambda b: {**b, "attention_mask": b["attention_mask"][:, None] * b["attention_mask"][..., None]}),
+        ("4-D mask", lambda b: {**b, "attention_mask": torch.zeros(4, 1, 9, 9)}),
+        ("cu_seq_lens_q", lambda b: {**b, "cu_seq_lens_q": torch.tensor([0, 9])}),
+        ("is_causal", lambda b: {**b, "is_causal": True}),
+    ],
+)  # fmt: skip
+def test_calls_that_run_transformers(cases, caplog, reason, call):
+    plain, fast = cases.pair(
+        "BertForSequenceClassification", config=cases.config(attn_implementation="eager")
+    )
+    batch = call(cases.batch("right"))
+    try:
+        theirs = plain(**batch, output_hidden_states=True)
+    except (ValueError, RuntimeError) as error:  # Transformers refuses it: so do we, in its words
+        with pytest.raises(type(error)):
+            fast(**batch)
+    else:
+        ours = fast(**batch, output_hidden_states=True)
+        fast(**batch)
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=0, rtol=0)
+        assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
+        assert len(ours.attentions or ()) == len(theirs.attentions or ())
+    assert len(served_by_transformers(caplog, reason)) == 1
+    with pytest.raises(ValueError, match=reason):
+        fast(**batch, capture=tbf.Capture(hidden_states=(0,)))
+
+
+def test_models_that_run_transformers(cases, caplog):
+    decoder = cases.config(is_decoder=True, add_cross_attention=True)
+    plain, fast = cases.pair("BertLMHeadModel", config=decoder)
+    batch = cases.batch("right", labels=torch.ones(cases.shape, dtype=int))
+    states = torch.randn(4, 5, 312)
+    ours = fast(**batch, encoder_hidden_states=states)
+    assert torch.equal(ours.loss, plain(**batch, encoder_hidden_states=states).loss)
+    assert len(served_by_transformers(caplog, "decoder")) == 1
+
+    _, fast = cases.pair("BertModel")
+    fast.encoder.layer[1].register_forward_hook(lambda *_: None)
+    fast(**cases.batch("right"))
+    assert len(served_by_transformers(caplog, "hook")) == 1
+
+    _, fast = cases.pair("BertModel")
+    fast.encoder.layer[1] = type("Other", (type(fast.encoder.layer[1]),), {})(fast.config, 1)
+    fast(**cases.batch("right"))
+    assert len(served_by_transformers(caplog, "Other")) == 1
+
+
+def test_transformers_recorders_do_not_count_as_hooks(cases, caplog):
+    """output_attentions leaves hooks on every layer for good; the calls after it are packed
+    again.
+    """
+    _, fast = cases.pair("BertModel", config=cases.config(attn_implementation="eager"))
+    batch = cases.batch("right")
+    assert len(fast(**batch, output_attentions=True).attentions) == 2
+    caplog.clear()
+    integration._warn.cache_clear()
+    fast(**batch)
+    assert not caplog.records
+
+
+def test_refusals(cases):
+    _, fast = cases.pair("BertModel")
+    batch = cases.batch("right")
+    with pytest.raises(ValueError, match="exactly one of"):
+        fast(attention_mask=batch["attention_mask"])
+    with pytest.raises(ValueError, match="4 sequences of 9 positions, and the inputs are 4 of 7"):
+        fast(batch["input_ids"][:, :7], batch["attention_mask"])
+    with pytest.raises(ValueError, match="40 tokens wide and the model has 32 positions"):
+        fast(torch.ones(1, 40, dtype=torch.int64))
+    with pytest.raises(ValueError, match="nothing to accelerate"):
+        tbf.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="got str"):
+        tbf.accelerate("bert-base-uncased")
+    with pytest.raises(ValueError, match="impl='trition'"):
+        tbf.accelerate(fast, impl="trition")
+    with pytest.raises(ValueError, match="hidden state 3, and this model has 0..2"):
+        fast(**batch, capture=tbf.Capture(hidden_states=(3,)))
+    with pytest.raises(ValueError, match="attention of layer 0, and this model has 1..2"):
+        fast(**batch, capture=tbf.Capture(attention=(0,)))
+    layout = tbf.SequenceLayout.from_mask(batch.pop("attention_mask"))
+    with pytest.raises(ValueError, match="without attention_mask"):
+        fast(**batch, layout=layout, output_attentions=True)
+
+
+def test_layout_of_the_caller(cases):
+    _, fast = cases.pair("BertForMaskedLM")
+    batch = cases.batch("holes")
+    want = fast(**batch).logits
+    layout = tbf.SequenceLayout.from_mask(batch.pop("attention_mask"))
+    assert torch.equal(fast(**batch, layout=layout).logits, want)
+
+
+# ---- the model as an object ----
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "BertForMultipleChoice", "BertLMHeadModel"])
+def test_accelerate_is_in_place_idempotent_and_undone(cases, name):
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(cases.config())
+    parameters = dict(model.named_parameters())
+    keys = list(model.state_dict())
+    classes = [type(m) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    assert not tbf.is_accelerated(model)
+    assert tbf.accelerate(model) is model
+    assert tbf.accelerate(model, impl="reference") is model
+    assert tbf.is_accelerated(model)
+    assert {m.fast_impl for m in model.modules() if isinstance(m, integration.Accelerated)} == {
+        "reference"
+    }
+    assert list(model.state_dict()) == keys
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    assert type(model).__name__ == name
+    assert tbf.restore(model) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert not tbf.is_accelerated(model)
+    assert tbf.restore(model) is model
+
+
+def test_restored_model_runs_transformers_code(cases):
+    plain, fast = cases.pair("BertForPreTraining")
+    batch = cases.batch("left")
+    theirs, ours = (m(**batch, output_hidden_states=True) for m in (plain, tbf.restore(fast)))
+    assert torch.equal(ours.prediction_logits, theirs.prediction_logits)
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_signatures_that_the_trainer_reads(name):
+    """Trainer drops the columns that forward does not name, and finds labels by name."""
+    from transformers.utils.generic import find_labels
+
+    plain = getattr(transformers, name)
+    fast = integration.FAST_CLASSES.get(plain, plain)
+    theirs, ours = (inspect.signature(c.forward).parameters for c in (plain, fast))
+    assert set(theirs) - set(ours) <= {"cache", "past_key_values", "use_cache"}
+    assert list(ours)[:6] == list(theirs)[:6]
+    assert find_labels(fast) == find_labels(plain)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_stay_accelerated(cases, clone):
+    _, fast = cases.pair(
+        "BertForPreTraining", accelerate={"impl": "reference", "training_logits": True}
+    )
+    twin = clone(fast)
+    assert tbf.is_accelerated(twin)
+    assert twin.bert.fast_impl == "reference"
+    assert twin.fast_training_logits
+    batch = cases.batch("right")
+    assert torch.equal(twin(**batch).prediction_logits, fast(**batch).prediction_logits)
+    assert twin.cls.predictions.decoder.weight is twin.bert.embeddings.word_embeddings.weight
+
+
+def test_impl_is_handed_down_to_every_op(cases, monkeypatch):
+    from tinybert_fast import ops
+
+    seen = {}
+    for name in (
+        "attention",
+        "layer_norm",
+        "dropout_add_layer_norm",
+        "embedding_layer_norm",
+        "bias_gelu",
+        "linear_cross_entropy",
+    ):
+
+        def spy(*args, name=name, op=getattr(ops, name), **kwargs):
+            seen.setdefault(name, set()).add(kwargs["impl"])
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, spy)
+    _, fast = cases.pair("BertForMaskedLM", accelerate={"impl": "reference"})
+    batch = cases.batch("right")
+    fast.train()(**batch, **labels_of("BertForMaskedLM", batch["attention_mask"]))
+    assert len(seen) == 6
+    assert all(impls == {"reference"} for impls in seen.values())
+
+
+def test_dropout_sites_are_all_different(cases, monkeypatch):
+    from tinybert_fast import ops
+
+    sites, seeds = [], []
+    for name in ("attention", "dropout_add_layer_norm", "embedding_layer_norm"):
+
+        def spy(*args, op=getattr(ops, name), **kwargs):
+            sites.append(kwargs["site"])
+            seeds.append(tuple(kwargs["seed"].tolist()))
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, spy)
+    _, fast = cases.pair("BertModel", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    fast.train()(**cases.batch("right"))
+    assert sites == [0, 4, 5, 6, 8, 9, 10]
+    assert len(set(seeds)) == 1
+
+
+def test_inside_other_models(cases):
+    """A BertModel of any owner is found: here the encoder of an encoder-decoder and a user's own
+    subclass.
+    """
+
+    class Mine(BertForSequenceClassification):
+        pass
+
+    model = tbf.accelerate(Mine(cases.config()))
+    assert type(model) is Mine
+    assert tbf.is_accelerated(model)
+    pair = EncoderDecoderModel(
+        encoder=BertModel(cases.config()),
+        decoder=transformers.BertLMHeadModel(
+            cases.config(is_decoder=True, add_cross_attention=True)
+        ),
+    ).eval()
+    batch = cases.batch("right")
+    want = pair(**batch, decoder_input_ids=batch["input_ids"]).logits
+    got = tbf.accelerate(pair)(**batch, decoder_input_ids=batch["input_ids"]).logits
+    torch.testing.assert_close(got, want, **FP32)
+
+
+def test_resized_embeddings_and_frozen_layers(cases):
+    plain, fast = cases.pair("BertForMaskedLM")
+    batch = cases.batch("right")
+    batch |= labels_of("BertForMaskedLM", batch["attention_mask"])
+    for model in (plain, fast):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(cases.vocabulary + 3)
+        model.bert.embeddings.requires_grad_(False)
+        model.bert.encoder.layer[0].requires_grad_(False)
+        model.train()(**batch).loss.backward()
+    cases.same_gradients(fast, plain)
+    assert fast.bert.encoder.layer[0].output.dense.weight.grad is None
+
+
+def test_padding_token_gets_no_word_gradient(cases):
+    plain, fast = cases.pair("BertModel")
+    batch = cases.batch("full")
+    batch["input_ids"][:, 3] = plain.config.pad_token_id
+    for model in (plain, fast):
+        model(**batch).last_hidden_state.square().sum().backward()
+    cases.same_gradients(fast, plain)
+    assert not fast.embeddings.word_embeddings.weight.grad[0].any()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(cases, kind):
+    plain, fast = cases.pair("BertForMaskedLM")
+    plain, fast = plain.to(kind), fast.to(kind)
+    batch = cases.batch("right")
+    batch |= labels_of("BertForMaskedLM", batch["attention_mask"])
+    close = {"atol": 1e-9, "rtol": 1e-9} if kind == torch.float64 else {"atol": 0.02, "rtol": 0.02}
+    theirs, ours = plain.train()(**batch), fast.train()(**batch)
+    torch.testing.assert_close(ours.loss, theirs.loss, check_dtype=False, **close)
+    ours.loss.backward()
+    assert all(p.grad.dtype == kind for p in fast.parameters())
+
+
+def test_autocast(cases):
+    """bf16 compute over fp32 weights: as near to fp32 as Transformers' own autocast is."""
+    plain, fast = cases.pair("BertForPreTraining", hidden_dropout_prob=0.1)
+    batch = cases.batch("right")
+    batch |= labels_of("BertForPreTraining", batch["attention_mask"])
+    exact = plain(**batch).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = plain(**batch).loss, fast(**batch).loss
+        fast.train()
+        loss = fast(**batch).loss
+    assert abs(ours - exact) <= 2 * abs(theirs - exact) + 0.01
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fast.parameters())
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
+def test_compile(cases, name):
+    """torch.compile(model), over batches of several shapes; the host's reading of the mask is its
+    one graph break.
+    """
+    torch._dynamo.reset()
+    plain, fast = cases.pair(name)
+    whole = torch.compile(fast, backend="aot_eager")
+    for padding in ("right", "holes", "one_token", "full"):
+        batch = cases.batch(padding)
+        batch |= labels_of(name, batch["attention_mask"])
+        theirs, ours = plain(**batch), whole(**batch)
+        assert_same_on_real_tokens(ours, theirs, batch["attention_mask"])
+    plain.zero_grad(), fast.zero_grad()
+    scalar_of(plain(**batch), batch["attention_mask"]).backward()
+    scalar_of(whole(**batch), batch["attention_mask"]).backward()
+    cases.same_gradients(fast, plain)
+
+
+def test_config_class_is_untouched(cases):
+    _, fast = cases.pair("BertForMaskedLM")
+    assert type(fast.config) is BertConfig
+    assert "fast" not in fast.config.to_json_string()
