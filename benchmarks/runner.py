@@ -221,8 +221,7 @@ class Clock:
         return time.perf_counter() - start
 
     def best(self, call: Callable[[], Any]) -> float:
-        """The fastest of a few runs, the first (allocations, caches) aside."""
-        call()
+        """The fastest of a few runs."""
         return min(self(call) for _ in range(TUNING_RUNS))
 
     def wait(self) -> None:

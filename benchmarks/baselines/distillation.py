@@ -111,7 +111,7 @@ class Setting(NamedTuple):
     form: str  # of the attention loss
 
     def __str__(self) -> str:
-        return f"{self.buckets} length buckets, {self.form} loss"
+        return f"length buckets: {self.buckets}, {self.form}"
 
 
 class CarefulStep(DistillationBaseline):

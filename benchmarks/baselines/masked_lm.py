@@ -51,4 +51,4 @@ class CarefulStep(TrainingStep):
         return total
 
     def setting(self, dtype: str) -> str:
-        return f"{self._setting(dtype)} length buckets"
+        return f"length buckets: {self._setting(dtype)}"

@@ -243,8 +243,8 @@ class DistillationTrainer(RunTrainer):
     ) -> None:
         # The Trainer's own writer, on the student: a folder as of any Transformers model.
         folder = output_dir if output_dir is not None else self.args.output_dir
-        both = self.model
-        self.model = both.student
+        both: Distillation = self.model
+        self.model: Any = both.student
         try:
             super()._save(folder)
         finally:

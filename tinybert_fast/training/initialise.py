@@ -9,12 +9,12 @@ basis of the mean-free directions, each student table is
 
     word_S = word_T C P Q^T,   position_S = position_T C P Q^T,   type_S = type_T C P Q^T
 
-(one linear map, so their sums agree) and the student's layer norm keeps weight 1, bias 0: its output is Q P^T z, rescaled to unit rms,
-which is what freshly initialised layers above expect.  The second moment of z is taken without
-centring, so the common mean of all tokens, which layer norm would otherwise distort, is among the
-directions kept.  The projection W, b then is the least-squares map from the student's embedding
-output to the teacher's (gamma and beta included), so  y_S W^T + b ~ y_T  as closely as the rank
-allows: exactly, when both widths agree.
+(one linear map, so their sums agree) and the student's layer norm keeps weight 1, bias 0: its
+output is Q P^T z, rescaled to unit rms, which is what freshly initialised layers above expect.  The
+second moment of z is taken without centring, so the common mean of all tokens, which layer norm
+would otherwise distort, is among the directions kept.  The projection W, b then is the
+least-squares map from the student's embedding output to the teacher's (gamma and beta included), so
+y_S W^T + b ~ y_T  as closely as the rank allows: exactly, when both widths agree.
 """
 
 from __future__ import annotations

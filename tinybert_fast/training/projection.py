@@ -96,33 +96,22 @@ class HiddenProjection(nn.Module):
         A shared map serves every state of a per-layer projection; the other way round is refused.
         """
         found = _read(Path(folder))
-        if "fit_dense" in found:
-            maps = {
-                None if self.shared else str(m): found["fit_dense"] for m in self.states or (0,)
-            }
-        elif self.shared:
+        held = ", ".join(sorted(found))
+        if self.shared and "fit_dense" not in found:
             raise ValueError(
-                f"{folder} holds one projection per layer ({', '.join(sorted(found))}), but a "
-                "shared one is wanted; "
+                f"{folder} holds one projection per layer ({held}), but a shared one is wanted; "
                 "ask for per-layer projections"
             )
-        else:
-            missing = [m for m in self.states if f"fit_denses.{m}" not in found]
-            if missing:
-                raise ValueError(
-                    f"{folder} has no projection for student states {missing}; it holds "
-                    f"{', '.join(sorted(found))}"
-                )
-            maps = {str(m): found[f"fit_denses.{m}"] for m in self.states}
-        for at, values in maps.items():
-            linear = self.fit_dense if at is None else self.fit_denses[at]
-            shape = tuple(values["weight"].shape)
+        for m in (0,) if self.shared else self.states:
+            values = found.get("fit_dense") or found.get(f"fit_denses.{m}")
+            if values is None:
+                raise ValueError(f"{folder} has no projection for student state {m}; it has {held}")
+            linear, shape = self._linear(m), tuple(values["weight"].shape)
             if shape != tuple(linear.weight.shape):
                 raise ValueError(
-                    f"the projection in {folder} maps {shape[1]} -> {shape[0]} channels, but "
-                    "this student and teacher need "
-                    f"{self.student_width} -> {self.teacher_width}; it belongs to another pair "
-                    "of models"
+                    f"the projection in {folder} maps {shape[1]} -> {shape[0]} channels, and this "
+                    f"student and teacher need {self.student_width} -> {self.teacher_width}; "
+                    "it belongs to another pair of models"
                 )
             with torch.no_grad():
                 linear.weight.copy_(values["weight"])

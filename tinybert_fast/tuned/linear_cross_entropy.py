@@ -20,10 +20,11 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, l
     dselected = torch.empty_like(selected)
     dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     dbias = hidden.new_zeros(0 if bias is None else len(bias), dtype=wide)
+    projection = weight.to(hidden.dtype)
     size = max(1, CHUNK_CELLS // weight.shape[0])
     for first in range(0, len(labels), size):
         some, target = selected[first : first + size], labels[first : first + size, None]
-        logits = (some @ weight.to(hidden.dtype).mT).to(wide)
+        logits = (some @ projection.mT).to(wide)
         if bias is not None:
             logits += bias
         log_probabilities = torch.log_softmax(logits, 1)
@@ -33,7 +34,7 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, l
         if bias is not None:
             dbias += dlogits.sum(0)
         dlogits = dlogits.to(hidden.dtype)
-        dselected[first : first + size] = dlogits @ weight.to(hidden.dtype)
+        dselected[first : first + size] = dlogits @ projection
         if dweight.dtype == dlogits.dtype:
             dweight.addmm_(dlogits.mT, some, alpha=1.0 / count)
         else:
