@@ -34,7 +34,6 @@ lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/mypy kernels benchmarks
 
 demo: $(DEMO) $(DATA)
 	$(RUN) $(BIN)/tinybert-fast demo $(ARGS)

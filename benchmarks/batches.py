@@ -18,11 +18,11 @@ SPECIAL = 2  # [CLS] and [SEP]
 class Batch:
     """Right-padded (B, N) ids, mask, types and masked-LM labels (-100 where there is none)."""
 
+    lengths: tuple[int, ...]
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor
     labels: Tensor
-    lengths: tuple[int, ...]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -47,12 +47,21 @@ class Batch:
         index = torch.tensor(numbers, device=self.input_ids.device)
         padded = (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)
         parts = (x.index_select(0, index)[:, :longest].contiguous() for x in padded)
-        return Batch(*parts, lengths=tuple(self.lengths[b] for b in numbers))
+        return Batch(tuple(self.lengths[b] for b in numbers), *parts)
+
+
+def bucket_counts(batch: Batch) -> tuple[int, ...]:
+    """1, 2, 4, ... up to one sequence per bucket: what a careful user would try."""
+    return tuple(1 << i for i in range(len(batch.lengths).bit_length()))
 
 
 def draw_lengths(batch: int, width: int, generator: torch.Generator) -> list[int]:
-    """One length from each of ``batch`` equal slices of [0.2, 1] * width, in random order."""
-    within = torch.rand(batch, generator=generator)
+    """One length from each of ``batch`` equal slices of [0.2, 1] * width, in random order.
+
+    Places within the slices come in opposite pairs, so the mean is 0.6 * width at any batch size.
+    """
+    half = torch.rand(batch // 2, generator=generator)
+    within = torch.cat([half, half.new_full((batch % 2,), 0.5), 1 - half.flip(0)])
     at = (torch.arange(batch) + within) / batch
     lengths = (width * (SHORTEST + (1 - SHORTEST) * at)).round().long().clamp(SPECIAL + 1, width)
     return lengths[torch.randperm(batch, generator=generator)].tolist()
@@ -77,4 +86,4 @@ def draw_batch(
         labels[b, chosen] = ids[b, chosen]
         ids[b, chosen] = min(MASK, first - 1)
     padded = (ids * real, real.long(), torch.zeros_like(ids), labels)
-    return Batch(*(x.to(device) for x in padded), lengths=tuple(lengths))
+    return Batch(tuple(lengths), *(x.to(device) for x in padded))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+LONGEST = 3  # widths that a growth exponent is fitted to
 
 # Column -> what it says. A cell that does not apply, or was not measured, is empty (null in JSON).
 COLUMNS = {
@@ -35,7 +36,7 @@ COLUMNS = {
     "speedup_b": "median over rounds of time(b) / time, same dtype",
     "speedup_a_fp32": "median over rounds of time(a in fp32) / time",
     "peak_mib": "largest memory alive during one run beyond what was alive before it",
-    "growth": "exponent of peak_mib in N over the rows of this provider",
+    "growth": "exponent of peak_mib in N over this provider's three longest N",
     "loss_error": "largest relative difference from the check's reference at dropout 0",
     "gradient_error": "the same, of any parameter's gradient",
     "device": "where it ran",
@@ -100,12 +101,14 @@ def _replace(path: Path, text: str) -> None:
 
 def growth_exponents(rows: list[Row]) -> None:
     """Fill ``growth`` where one provider was measured at several widths: the slope of log peak
-    against log N, 1 for memory linear in the length, 2 for its square."""
+    against log N over the longest ones (below, scratch of a fixed size may be most of it). 1 is
+    memory linear in the length, 2 its square."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["case"], row["provider"], row["dtype"]), []).append(row)
     for group in groups.values():
         points = {row["width"]: row["peak_mib"] for row in group if row["peak_mib"]}
+        points = dict(sorted(points.items())[-LONGEST:])
         if len(points) > 1:
             exponent = slope([math.log(n) for n in points], [math.log(m) for m in points.values()])
             for row in group:

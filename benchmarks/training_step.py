@@ -81,7 +81,7 @@ class TrainingStep:
         return self.backward(self._batch(what, dtype), dtype, self._setting(dtype))
 
     def _setting(self, dtype: str) -> Any:
-        return self._chosen.get(dtype, self.settings[-1])
+        return self._chosen.get(dtype, self._chosen.get("fp32", self.settings[-1]))
 
     def _batch(self, what: str, dtype: str) -> Any:
         key = what, self._setting(dtype)

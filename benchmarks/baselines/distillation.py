@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from tinybert_fast.benchmarks.baselines.attention_scores import SUMS, official
-from tinybert_fast.benchmarks.batches import Batch
+from tinybert_fast.benchmarks.batches import Batch, bucket_counts
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL
 from tinybert_fast.benchmarks.training_step import TrainingStep
 
@@ -59,12 +59,12 @@ class DistillationBaseline(TrainingStep):
         dropout: float,
     ) -> None:
         super().__init__(trained, batches, dropout)
-        self.student: Any = trained["student"]
+        self.student = cast(Any, trained["student"])
         self.project: Any = trained["projection"].fit_dense
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher: Any = teacher.eval().requires_grad_(False)
         # Uniform matches: student layer m learns from teacher layer m * every.
-        self.layers = self.student.config.num_hidden_layers
-        self.every = teacher.config.num_hidden_layers // self.layers
+        self.layers: int = self.student.config.num_hidden_layers
+        self.every: int = teacher.config.num_hidden_layers // self.layers
 
 
 class OfficialStep(DistillationBaseline):
@@ -120,10 +120,14 @@ class CarefulStep(DistillationBaseline):
     Number of buckets and form of the attention loss are the fastest ones on this machine."""
 
     name, role = "careful", CAREFUL
-    settings = tuple(Setting(b, form) for b in (1, 2, 4, 8) for form in ("direct", "gram"))
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        counts = bucket_counts(self.batches["timed"])
+        self.settings = tuple(Setting(count, form) for count in counts for form in SUMS)
 
     def prepare(self, batch: Batch, setting: Setting) -> list[Batch]:
-        return batch.buckets(min(setting.buckets, len(batch.lengths)))
+        return batch.buckets(setting.buckets)
 
     def backward(self, batch: list[Batch], dtype: str, setting: Setting) -> Tensor:
         tokens = sum(part.tokens for part in batch)

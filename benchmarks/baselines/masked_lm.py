@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinybert_fast.benchmarks.batches import IGNORED, Batch
+from tinybert_fast.benchmarks.batches import IGNORED, Batch, bucket_counts
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL
 from tinybert_fast.benchmarks.training_step import TrainingStep
 
@@ -31,10 +31,13 @@ class CarefulStep(TrainingStep):
     buckets is the fastest one on this machine."""
 
     name, role = "careful", CAREFUL
-    settings = (1, 2, 4, 8, 16)
+
+    def __init__(self, trained: nn.Module, batches: dict[str, Batch], dropout: float) -> None:
+        super().__init__(trained, batches, dropout)
+        self.settings = bucket_counts(batches["timed"])
 
     def prepare(self, batch: Batch, setting: int) -> list[Batch]:
-        return batch.buckets(min(setting, len(batch.lengths)))
+        return batch.buckets(setting)
 
     def backward(self, batch: list[Batch], dtype: str, setting: int) -> Tensor:
         labelled = sum(int((part.labels != IGNORED).sum()) for part in batch)
@@ -42,8 +45,8 @@ class CarefulStep(TrainingStep):
         for part in batch:
             rows = part.labels != IGNORED
             with self.autocast(dtype):
-                hidden = self.trained.bert(**part.inputs).last_hidden_state  # type: ignore[operator]
-                logits = self.trained.cls(hidden[rows])  # type: ignore[operator]
+                hidden = self.trained.bert(**part.inputs).last_hidden_state
+                logits = self.trained.cls(hidden[rows])
                 loss = F.cross_entropy(logits.float(), part.labels[rows], reduction="sum")
             loss = loss / labelled
             loss.backward()

@@ -22,7 +22,7 @@ from tinybert_fast.testing.tiny_models import (
 )
 from tinybert_fast.training.common import RunTrainer, training_arguments
 from tinybert_fast.training.finetune import finetune
-from tinybert_fast.training.loading import load_classifier, load_tokenizer
+from tinybert_fast.training.loading import check_model_path, load_classifier, load_tokenizer
 from tinybert_fast.training.run_folder import checkpoints_in
 
 
@@ -328,6 +328,26 @@ def test_damaged_weights_are_refused(made, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"does not hold the weights its config.json asks for: 16"):
         load_classifier(folder, Task(labels=("a", "b")))
+
+
+def test_what_is_no_model_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for path in ("teacher", "models/teacher", "./teacher", "/teacher", "a/b/teacher"):
+        with pytest.raises(FileNotFoundError, match="is no folder"):
+            load_classifier(path)
+    folder = tiny_encoder(tmp_path / "encoder")
+    for name in ("tokenizer.json", "config.json"):
+        content = (folder / name).read_text()
+        (folder / name).write_text(content[:100])
+        with pytest.raises(ValueError, match="JSON"):
+            load_tokenizer(folder)
+        (folder / name).write_text(content)
+
+
+def test_a_name_of_the_hub_goes_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_model_path("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
 
 
 def test_classifier_head_is_kept_or_replaced(tmp_path):

@@ -1,7 +1,7 @@
 """Texts with labels: reading, encoding, padding, and batches of similar length."""
 
-from .collate import LengthCollator, LengthGroupedSampler, sort_by_length
-from .tasks import Task, encode_examples, load_examples, usable_length
+from tinybert_fast.data.collate import LengthCollator, LengthGroupedSampler, sort_by_length
+from tinybert_fast.data.tasks import Task, encode_examples, load_examples, usable_length
 
 __all__ = [
     "LengthCollator",

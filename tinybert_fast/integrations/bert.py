@@ -115,7 +115,8 @@ class AcceleratedBertModel(Accelerated, BertModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         inputs = input_ids if input_ids is not None else inputs_embeds
         crossed = encoder_hidden_states is not None or encoder_attention_mask is not None
-        layout, reason = _plan(self, inputs, attention_mask, layout, crossed, kwargs)
+        compiled = torch.compiler.is_compiling()
+        layout, reason = _plan(self, inputs, attention_mask, layout, crossed, kwargs, compiled)
         if reason is not None:
             if capture is not None:
                 raise ValueError(
@@ -355,7 +356,7 @@ def restore(model: Any) -> Any:
         if isinstance(module, Accelerated):
             module.__dict__.pop("fast_impl", None)
             module.__dict__.pop("fast_training_logits", None)
-            module.__class__ = module.fast_plain
+            module.__class__ = module.fast_plain  # type: ignore[assignment]
             _keep_recordable(module)
     return model
 
@@ -406,22 +407,19 @@ def _unserved(bert: Any, mask: Any, crossed: bool, kwargs: dict[str, Any]) -> st
         type(table) is not nn.Embedding for table in tables
     ):
         return "its embeddings were replaced"
+    parts = [embeddings]
     for layer in bert.encoder.layer:
         if type(layer) is not bert_modules.BertLayer:
             return f"a layer is a {type(layer).__name__}, not a BertLayer"
-        if type(layer.attention.self) is not bert_modules.BertSelfAttention:
-            return f"a layer's attention is a {type(layer.attention.self).__name__}"
-        for part in (
-            layer,
-            layer.attention,
-            layer.attention.self,
-            layer.attention.output,
-            layer.intermediate,
-            layer.output,
-        ):
-            if _hooked(part):
-                return f"a hook was registered on a {type(part).__name__}"
-    return "a hook was registered on its embeddings" if _hooked(embeddings) else None
+        attention = layer.attention
+        heads = attention.self
+        if type(heads) is not bert_modules.BertSelfAttention:
+            return f"a layer's attention is a {type(heads).__name__}"
+        parts += (layer, attention, heads, attention.output, layer.intermediate, layer.output)
+    for part in parts:
+        if (part._forward_hooks or part._forward_pre_hooks) and _hooked(part):
+            return f"a hook was registered on a {type(part).__name__}"
+    return None
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -442,6 +440,7 @@ def _plan(
     layout: SequenceLayout | None,
     crossed: bool,
     kwargs: dict[str, Any],
+    compiled: bool,
 ) -> tuple[SequenceLayout | None, str | None]:
     """The layout of the batch and, if Transformers' own forward has to run, why.
 
@@ -460,6 +459,9 @@ def _plan(
             f"the attention mask covers {layout.batch_size} sequences of {layout.width} positions, "
             f"and the inputs are {batch} of {width}; give each input position one mask position"
         )
+    if compiled:  # one graph for any number of tokens
+        for tensor in (layout.rows, layout.columns, layout.sequences, layout.positions):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     if bert.pooler is not None and not layout.is_full:
         first = layout.columns.index_select(0, layout.first_rows[layout.first_rows >= 0])
         if first.any():
@@ -478,7 +480,7 @@ def _keep_recordable(model: Any) -> None:
 
 
 def _selected(asked: bool | int | list[int] | None, layers: int) -> set[int] | None:
-    """What ``output_hidden_states`` (a flag, or indices, negative from the end) takes of 0..M."""
+    """What ``output_hidden_states`` takes of 0..M: a flag, or indices, as in Transformers 5.24."""
     if not asked:
         return None
     if isinstance(asked, bool):

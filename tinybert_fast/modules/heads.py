@@ -35,8 +35,8 @@ def masked_lm_loss(
 ) -> Tensor:
     """Mean cross-entropy of labelled rows: hidden (T, C), labels (T,), -100 where there is none.
 
-    The whole prediction head runs on those rows alone, about 15 % of them. NaN if there is none,
-    as in PyTorch.
+    The whole prediction head runs on those rows alone, about 15 % of them. 0 if there is none,
+    where Transformers gives NaN.
     """
     rows = (labels != IGNORED).nonzero().squeeze(1)
     labels = labels.index_select(0, rows)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.capture import Capture, record_padded
@@ -92,6 +93,27 @@ def predict(model: Any, batch: dict[str, Tensor], layout: SequenceLayout | None 
     return model(**batch, **more).logits
 
 
+def bf16_linears(teacher: nn.Module) -> nn.Module:
+    """Keep the weights of linear layers in bf16, in place, for a teacher that runs under autocast.
+
+    The products are those of autocast on fp32 weights; only, autocast does not cache weights that
+    need no gradient, so it would round them anew in every forward.
+    """
+    for module in teacher.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+    return teacher
+
+
+class LastStep(TrainerCallback):
+    """Log and evaluate at the last step too, wherever it falls."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
+
+
 class DistillationTrainer(RunTrainer):
     """Train ``student`` on what ``teacher`` says about the same batches.
 
@@ -171,6 +193,7 @@ class DistillationTrainer(RunTrainer):
             args=args,
             **trainer,
         )
+        self.add_callback(LastStep())
 
     @property
     def student(self) -> Any:

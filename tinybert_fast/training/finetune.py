@@ -97,7 +97,12 @@ def finetune(
         "seed": seed,
         "bf16": bf16,
     }
-    arguments = training_arguments(run.checkpoints(), evaluate=dev is not None, **recipe)
+    arguments = training_arguments(
+        run.checkpoints(),
+        evaluate=dev is not None,
+        ddp_find_unused_parameters=False,  # a classifier uses all it has
+        **recipe,
+    )
     settings = {
         "model": str(model_path),
         "train": examples_digest(train),

@@ -6,30 +6,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from tinybert_fast.data import Task
 
 
 def check_model_path(path: str | Path) -> str:
-    """The path as a string; FileNotFoundError if it is no model folder. Names such as
-    `google/bert_uncased_L-4_H-312_A-12` go to the Hugging Face hub."""
+    """The path as a string; FileNotFoundError if no model folder is there.
+
+    `owner/name` where no folder `owner` exists is left to the Hugging Face hub.
+    """
     folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(
-                f"{path} has no config.json; expected a Transformers model folder"
-            )
+    if (folder / "config.json").exists():
         return str(path)
-    here = (
-        folder.is_absolute() or str(path).startswith(("./", "../", "~")) or folder.parent.exists()
-    )
-    if folder.exists() or len(folder.parts) > 2 or (here and len(folder.parts) > 1):
-        raise FileNotFoundError(
-            f"{path} does not exist or is no folder; expected a Transformers model folder"
-        )
-    return str(path)
+    if folder.is_dir():
+        raise FileNotFoundError(f"{path} has no config.json; expected a Transformers model folder")
+    parts = str(path).split("/")
+    if len(parts) == 2 and parts[0] not in ("", ".", "..", "~") and not folder.parent.exists():
+        return str(path)
+    raise FileNotFoundError(f"{path} is no folder; expected a Transformers model folder")
 
 
 def load_config(path: str | Path):
@@ -72,6 +73,18 @@ def load_classifier(path: str | Path, task: Task | None = None):
     return model
 
 
+def load_encoder(path: str | Path):
+    """AutoModel: the encoder alone, whatever heads were saved with it. A pooler may be missing."""
+    model, info = _load(AutoModel, path, output_loading_info=True)
+    lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if lost:
+        raise ValueError(
+            f"{path} does not hold the weights its config.json asks for: "
+            f"{len(lost)} are missing, {lost[0]} among them"
+        )
+    return model
+
+
 def _load(auto, path: str | Path, **options):
     name = check_model_path(path)
     try:
@@ -82,9 +95,8 @@ def _load(auto, path: str | Path, **options):
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: a JSON file is damaged ({error})") from None
     except OSError as error:
-        raise FileNotFoundError(
-            f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+        kind = ValueError if Path(name).is_dir() else FileNotFoundError
+        raise kind(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..data import Task
+from tinybert_fast.data import Task
 
 
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:

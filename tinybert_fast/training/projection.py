@@ -82,6 +82,7 @@ class HiddenProjection(nn.Module):
         from safetensors.torch import save_file
 
         path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()},

@@ -1,0 +1,135 @@
+"""What the runner stands on: batches, baselines, peak memory, hardware facts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tinybert_fast.benchmarks import hardware
+from tinybert_fast.benchmarks.baselines import attention_scores
+from tinybert_fast.benchmarks.baselines.distillation import OfficialStep
+from tinybert_fast.benchmarks.batches import IGNORED, bucket_counts, draw_batch, draw_lengths
+from tinybert_fast.benchmarks.case import Setup
+from tinybert_fast.benchmarks.cases import distill_step
+from tinybert_fast.benchmarks.memory import peak_bytes
+from tinybert_fast.benchmarks.training_step import set_dropout
+from tinybert_fast.modules.capture import record_padded
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.training.losses import intermediate_terms
+from tinybert_fast.training.matches import LayerMatches
+
+CPU = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("batch", "width"), [(32, 128), (16, 128), (4, 512), (5, 100), (1, 20)])
+def test_lengths_leave_sixty_percent_real(batch, width):
+    lengths = draw_lengths(batch, width, seeded())
+    assert lengths == draw_lengths(batch, width, seeded())
+    assert all(3 <= n <= width for n in lengths)
+    assert sum(lengths) / (batch * width) == pytest.approx(0.6, abs=0.01)
+
+
+def test_batch_is_padded_right_and_labels_fifteen_percent_of_words():
+    lengths = [128, 30, 3]
+    batch = draw_batch(lengths, 128, 30522, seeded(), CPU)
+    assert batch.attention_mask.sum(1).tolist() == lengths
+    assert not batch.input_ids[batch.attention_mask == 0].any()
+    labelled = batch.labels != IGNORED
+    assert labelled.sum(1).tolist() == [19, 4, 1]  # round(0.15 * (n - 2)), one at least
+    assert not labelled[:, 0].any()
+    assert not labelled[range(3), [n - 1 for n in lengths]].any()
+
+
+def test_buckets_hold_every_sequence_once_and_are_trimmed():
+    batch = draw_batch([5, 16, 9, 7, 12], 16, 500, seeded(), CPU)
+    buckets = batch.buckets(2)
+    assert [part.lengths for part in buckets] == [(16, 12, 9), (7, 5)]
+    assert [part.input_ids.shape[1] for part in buckets] == [16, 7]
+    assert sum(int((part.labels != IGNORED).sum()) for part in buckets) == int(
+        (batch.labels != IGNORED).sum()
+    )
+    assert bucket_counts(batch) == (1, 2, 4)
+
+
+def test_direct_and_gram_sums_are_the_official_mean_without_padding():
+    q, k = (torch.randn(2, 3, 7, 5, dtype=torch.float64) for _ in "qk")
+    p, r = (torch.randn(2, 3, 7, 11, dtype=torch.float64) for _ in "pr")
+    mean = attention_scores.official(attention_scores.scores(q, k), attention_scores.scores(p, r))
+    for total in attention_scores.SUMS.values():
+        torch.testing.assert_close(total(q, k, p, r) / (2 * 3 * 7 * 7), mean)
+
+
+def test_official_baseline_is_the_official_loss_on_padded_batches():
+    """(a) against training/losses.py in its parity mode, padding and its queries included."""
+    (case,) = distill_step.CASES["distill_step_b16_n128"](Setup(CPU, smoke=True))
+    official: OfficialStep = case.providers[0]
+    student, teacher = (copy.deepcopy(m) for m in (official.student, official.teacher))
+    for model in (student, teacher):
+        model.set_attn_implementation("sdpa")
+    set_dropout(student, 0.0)
+    batch = official.batches["timed"]
+    assert batch.tokens < batch.input_ids.numel()
+    matches = LayerMatches.uniform(
+        student.config.num_hidden_layers, official.teacher.config.num_hidden_layers
+    )
+    ours, theirs = matches.student_capture(), matches.teacher_capture()
+    for model, capture in ((student, ours), (teacher, theirs)):
+        with record_padded(model, capture):
+            model(**batch.inputs)
+    layout = SequenceLayout.from_mask(batch.attention_mask)
+    projection = official.trained["projection"]
+    terms = intermediate_terms(ours, theirs, matches, projection, layout=layout, parity="official")
+    outcome = official.outcome("timed", "fp32")
+    assert outcome.loss == pytest.approx(sum(t.item() for t in terms.values()), rel=1e-5)
+
+
+def test_peak_counts_what_lives_at_once():
+    kept = []
+
+    def call():
+        first = torch.empty(1000, dtype=torch.float32)
+        del first
+        second, third = torch.empty(500), torch.empty(700)
+        kept.append(third)
+        del second
+
+    assert peak_bytes(call, CPU) == 4 * 1200
+
+
+def test_peak_sees_inside_operators():
+    x = torch.empty(1 << 20)
+
+    def call():
+        return torch.nn.functional.mse_loss(x.view(1024, 1024), x.view(1024, 1024).mT)
+
+    assert peak_bytes(call, CPU) >= 4 << 20  # the squared differences, inside one operator
+
+
+def test_facts_name_the_machine():
+    facts = hardware.facts(CPU)
+    assert facts["cpu"]
+    assert facts["cores"] >= 1
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["gpu"] == "none"
+    assert facts["torch"] == torch.__version__
+    assert facts["bf16_hardware"] in ("yes", "no")
+
+
+def test_commit_of_an_untracked_copy_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "hardware.py"))
+    hardware.commit.cache_clear()
+    try:
+        assert hardware.commit() == "none"
+    finally:
+        hardware.commit.cache_clear()
+
+
+def test_set_dropout_reaches_every_place():
+    model = nn.Sequential(nn.Dropout(0.1), nn.Sequential(nn.Dropout(0.3)))
+    set_dropout(model, 0.0)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.0, 0.0]

@@ -1,0 +1,319 @@
+"""The benchmark runner: statistics, the check that comes before any speed, what it writes."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from tinybert_fast.benchmarks import run, runner, table
+from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup
+from tinybert_fast.benchmarks.cases import attention_score_mse_memory, distill_step, mlm_step
+
+CPU = torch.device("cpu")
+SMOKE = Setup(CPU, smoke=True)
+
+
+class Fake:
+    """A provider that writes down when it runs and answers what it is told."""
+
+    def __init__(self, name, role, log, *, loss=2.0, gradient=1.0, bf16=0.0):
+        self.name, self.role, self.log = name, role, log
+        self.loss, self.gradient, self.bf16 = loss, gradient, bf16
+
+    def tune(self, dtype, seconds):
+        self.log.append(f"tune {self.name}")
+
+    def setting(self, dtype):
+        return "none to choose"
+
+    def run(self, dtype):
+        self.log.append(self.name)
+
+    def outcome(self, what, dtype):
+        self.log.append(f"check {self.name}")
+        extra = self.bf16 if dtype == "bf16" else 0.0
+        gradients = {"w": torch.full((3,), self.gradient + extra), "b": torch.zeros(2)}
+        return Outcome(self.loss + extra, gradients)
+
+
+def fake_case(*providers, reference="a"):
+    others = tuple(p.name for p in providers if p.name != reference)
+    return Case(
+        name="fake",
+        batch=2,
+        width=8,
+        valid_tokens=10,
+        dropout=0.1,
+        optimizer="none",
+        providers=list(providers),
+        checks=(Check("the inputs", reference, others),),
+    )
+
+
+def facts():
+    return dict.fromkeys(table.COLUMNS, "x")
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def test_rounds_are_interleaved():
+    log = []
+    lanes = [(Fake(name, "ours", log), "fp32") for name in "ABC"]
+    ticks = iter(range(100))
+
+    def clock(call):
+        call()
+        return float(next(ticks))
+
+    times = runner.interleave(lanes, rounds=2, warm_up=1, clock=clock)
+    assert "".join(log) == "ABC" * 3
+    # The warm-up took ticks 0, 1, 2 and is not kept.
+    assert [times[lane] for lane in lanes] == [[3, 6], [4, 7], [5, 8]]
+
+
+def test_speedup_is_the_median_of_the_rounds_ratios():
+    baseline, mine = [10.0, 100.0, 12.0], [5.0, 10.0, 3.0]  # ratios 2, 10, 4
+    assert runner.speedup(baseline, mine) == 4.0
+    assert runner.speedup(mine, mine) == 1.0
+    assert runner.speedup(None, mine) is None
+
+
+def test_quantiles_interpolate():
+    assert runner.quantiles([4.0, 1.0, 2.0, 3.0, 5.0], (0.2, 0.5, 0.8)) == pytest.approx(
+        [1.8, 3.0, 4.2]
+    )
+    assert runner.quantiles([7.0], (0.2, 0.5, 0.8)) == [7.0] * 3
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_growth_exponent(power):
+    rows = [
+        {"case": "c", "provider": "p", "dtype": "fp32", "width": n, "peak_mib": peak}
+        # N = 64 is scratch of a fixed size, which the fit leaves out.
+        for n, peak in [(64, 50.0), *((n, 3.0 * n**power) for n in (128, 256, 512))]
+    ]
+    table.growth_exponents(rows)
+    assert {row["growth"] for row in rows} == {power}
+
+
+def test_growth_needs_two_widths():
+    row = dict.fromkeys(table.COLUMNS) | {"case": "c", "provider": "p", "dtype": "fp32", "width": 8}
+    table.growth_exponents([row])
+    assert row["growth"] is None
+
+
+# ---- values before speed -------------------------------------------------------------------------
+
+
+def test_checks_come_before_times_and_rows_say_what_they_found():
+    log = []
+    providers = [Fake("a", "a", log), Fake("b", "b", log), Fake("o", "ours", log, gradient=1.00001)]
+    rows = runner.measure(fake_case(*providers), ("fp32",), 3, 1, CPU, facts())
+    first_run = log.index("a")
+    assert all(not word.startswith("check") for word in log[first_run:])
+    assert [row["provider"] for row in rows] == ["a", "b", "o"]
+    assert all(list(row) == list(table.COLUMNS) for row in rows)
+    assert rows[0]["gradient_error"] is None  # the reference itself
+    assert rows[2]["gradient_error"] == pytest.approx(1e-5, rel=0.1)
+    assert rows[0]["speedup_a"] == rows[1]["speedup_b"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"loss": 2.001}, "Loss differs by 5.00e-04"),
+        ({"loss": math.nan}, "Loss differs by nan"),
+        ({"gradient": 1.01}, "gradient of w by 1.00e-02"),
+        ({"gradient": math.nan}, "gradient of w by nan"),
+    ],
+    ids=str,
+)
+def test_a_wrong_provider_is_never_timed(wrong, says):
+    log = []
+    case = fake_case(Fake("a", "a", log), Fake("o", "ours", log, **wrong))
+    with pytest.raises(runner.Disagreement, match=says):
+        runner.measure(case, ("fp32",), 3, 1, CPU, facts())
+    assert "o" not in log
+
+
+def test_a_missing_gradient_disagrees():
+    exact = Outcome(1.0, {"w": torch.ones(2), "b": torch.ones(2)})
+    errors, worst = runner.errors_between(exact, Outcome(1.0, {"w": torch.ones(2)}))
+    assert errors == (0.0, math.inf)
+    assert worst.startswith("b ")
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_agrees():
+    exact = Outcome(1.0, {"w": torch.ones(4), "key.bias": torch.zeros(4)})
+    other = Outcome(1.0, {"w": torch.ones(4), "key.bias": torch.full((4,), 1e-8)})
+    errors, _ = runner.errors_between(exact, other)
+    assert errors[1] < runner.GRADIENT_TOLERANCE
+
+
+def test_bf16_may_be_as_far_off_as_the_reference_in_bf16():
+    near = fake_case(Fake("a", "a", [], bf16=0.01), Fake("o", "ours", [], bf16=0.015))
+    assert runner.check(near, "bf16")["o"][1] == pytest.approx(0.015, rel=1e-4)
+    far = fake_case(Fake("a", "a", [], bf16=0.01), Fake("o", "ours", [], bf16=0.03))
+    with pytest.raises(runner.Disagreement):
+        runner.check(far, "bf16")
+
+
+def without_attention(terms):
+    return {name: term for name, term in terms.items() if not name.startswith("attention")}
+
+
+def test_real_cases_agree_and_a_dropped_loss_term_is_seen(monkeypatch):
+    (case,) = distill_step.CASES["distill_step_b16_n128"](SMOKE)
+    found = runner.check(case, "fp32")
+    assert found.keys() == {"careful", "ours"}
+    original = distill_step.intermediate_terms
+    monkeypatch.setattr(
+        distill_step, "intermediate_terms", lambda *a, **k: without_attention(original(*a, **k))
+    )
+    with pytest.raises(runner.Disagreement, match="'ours' does not compute"):
+        runner.check(case, "fp32")
+
+
+def test_masked_lm_providers_agree_and_a_scaled_loss_is_seen(monkeypatch):
+    (case,) = mlm_step.CASES["mlm_step"](SMOKE)
+    assert runner.check(case, "fp32").keys() == {"careful", "ours"}
+    ours = case.providers[-1]
+    backward = ours.backward
+
+    def twice(batch, dtype, setting):
+        backward(batch, dtype, setting)
+        return backward(batch, dtype, setting)
+
+    monkeypatch.setattr(ours, "backward", twice)
+    with pytest.raises(runner.Disagreement, match="gradient of"):
+        runner.check(case, "fp32")
+
+
+def test_tuning_leaves_the_weights_alone():
+    (case,) = mlm_step.CASES["mlm_step"](SMOKE)
+    careful = case.providers[1]
+    before = {name: p.clone() for name, p in careful.trained.named_parameters()}
+    taken = iter([3.0, 1.0, 2.0])
+
+    def seconds(call):
+        call()
+        return next(taken)
+
+    careful.tune("fp32", seconds)
+    assert careful.setting("fp32") == "length buckets: 2"
+    assert all(torch.equal(p, before[name]) for name, p in careful.trained.named_parameters())
+    assert all(p.grad is None for p in careful.trained.parameters())
+
+
+# ---- suites, files, exit codes -------------------------------------------------------------------
+
+
+def test_step_suite_end_to_end(tmp_path, capsys):
+    """The script, every case, at sizes that take a second."""
+    json_file, csv_file = tmp_path / "out" / "rows.json", tmp_path / "rows.csv"
+    arguments = ["--suite", "step", "--smoke", "--threads", "1", "--rounds", "2"]
+    arguments += ["--json", str(json_file), "--csv", str(csv_file)]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for word in ("mlm_step", "distill_step_b16_n128", "distill_step_b4_n512", "adamw_fused inside"):
+        assert word in printed
+    written = json.loads(json_file.read_text())
+    assert written["suite"] == "step"
+    assert written["columns"] == table.COLUMNS
+    rows = written["rows"]
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        (case, provider)
+        for case, first in (
+            ("mlm_step", "transformers"),
+            ("distill_step_b16_n128", "official"),
+            ("distill_step_b4_n512", "official"),
+        )
+        for provider in (first, "careful", "ours")
+    ]
+    for row in rows:
+        assert list(row) == list(table.COLUMNS)
+        assert row["median_ms"] > 0
+        assert row["peak_mib"] > 0
+        assert row["dropout"] == 0.1
+        assert 0.5 < row["valid_fraction"] < 0.7
+        assert row["threads"] == 1
+        assert row["rounds"] == 2
+        assert all(row[name] for name in ("cpu", "cores", "torch", "transformers", "date"))
+    with csv_file.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["case"] for row in read] == [row["case"] for row in rows]
+    assert list(read[0]) == list(table.COLUMNS)
+    assert read[0]["speedup_a"] == "1.0"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_memory_suite_in_both_dtypes(capsys):
+    rows = runner.run_suite("memory", smoke=True, dtype="both", threads=1)
+    assert "peak ~ N^" in capsys.readouterr().out
+    assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
+    growth = {(row["provider"], row["dtype"]): row["growth"] for row in rows}
+    assert growth["official", "fp32"] > 1.7
+    assert growth["ours", "fp32"] < 1.2
+    assert {row["bf16_hardware"] for row in rows} <= {"yes", "no"}
+
+
+def test_disagreement_is_exit_code_1_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        attention_score_mse_memory.ops, "attention_score_mse", lambda q, k, p, r: (q * k).sum()
+    )
+    target = tmp_path / "rows.json"
+    assert run.main(["--suite", "memory", "--smoke", "--json", str(target)]) == 1
+    out, error = capsys.readouterr()
+    assert "No speed is reported" in error
+    assert "ms" not in out
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--suite", "ops"], "--suite 'ops' is not one of step, memory"),
+        (["--case", "pretrain"], "--case 'pretrain' matches none of mlm_step, distill_step_b16"),
+        (["--dtype", "fp16"], "--dtype 'fp16' is not one of fp32, bf16, both"),
+        (["--rounds", "0"], "--rounds 0: at least 1"),
+        (["--threads", "0"], "--threads 0: at least 1"),
+        (["--dropout", "1"], "--dropout 1.0: a probability in"),
+        (["--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_exit_code_2(arguments, says, capsys):
+    assert run.main(["--smoke", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert len(error.splitlines()) == 1
+
+
+def test_csv_appends_and_refuses_other_columns(tmp_path, capsys):
+    path = tmp_path / "results.csv"
+    row = dict.fromkeys(table.COLUMNS, 1)
+    table.write_csv(path, [row])
+    table.write_csv(path, [row, row])
+    assert len(path.read_text().splitlines()) == 1 + 3
+    path.write_text("who,when\n")
+    # Said before anything is measured, not after.
+    assert run.main(["--smoke", "--csv", str(path)]) == 2
+    assert "has other columns" in capsys.readouterr().err
+    assert path.read_text() == "who,when\n"
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    (row, *_) = runner.run_suite("memory", smoke=True, threads=before + 1, rounds=1)
+    assert row["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_case_selection_is_by_the_beginning_of_a_name():
+    cases = runner.load_cases("step")
+    chosen = runner._selected(cases, ["distill"])
+    assert list(chosen) == ["distill_step_b16_n128", "distill_step_b4_n512"]
+    assert runner._selected(cases, ()) == cases

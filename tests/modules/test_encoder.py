@@ -1,0 +1,160 @@
+"""encode(): the encoder alone, on a stand-in for Transformers' BertModel."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import tinybert_fast as tbf
+from tinybert_fast.modules import encode
+from tinybert_fast.modules.encoder import is_erf_gelu, is_plain
+from tinybert_fast.modules.heads import first_tokens, masked_lm_loss
+
+CHANNELS, HEADS = 12, 3
+
+
+def stand_in(layers=2, dropout=0.0):
+    """The submodules that encode() reads, made of torch alone."""
+    torch.manual_seed(0)
+
+    def module(**parts):
+        made = nn.Module()
+        for name, part in parts.items():
+            setattr(made, name, part)
+        return made
+
+    def norm():
+        return nn.LayerNorm(CHANNELS, eps=1e-12)
+
+    def output(width):
+        return module(
+            dense=nn.Linear(width, CHANNELS), LayerNorm=norm(), dropout=nn.Dropout(dropout)
+        )
+
+    def layer():
+        heads = module(
+            **{name: nn.Linear(CHANNELS, CHANNELS) for name in ("query", "key", "value")},
+            dropout=nn.Dropout(dropout),
+            num_attention_heads=HEADS,
+            attention_head_size=CHANNELS // HEADS,
+            scaling=(CHANNELS // HEADS) ** -0.5,
+        )
+        intermediate = module(dense=nn.Linear(CHANNELS, 20), intermediate_act_fn=nn.GELU())
+        attention = module(self=heads, output=output(CHANNELS))
+        return module(attention=attention, intermediate=intermediate, output=output(20))
+
+    embeddings = module(
+        word_embeddings=nn.Embedding(17, CHANNELS, padding_idx=0),
+        position_embeddings=nn.Embedding(8, CHANNELS),
+        token_type_embeddings=nn.Embedding(2, CHANNELS),
+        LayerNorm=norm(),
+        dropout=nn.Dropout(dropout),
+    )
+    return module(
+        embeddings=embeddings, encoder=module(layer=nn.ModuleList(layer() for _ in range(layers)))
+    )
+
+
+def textbook(bert, ids, columns):
+    """One sequence: (n,) ids at their columns -> (n, C), in plain PyTorch."""
+    e = bert.embeddings
+    types = e.token_type_embeddings.weight[0]
+    h = e.LayerNorm(e.word_embeddings(ids) + e.position_embeddings(columns) + types)
+    for layer in bert.encoder.layer:
+        heads, out = layer.attention.self, layer.attention.output
+        q, k, v = (
+            p(h).view(-1, HEADS, CHANNELS // HEADS).transpose(0, 1)
+            for p in (heads.query, heads.key, heads.value)
+        )
+        weights = torch.softmax(q @ k.mT * heads.scaling, -1)
+        context = (weights @ v).transpose(0, 1).flatten(1)
+        h = out.LayerNorm(h + out.dense(context))
+        inner = torch.nn.functional.gelu(layer.intermediate.dense(h))
+        h = layer.output.LayerNorm(h + layer.output.dense(inner))
+    return h
+
+
+def test_equals_the_textbook_in_fp64():
+    bert = stand_in().double()
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
+    ids = torch.randint(1, 17, mask.shape)
+    layout = tbf.SequenceLayout.from_mask(mask)
+    got = encode(bert, layout, input_ids=ids)
+    rows = [textbook(bert, ids[b][m], m.nonzero().squeeze(1)) for b, m in enumerate(mask.bool())]
+    want = torch.cat(rows)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+    weights = list(bert.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sin().sum(), weights),
+        torch.autograd.grad(want.sin().sum(), weights),
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", ("torch", "reference")], ids=str)
+def test_implementations_agree(name):
+    bert = stand_in()
+    layout = tbf.SequenceLayout.from_lengths([5, 2, 0, 5], 6)
+    ids = torch.randint(1, 17, (4, 6))
+    want = encode(bert, layout, input_ids=ids)
+    torch.testing.assert_close(encode(bert, layout, input_ids=ids, impl=name), want)
+
+
+def test_dropout_does_not_depend_on_padding():
+    """The reference drops by sequence, rank and column: wider padding changes nothing."""
+    bert = stand_in(dropout=0.3)
+    ids = torch.randint(1, 17, (3, 4))
+    wide = torch.nn.functional.pad(ids, (0, 3))
+    outputs = []
+    for padded in (ids, wide):
+        layout = tbf.SequenceLayout.from_lengths([4, 2, 3], padded.shape[1])
+        torch.manual_seed(7)
+        outputs.append(encode(bert, layout, input_ids=padded, impl="reference"))
+    assert torch.equal(*outputs)
+    assert not torch.allclose(outputs[0], encode(bert.eval(), layout, input_ids=wide))
+
+
+def test_modules_import_without_transformers():
+    code = "import sys; sys.modules['transformers'] = None; import tinybert_fast.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/", timeout=120)
+
+
+def test_plain_layers_and_gelu_are_recognised():
+    dense = nn.Linear(3, 3)
+    assert is_plain(dense)
+    assert not is_plain(nn.Linear(3, 3, bias=False))
+    assert not is_plain(type("LoraLinear", (nn.Linear,), {})(3, 3))
+    handle = dense.register_forward_pre_hook(lambda *_: None)
+    assert not is_plain(dense)
+    handle.remove()
+    assert is_plain(dense)
+    assert is_erf_gelu(nn.GELU())
+    assert not is_erf_gelu(nn.GELU("tanh"))
+    assert not is_erf_gelu(nn.ReLU())
+
+
+def test_first_tokens():
+    layout = tbf.SequenceLayout.from_lengths([2, 0, 3], 4)
+    hidden = torch.randn(5, CHANNELS, requires_grad=True)
+    first = first_tokens(hidden, layout)
+    assert torch.equal(first[:, 0], torch.stack([hidden[0], torch.zeros(CHANNELS), hidden[2]]))
+    first.sum().backward()
+    assert hidden.grad.sum(1).tolist() == [CHANNELS, 0, CHANNELS, 0, 0]
+
+
+def test_masked_lm_loss_without_labels_is_zero():
+    transform = SimpleNamespace(
+        dense=nn.Linear(CHANNELS, CHANNELS),
+        transform_act_fn=nn.GELU(),
+        LayerNorm=nn.LayerNorm(CHANNELS),
+    )
+    head = SimpleNamespace(transform=transform, decoder=nn.Linear(CHANNELS, 17))
+    hidden = torch.randn(4, CHANNELS, requires_grad=True)
+    loss = masked_lm_loss(head, hidden, torch.full((4,), -100))
+    assert loss == 0
+    loss.backward()
+    assert not hidden.grad.any()
+    assert not head.decoder.weight.grad.any()

@@ -1,0 +1,337 @@
+"""DistillationTrainer: what it trains, logs, saves, resumes and refuses."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification, BertModel, TrainerCallback
+
+import tinybert_fast as tbf
+from tinybert_fast.data import LengthCollator
+from tinybert_fast.testing.tiny_models import sentiment_rows, tiny_config, tiny_tokenizer
+from tinybert_fast.training.bert_adam import BertAdam
+from tinybert_fast.training.common import training_arguments
+from tinybert_fast.training.distill import DistillationTrainer, bf16_linears
+from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.projection import HiddenProjection
+
+TERMS = {"embedding", "hidden_1", "hidden_2", "attention_1", "attention_2"}
+STAGES = ("intermediate", "prediction")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """44 encoded sentences with labels, and their tokenizer."""
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    texts, labels = zip(*sentiment_rows(44))
+    encoded = dict(tokenizer(list(texts)))
+    encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+    encoded["label"] = [int(label == "good") for label in labels]
+    return Dataset.from_dict(encoded), tokenizer
+
+
+def models(accelerate=True, cls=BertForSequenceClassification, **changes):
+    """Student 2 x 24, teacher 4 x 32, 2 heads; weights large enough for losses worth comparing."""
+    torch.manual_seed(0)
+    common = {"initializer_range": 0.1, **changes}
+    student = cls(tiny_config(**common))
+    teacher = cls(tiny_config(hidden_size=32, num_hidden_layers=4, intermediate_size=64, **common))
+    if accelerate:
+        tbf.accelerate(student)
+        tbf.accelerate(teacher)
+    return student, teacher
+
+
+def trainer_of(data, output, pair=None, *, stage="intermediate", options=None, **arguments):
+    examples, tokenizer = data
+    student, teacher = pair or models()
+    recipe = {"epochs": 2, "lr": 3e-3, "batch_size": 8, "log_steps": 3, "evaluate": False}
+    options = {"data_collator": LengthCollator(tokenizer, lengths=True), **(options or {})}
+    return DistillationTrainer(
+        student,
+        teacher,
+        stage=stage,
+        args=training_arguments(output, **{**recipe, **arguments}),
+        train_dataset=examples,
+        processing_class=tokenizer,
+        progress=False,
+        **options,
+    )
+
+
+def batch_of(data, trainer, rows=8):
+    return trainer._prepare_inputs(trainer.data_collator([data[0][i] for i in range(rows)]))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def losses(history):
+    return [entry for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accelerate", [True, False], ids=["packed", "padded"])
+def test_intermediate_stage_learns_and_logs_every_term(data, tmp_path, accelerate):
+    student, teacher = models(accelerate)
+    frozen = copy.deepcopy(teacher.state_dict())
+    trainer = trainer_of(data, tmp_path, (student, teacher), epochs=8)
+    start = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    logs = losses(trainer.state.log_history)
+    assert logs[-1]["step"] == trainer.state.max_steps == 48
+    for entry in logs:
+        assert {f"{name}_loss" for name in TERMS} <= entry.keys()
+        parts = sum(entry[f"{name}_loss"] for name in TERMS)
+        assert parts == pytest.approx(entry["loss"], rel=1e-5)
+    assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
+    moved = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, start[k])}
+    assert {"projection.fit_dense.weight", "projection.fit_dense.bias"} <= moved
+    assert any("encoder.layer.1" in name for name in moved)
+    assert not any("classifier" in name or "pooler" in name for name in moved)
+    assert not teacher.training
+    assert all(torch.equal(v, frozen[k]) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("accelerate", [True, False], ids=["packed", "padded"])
+def test_prediction_stage_learns_and_keeps_the_best(data, tmp_path, accelerate):
+    student, teacher = models(accelerate)
+    examples, _ = data
+    scores = iter([0.1, 0.9, 0.4, 0.3])
+    options = {"eval_dataset": examples, "compute_metrics": lambda _: {"score": next(scores)}}
+    trainer = trainer_of(
+        data,
+        tmp_path,
+        (student, teacher),
+        stage="prediction",
+        options=options,
+        evaluate=True,
+        eval_steps=5,  # and at step 12, the last
+        select_by="score",
+        keep=5,
+        weight_decay=0.0,
+    )
+    weights = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            weights.append(copy.deepcopy(trainer.student.state_dict()))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    logs = losses(trainer.state.log_history)
+    assert all(e["prediction_loss"] == pytest.approx(e["loss"], rel=1e-5) for e in logs)
+    assert trainer.state.best_global_step == 10
+    assert len(weights) == 3
+    final = trainer.student.state_dict()
+    assert all(torch.equal(final[k], v) for k, v in weights[1].items())
+    assert any(not torch.equal(final[k], v) for k, v in weights[2].items())
+
+
+def test_the_teacher_says_what_the_student_learns(data, tmp_path):
+    """Gold labels play no part: with wrong ones, every logged number is the same."""
+    examples, tokenizer = data
+    wrong = examples.map(lambda row: {"label": 1 - row["label"]})
+    histories = []
+    for at, rows in enumerate((examples, wrong)):
+        trainer = trainer_of((rows, tokenizer), tmp_path / str(at), stage="prediction")
+        trainer.train()
+        histories.append([(e["loss"], e["grad_norm"]) for e in losses(trainer.state.log_history)])
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_packed_and_padded_agree(data, tmp_path, stage):
+    """The same loss whichever of the two models is accelerated."""
+    found = []
+    for student_fast, teacher_fast in ((True, True), (False, False), (True, False), (False, True)):
+        student, teacher = models(False)
+        if student_fast:
+            tbf.accelerate(student)
+        if teacher_fast:
+            tbf.accelerate(teacher)
+        trainer = trainer_of(data, tmp_path, (student, teacher), stage=stage)
+        trainer.model.eval()
+        with torch.no_grad():
+            found.append(trainer.compute_loss(trainer.model, batch_of(data, trainer)).item())
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
+def test_accumulated_batches_make_one_step(data, tmp_path):
+    """Two micro-batches of 8 are one batch of 16 for losses that average over equal batches."""
+    student, teacher = models(False)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    for size, accumulation in ((16, 1), (8, 2)):
+        trainer = trainer_of(
+            data,
+            tmp_path / str(size),
+            (copy.deepcopy(student), teacher),
+            stage="prediction",
+            max_steps=1,
+            batch_size=size,
+            accumulation=accumulation,
+            train_sampling_strategy="sequential",
+            log_steps=1,
+        )
+        trainer.train()
+        found.append(losses(trainer.state.log_history)[0])
+    for name in ("loss", "prediction_loss", "grad_norm"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-4)
+
+
+@pytest.mark.parametrize("parity", ["paper", "official"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_ends_with_the_same_bits(data, tmp_path, stage, parity):
+    """Interrupted in the middle of the second epoch, dropout on: student, projection, logs."""
+
+    def run(folder, callbacks=(), **train):
+        pair = models(accelerate=parity == "paper")
+        more = {"save_strategy": "steps", "save_steps": 4}
+        if parity == "official":
+            more |= {"train_sampling_strategy": "random", "max_grad_norm": 0.0}
+        options = {"parity": parity, "callbacks": list(callbacks)}
+        trainer = trainer_of(data, folder, pair, stage=stage, options=options, log_steps=4, **more)
+        trainer.train(**train)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", [StopAt(9)])
+    resumed = run(
+        tmp_path / "parts", resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-8")
+    )
+    assert resumed.state.global_step == 12
+    expected = whole.model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert ("projection.fit_dense.weight" in expected) is (stage == "intermediate")
+    assert losses(resumed.state.log_history) == losses(whole.state.log_history)
+
+
+def test_checkpoints_are_plain_model_folders(data, tmp_path):
+    trainer = trainer_of(data, tmp_path, epochs=1)
+    trainer.train()
+    folder = tmp_path / "checkpoint-6"
+    assert not any("projection" in name for name in load_file(folder / "model.safetensors"))
+    plain = BertForSequenceClassification.from_pretrained(folder)
+    for name, value in trainer.student.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value)
+    saved = HiddenProjection(24, 32).load(folder)
+    assert torch.equal(saved.fit_dense.weight, trainer.projection.fit_dense.weight)
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"damaged or cut short, remove .*checkpoint-6"):
+        trainer_of(data, tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+def test_projection_per_layer_is_trained(data, tmp_path):
+    projection = HiddenProjection(24, 32, (0, 1, 2), shared=False)
+    start = copy.deepcopy(projection.state_dict())
+    trainer = trainer_of(data, tmp_path, options={"projection": projection}, epochs=1)
+    trainer.train()
+    assert not any(torch.equal(v, start[k]) for k, v in projection.state_dict().items())
+    names = set(load_file(tmp_path / "checkpoint-6" / "projection.safetensors"))
+    assert names == set(start)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 8:
+                with torch.no_grad():
+                    trainer.projection.fit_dense.bias[0] = float("nan")
+
+    trainer = trainer_of(
+        data, tmp_path, options={"callbacks": [Poison()]}, save_strategy="steps", save_steps=4
+    )
+    with pytest.raises(ValueError, match=r"step 9 of 12.*checkpoint-8"):
+        trainer.train()
+    assert not torch.isnan(
+        HiddenProjection(24, 32).load(tmp_path / "checkpoint-8").fit_dense.bias
+    ).any()
+
+
+@pytest.mark.parametrize("accelerate", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16(data, tmp_path, stage, accelerate):
+    """Close to fp32; weights stay fp32; a teacher with bf16 linear layers says the same."""
+    found = {}
+    for name, bf16 in (("fp32", False), ("bf16", True), ("bf16_linears", True)):
+        student, teacher = models(accelerate)
+        if name == "bf16_linears":
+            bf16_linears(teacher)
+        trainer = trainer_of(
+            data, tmp_path / name, (student, teacher), stage=stage, bf16=bf16, epochs=1, log_steps=1
+        )
+        trainer.train()
+        found[name] = [entry["loss"] for entry in losses(trainer.state.log_history)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.05)
+    assert found["bf16_linears"] == pytest.approx(found["bf16"], rel=1e-3)
+
+
+def test_gradient_checkpointing_is_passed_on(data, tmp_path):
+    import inspect
+
+    import transformers
+
+    old = "gradient_checkpointing"  # before Transformers 5.24
+    known = inspect.signature(transformers.TrainingArguments).parameters
+    name = "activation_checkpointing" if "activation_checkpointing" in known else old
+    found = []
+    for on in (False, True):
+        trainer = trainer_of(data, tmp_path / str(on), epochs=1, **{name: on})
+        trainer.train()
+        found.append([entry["loss"] for entry in losses(trainer.state.log_history)])
+    layers = trainer.student.bert.encoder.layer
+    assert all(layer.gradient_checkpointing for layer in layers)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_official_parity_uses_the_official_optimizer(data, tmp_path):
+    trainer = trainer_of(data, tmp_path, models(False), options={"parity": "official"})
+    assert isinstance(trainer.create_optimizer(), BertAdam)
+    decayed, spared = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    assert all("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in spared["params"])
+
+
+def other(**changes):
+    return lambda: (models()[0], models(**changes)[1])
+
+
+@pytest.mark.parametrize(
+    ("pair", "options", "complaint"),
+    [
+        (models, {"stage": "both"}, "intermediate, prediction; got 'both'"),
+        (models, {"parity": "exact"}, "paper, official; got 'exact'"),
+        (models, {"temperature": 0.0}, "must be positive; got 0.0"),
+        (models, {"parity": "official"}, r"accelerated student .*restore\(\) it first"),
+        (other(vocab_size=99), {}, "25 word pieces and the teacher 99"),
+        (other(num_attention_heads=4), {}, "2 heads and the teacher 4; .*num_attention_heads=4"),
+        (other(num_labels=3), {"stage": "prediction"}, "2 labels and the teacher 3"),
+        (models, {"matches": LayerMatches.parse("0:0,3:4")}, "student layer 3, but .* 2 layers"),
+    ],
+)
+def test_refusals(data, tmp_path, pair, options, complaint):
+    options = dict(options)
+    stage = options.pop("stage", "intermediate")
+    with pytest.raises(ValueError, match=complaint):
+        trainer_of(data, tmp_path, pair(), stage=stage, options=options)
+
+
+def test_any_bert_class_may_learn_in_the_intermediate_stage(data, tmp_path):
+    trainer = trainer_of(data, tmp_path, models(cls=BertModel), epochs=1)
+    trainer.train()
+    assert BertModel.from_pretrained(tmp_path / "checkpoint-6").config.hidden_size == 24

@@ -1,0 +1,391 @@
+"""General and task distillation end to end on tiny models: learnt, written, resumed, refused."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    TrainerCallback,
+)
+
+from tinybert_fast.testing.tiny_models import (
+    sentiment_file,
+    sentiment_rows,
+    tiny_classifier,
+    tiny_config,
+    tiny_encoder,
+    tiny_tokenizer,
+)
+from tinybert_fast.training import run_folder
+from tinybert_fast.training.finetune import finetune
+from tinybert_fast.training.projection import HiddenProjection
+from tinybert_fast.training.recipes import distill_general, distill_task
+
+TEACHER = {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64}
+STUDENT = tiny_config()  # 2 x 24
+TRAIN, DEV = 60, 40
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A fine-tuned teacher, its encoder before that, 60 + 40 sentences, and 90 without labels."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny_encoder(folder / "encoder", **TEACHER)
+    sentiment_file(folder / "train.csv", TRAIN, seed=1)
+    sentiment_file(folder / "dev.csv", DEV, seed=2)
+    lines = [text for text, _ in sentiment_rows(90, seed=3)]
+    (folder / "corpus.txt").write_text("\n".join(lines) + "\n")
+    with (folder / "augmented.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("sentence",), *([line] for line in lines)])
+    scores = finetune(
+        folder / "encoder",
+        folder / "train.csv",
+        folder / "dev.csv",
+        folder / "teacher",
+        epochs=12,
+        lr=3e-3,
+        batch_size=8,
+        max_length=16,
+        progress=False,
+    )
+    assert scores["dev"]["accuracy"] > 0.9
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def plots(request, monkeypatch):
+    """Drawing takes longer than these runs: one test looks at the picture."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(run_folder, "plot", lambda panels: b"")
+
+
+def general(made, output, student=STUDENT, **options):
+    recipe = {"epochs": 2, "lr": 3e-3, "batch_size": 16, "max_length": 16, "progress": False}
+    files = made / "encoder", student, made / "corpus.txt"
+    return distill_general(*files, output, **{**recipe, **options})
+
+
+def task(made, output, student=STUDENT, **options):
+    recipe = {
+        "intermediate_epochs": 2,
+        "intermediate_lr": 3e-3,
+        "prediction_epochs": 2,
+        "prediction_lr": 3e-3,
+        "batch_size": 8,
+        "eval_steps": 4,
+        "max_length": 16,
+        "progress": False,
+    }
+    files = student, made / "train.csv", made / "dev.csv"
+    return distill_task(made / "teacher", *files, output, **{**recipe, **options})
+
+
+class StopAt(TrainerCallback):
+    """A crash at the nth optimizer step of the whole run, its stages counted together."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def assert_same_weights(one, other, name="model.safetensors"):
+    one, other = load_file(one / name), load_file(other / name)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def names(folder):
+    return {file.name for file in folder.iterdir()}
+
+
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "run.json", "logs"}
+FILES |= {"metrics.json", "report.md", "curves.png"}
+
+
+@pytest.mark.parametrize("init", ["random", "pca"], ids=["random", "pca_curves"])
+def test_general_distillation(made, tmp_path, init):
+    out = tmp_path / "out"
+    metrics = general(made, out, epochs=6, init=init)
+    assert (metrics["sentences"], metrics["steps"]) == (90, 36)
+    terms = {"loss", "embedding_loss", "hidden_1_loss", "hidden_2_loss"}
+    assert metrics["losses"].keys() == terms | {"attention_1_loss", "attention_2_loss"}
+    assert metrics["losses"]["loss"]["last"] < metrics["losses"]["loss"]["first"]
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert names(out) >= FILES | {"projection.safetensors"}
+    assert "checkpoints" not in names(out)
+    report = (out / "report.md").read_text()
+    for words in ("attention_2_loss", "| matches | 0:0,1:2,2:4 |", "projection.safetensors"):
+        assert words in report
+    assert list((out / "logs" / "general").glob("events.*"))
+    assert ((out / "curves.png").stat().st_size > 10_000) is (init == "pca")
+
+
+def test_what_is_written_is_a_plain_bert(made, tmp_path):
+    general(made, tmp_path / "general")
+    task(made, tmp_path / "task", tmp_path / "general")
+    config = json.loads((tmp_path / "general" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("bert", ["BertModel"])
+    config = json.loads((tmp_path / "task" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    script = (
+        "import sys; from transformers import AutoModel, AutoModelForSequenceClassification\n"
+        "AutoModel.from_pretrained(sys.argv[1])\n"
+        "model, info = AutoModelForSequenceClassification.from_pretrained("
+        "sys.argv[2], output_loading_info=True)\n"
+        "assert not info['missing_keys'], info\n"
+        "assert 'tinybert_fast' not in sys.modules"
+    )
+    folders = [str(tmp_path / name) for name in ("general", "task")]
+    subprocess.run([sys.executable, "-c", script, *folders], check=True, cwd=tmp_path)
+
+
+def test_corpus_may_be_a_list_of_sentences(made, tmp_path):
+    lines = [text for text, _ in sentiment_rows(90, seed=3)]
+    for name, corpus in (("file", made / "corpus.txt"), ("list", lines)):
+        distill_general(
+            made / "encoder",
+            STUDENT,
+            corpus,
+            tmp_path / name,
+            steps=3,
+            batch_size=16,
+            progress=False,
+        )
+    assert_same_weights(tmp_path / "file", tmp_path / "list")
+
+
+def test_general_then_task_distillation(made, tmp_path):
+    """The student learns the task from the teacher, and the projection goes on where it was."""
+    general(made, tmp_path / "general", epochs=6, init="pca")
+    out = tmp_path / "task"
+    metrics = task(made, out, tmp_path / "general", intermediate_epochs=6, prediction_epochs=6)
+    assert metrics["teacher_dev"]["accuracy"] > 0.9
+    assert metrics["dev"]["accuracy"] > 0.9
+    assert (metrics["intermediate"]["steps"], metrics["prediction"]["steps"]) == (48, 48)
+    losses = metrics["intermediate"]["losses"]
+    assert losses["loss"]["last"] < losses["loss"]["first"]
+    losses = metrics["prediction"]["losses"]
+    assert losses["prediction_loss"]["last"] < losses["prediction_loss"]["first"]
+    assert metrics["best_step"] % 4 == 0
+    assert names(out) >= FILES
+    assert not names(out) & {"checkpoints", "projection.safetensors"}
+    assert names(out / "intermediate") >= {"config.json", "projection.safetensors"}
+    assert "| accuracy |" in (out / "report.md").read_text()
+
+    task(
+        made,
+        tmp_path / "still",
+        tmp_path / "general",
+        intermediate_lr=0.0,
+        weight_decay=0.0,
+        intermediate_epochs=1,
+    )
+    at = tmp_path / "still" / "intermediate"
+    assert_same_weights(tmp_path / "general", at, "projection.safetensors")
+
+
+def test_dev_score_is_that_of_the_saved_model(made, tmp_path):
+    metrics = task(made, tmp_path / "out", intermediate_epochs=0, prediction_epochs=6)
+    assert "intermediate" not in metrics
+    assert "intermediate" not in names(tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    rows = sentiment_rows(DEV, seed=2)
+    batch = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        predicted = model(**batch).logits.argmax(-1)
+    right = [model.config.id2label[int(p)] == label for p, (_, label) in zip(predicted, rows)]
+    assert metrics["dev"]["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_augmented_texts_need_no_labels(made, tmp_path):
+    steps = {}
+    for name, options in (
+        ("both", {}),
+        ("first", {"augmented_prediction": False}),
+    ):
+        metrics = task(made, tmp_path / name, augmented=made / "augmented.csv", **options)
+        steps[name] = metrics["intermediate"]["steps"], metrics["prediction"]["steps"]
+    assert steps == {"both": (24, 24), "first": (24, 16)}  # 12 batches an epoch, or 8
+
+
+def test_regression_learns_the_teachers_scores(tmp_path):
+    torch.manual_seed(0)
+    teacher = tmp_path / "teacher"
+    tiny_tokenizer(teacher)
+    fields = {"num_labels": 1, "problem_type": "regression", "initializer_range": 0.2}
+    BertForSequenceClassification(tiny_config(**TEACHER, **fields)).save_pretrained(teacher)
+    for name, seed in (("train", 1), ("dev", 2)):
+        pairs = zip(sentiment_rows(40, seed=seed), sentiment_rows(40, seed=seed + 10))
+        rows = [(a, b, f"{at % 5}.5") for at, ((a, _), (b, _)) in enumerate(pairs)]
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("sentence1", "sentence2", "score"), *rows])
+    metrics = distill_task(
+        teacher,
+        STUDENT,
+        tmp_path / "train.csv",
+        tmp_path / "dev.csv",
+        tmp_path / "out",
+        intermediate_epochs=1,
+        prediction_epochs=8,
+        prediction_lr=3e-3,
+        batch_size=8,
+        augmented=tmp_path / "train.csv",
+        progress=False,
+        max_length=32,
+    )
+    assert metrics["selected_by"] == "pearson_spearman"
+    losses = metrics["prediction"]["losses"]["prediction_loss"]
+    assert losses["last"] < 0.7 * losses["first"]
+
+
+def test_official_parity_runs_both_recipes(made, tmp_path):
+    """Padded to the full length, the last incomplete batch dropped: 5 of 90 / 16, 7 of 60 / 8."""
+    metrics = general(made, tmp_path / "general", parity="official", bf16=True)
+    assert metrics["steps"] == 10
+    metrics = task(made, tmp_path / "task", tmp_path / "general", parity="official")
+    assert (metrics["intermediate"]["steps"], metrics["prediction"]["steps"]) == (14, 14)
+
+
+def test_general_resume_ends_with_the_same_bits(made, tmp_path):
+    options = {"checkpoint_steps": 4, "init": "pca", "log_steps": 4}
+    whole = general(made, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        general(made, tmp_path / "parts", callbacks=[StopAt(9)], **options)
+    assert not (tmp_path / "parts" / "config.json").exists()
+    with pytest.raises(FileExistsError, match="--resume"):
+        general(made, tmp_path / "parts", **options)
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.003, now 0.1\)"):
+        general(made, tmp_path / "parts", resume=True, **{**options, "lr": 0.1})
+    resumed = general(made, tmp_path / "parts", resume=True, **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts", "projection.safetensors")
+    assert resumed["losses"] == whole["losses"]
+    assert general(made, tmp_path / "parts", resume=True, **options) == resumed  # nothing to do
+
+
+@pytest.mark.parametrize("stop", [10, 16, 24], ids=["stage_a", "between", "stage_b"])
+def test_task_resume_ends_with_the_same_bits(made, tmp_path, stop):
+    """16 steps in each stage; dropout on; the best student of stage B is kept over the crash."""
+    options = {"checkpoint_steps": 4, "eval_steps": 3, "log_steps": 3}
+    whole = task(made, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        task(made, tmp_path / "parts", callbacks=[StopAt(stop)], **options)
+    resumed = task(made, tmp_path / "parts", resume=True, **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert_same_weights(tmp_path / "whole" / "intermediate", tmp_path / "parts" / "intermediate")
+    for name in ("dev", "best_step"):
+        assert resumed[name] == whole[name]
+    assert resumed["prediction"]["losses"] == whole["prediction"]["losses"]
+
+
+def test_students_may_be_named_in_every_way(made, tmp_path):
+    """A config file, a folder with a config alone, a preset that takes over the vocabulary."""
+    (tmp_path / "config.json").write_text(STUDENT.to_json_string())
+    for at, student in enumerate((tmp_path / "config.json", tmp_path, STUDENT)):
+        general(made, tmp_path / f"out{at}", student, steps=1)
+        assert_same_weights(tmp_path / "out0", tmp_path / f"out{at}")
+    encoder = tiny_encoder(tmp_path / "wide", num_attention_heads=12, num_hidden_layers=4)
+    distill_general(
+        encoder, "tiny_4l_312", made / "corpus.txt", tmp_path / "tiny", steps=1, progress=False
+    )
+    config = AutoModel.from_pretrained(tmp_path / "tiny").config
+    assert (config.hidden_size, config.vocab_size, config.max_position_embeddings) == (312, 25, 40)
+
+
+def test_layers_and_explicit_matches(made, tmp_path):
+    student = tiny_config(**{**TEACHER, "num_hidden_layers": 3})
+    with pytest.raises(ValueError, match=r"3 student layers do not divide 4 .*0:0,1:1,2:3,3:4"):
+        general(made, tmp_path / "no", student)
+    options = {"matches": "0:0,1:1,2:3,3:4", "init": "layers", "shared_projection": False}
+    metrics = general(made, tmp_path / "out", student, lr=1e-6, **options)
+    assert metrics["losses"]["embedding_loss"]["first"] < 0.3  # dropout alone
+    saved = load_file(tmp_path / "out" / "projection.safetensors")
+    assert set(saved) == {f"fit_denses.{m}.{n}" for m in range(4) for n in ("weight", "bias")}
+
+
+def saved_student(folder, words, **changes):
+    return tiny_encoder(folder, words=words, **changes)
+
+
+def test_vocabularies_must_be_the_same(made, tmp_path):
+    from tinybert_fast.testing.tiny_models import WORDS
+
+    larger = tiny_encoder(tmp_path / "larger", words=(*WORDS, "extra"))
+    complaint = r"larger has 26 word pieces and the teacher .*encoder has 25\. .*the teacher's voc"
+    with pytest.raises(ValueError, match=complaint):
+        general(made, tmp_path / "out", larger)
+    swapped = [*WORDS]
+    swapped[7], swapped[9] = swapped[9], swapped[7]
+    swapped = tiny_encoder(tmp_path / "swapped", words=tuple(swapped))
+    with pytest.raises(ValueError, match=r"different vocabularies .*first difference is at id 7"):
+        task(made, tmp_path / "out", swapped)
+    config = tiny_config(vocab_size=99)
+    with pytest.raises(ValueError, match="config has 99 word pieces"):
+        general(made, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "kind", "complaint"),
+    [
+        (general, {"parity": "exact"}, ValueError, "paper, official"),
+        (general, {"student": "5l-100"}, FileNotFoundError, "no student 5l-100; .*4l-312, 6l-768"),
+        (general, {"student": tiny_config(num_attention_heads=4)}, ValueError, "heads=2"),
+        (general, {"init": "svd"}, ValueError, "random, layers, pca"),
+        (general, {"parity": "official", "batch_size": 100}, ValueError, "90 texts do not fill"),
+        (general, {"batch_size": 0}, ValueError, "batch_size is 0"),
+        (task, {"select_by": "loss"}, ValueError, "selected by accuracy, f1, matthews"),
+        (task, {"intermediate_epochs": -1}, ValueError, "0 or more"),
+        (task, {"temperature": 0.0}, ValueError, "temperature .*more than 0, got 0"),
+    ],
+)
+def test_refusals(made, tmp_path, recipe, options, kind, complaint):
+    with pytest.raises(kind, match=complaint):
+        recipe(made, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_held_to_the_teachers_task(made, tmp_path):
+    teacher = made / "teacher"
+    bad = tmp_path / "bad.csv"
+    bad.write_text("sentence,label\nfine film,good\nthe film,neutral\n")
+    with pytest.raises(ValueError, match=r"bad.csv.*row 2 .*'neutral'"):
+        distill_task(teacher, STUDENT, bad, None, tmp_path / "out")
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("sentence1,sentence2,label\nfine film,the film,good\n")
+    with pytest.raises(ValueError, match="single texts"):
+        distill_task(teacher, STUDENT, made / "train.csv", None, tmp_path / "out", augmented=pairs)
+    with pytest.raises(ValueError, match="no trained classification head"):
+        distill_task(made / "encoder", STUDENT, made / "train.csv", None, tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        distill_task(teacher, STUDENT, tmp_path / "absent.csv", None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_trained_students_and_models_in_the_way(made, tmp_path):
+    student = tiny_classifier(tmp_path / "student")
+    with pytest.raises(ValueError, match="init='pca' is for new students"):
+        task(made, tmp_path / "out", student, init="pca")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        general(made, student)
+    general(made, tmp_path / "out", steps=1)
+    task(made, tmp_path / "out", overwrite=True)
+    assert "projection.safetensors" not in names(tmp_path / "out")  # it served the old model
+    HiddenProjection(8, 32).save(student)
+    with pytest.raises(ValueError, match="maps 8 -> 32 channels"):
+        task(made, tmp_path / "again", student)

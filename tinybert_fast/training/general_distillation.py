@@ -1,0 +1,176 @@
+"""General distillation: a student learns the teacher's representations of plain text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig, TrainerCallback
+
+from tinybert_fast.data.lines import Lines, encode_lines
+from tinybert_fast.training.common import training_arguments
+from tinybert_fast.training.distill import DistillationTrainer
+from tinybert_fast.training.initialise import How
+from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
+from tinybert_fast.training.losses import Parity
+from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.projection import FILE_NAME as PROJECTION
+from tinybert_fast.training.recipe_parts import (
+    check_batches,
+    check_parity,
+    collator_for,
+    facts,
+    first_and_last,
+    loss_panels,
+    loss_table,
+    more_arguments,
+    parameters,
+    prepare,
+    student_settings,
+    usable,
+    usage,
+)
+from tinybert_fast.training.report import table
+from tinybert_fast.training.run_folder import RunFolder
+from tinybert_fast.training.students import Student, matches_for
+
+
+def distill_general(
+    teacher: str | Path,
+    student: str | Path | BertConfig,
+    corpus: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    epochs: float = 3.0,
+    steps: int | None = None,
+    lr: float = 5e-5,
+    batch_size: int = 256,
+    accumulation: int = 1,
+    max_length: int = 128,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    schedule: str = "linear",
+    init: How | None = None,
+    matches: LayerMatches | str | None = None,
+    shared_projection: bool = True,
+    parity: Parity = "paper",
+    checkpoint_steps: int = 500,
+    log_steps: int = 10,
+    seed: int = 0,
+    bf16: bool = False,
+    accelerate: bool = True,
+    impl: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Teaches a student the teacher's representations of plain text; returns the run's metrics.
+
+    ``teacher``: a BERT folder, not fine-tuned. ``student``: a preset (4l-312, 6l-768), a BertConfig
+    or its .json file, or a saved BERT to go on with. ``corpus``: text files with one sentence per
+    line, or a list of sentences. ``steps`` overrides ``epochs``. ``init`` starts new weights at
+    random (default), from the teacher's ``layers`` or from a ``pca`` of its embeddings.
+    ``matches``: see LayerMatches.parse; uniform by default.
+
+    ``output`` gets a BertModel that plain Transformers loads, and ``projection.safetensors``, with
+    which task distillation goes on.
+    """
+    run = RunFolder(output, overwrite=overwrite, resume=resume)
+    check_parity(parity)
+    teacher_config = load_config(teacher)
+    chosen = Student.of(student, teacher_config)
+    tokenizer = load_tokenizer(teacher)
+    chosen.check(teacher, teacher_config, tokenizer)
+    matches = matches_for(matches, chosen.config, teacher_config)
+    max_length = usable(max_length, chosen.config, teacher_config)
+    lines = Lines.of(corpus)
+    sentences, digest = lines.survey()
+    check_batches(sentences, batch_size, parity)
+
+    guide = load_encoder(teacher)
+    pupil, projection = chosen.build(guide, matches, init=init, shared=shared_projection, seed=seed)
+    prepare(pupil, guide, parity=parity, accelerate=accelerate, impl=impl, bf16=bf16)
+
+    recipe: dict[str, Any] = {
+        "epochs": epochs,
+        "max_steps": steps or -1,
+        "lr": lr,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "seed": seed,
+        "bf16": bf16,
+    }
+    arguments = training_arguments(
+        run.checkpoints("general"),
+        **recipe,
+        evaluate=False,
+        log_steps=log_steps,
+        save_strategy="steps",
+        save_steps=checkpoint_steps,
+        **more_arguments(parity, "intermediate"),
+    )
+    settings = {
+        "teacher": str(teacher),
+        **student_settings(chosen, init),
+        "corpus": digest,
+        "max_length": max_length,
+        "matches": str(matches),
+        "shared_projection": shared_projection,
+        "parity": parity,
+        "processes": arguments.world_size,
+        **recipe,
+    }
+    run.begin(settings)
+    if run.finished:
+        return run.metrics()
+    with arguments.main_process_first(local=False):
+        encoded = encode_lines(
+            lines, tokenizer, max_length, run.checkpoints() / f"corpus-{digest}-{max_length}.arrow"
+        )
+    trainer = DistillationTrainer(
+        pupil,
+        guide,
+        stage="intermediate",
+        matches=matches,
+        projection=projection,
+        parity=parity,
+        args=arguments,
+        data_collator=collator_for(tokenizer, parity, max_length),
+        train_dataset=encoded,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        logs=run.logs("general"),
+        title="general distillation",
+        progress=progress,
+    )
+    outcome = trainer.train(resume_from_checkpoint=run.last_checkpoint("general"))
+    history = trainer.state.log_history
+    metrics: dict[str, Any] = {
+        "task": "general distillation",
+        "parameters": parameters(pupil),
+        "teacher_parameters": parameters(guide),
+        "sentences": sentences,
+        "steps": trainer.state.global_step,
+        "train_loss": outcome.training_loss,
+        "train_seconds": outcome.metrics["train_runtime"],
+        "losses": first_and_last(history),
+    }
+    if run.main:
+        projection.save(run.path)
+    run.save_model(pupil, tokenizer)
+    run.write_metrics(metrics)
+    sections = {
+        "Result": table(("what", "value"), facts(metrics)),
+        "Losses": loss_table(metrics["losses"]),
+        "Settings": table(("setting", "value"), settings.items()),
+        "Use it": usage(run.path, "AutoModel")
+        + f"\n\n`{PROJECTION}` holds the map from the student's width to the teacher's: it is no "
+        "part of the model, and task distillation goes on with it.",
+    }
+    run.write_report("General distillation", sections, loss_panels(history, "general"))
+    run.finish(keep_checkpoints)
+    return metrics

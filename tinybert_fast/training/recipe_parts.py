@@ -1,0 +1,134 @@
+"""What general and task distillation have in common: set-up of a run, and its report."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig
+
+from tinybert_fast import integrations
+from tinybert_fast.data import LengthCollator, usable_length
+from tinybert_fast.training.distill import Stage, bf16_linears
+from tinybert_fast.training.losses import PARITIES, Parity
+from tinybert_fast.training.report import Panels, panels_of, table
+from tinybert_fast.training.students import Student
+
+
+def check_parity(parity: str) -> None:
+    if parity not in PARITIES:
+        raise ValueError(f"parity is {parity!r}; expected one of {', '.join(PARITIES)}")
+
+
+def check_batches(examples: int, batch_size: int, parity: Parity) -> None:
+    if parity == "official" and examples < batch_size:
+        raise ValueError(
+            f"parity='official' drops the last incomplete batch, and {examples} texts do not fill "
+            f"one of {batch_size}; choose a smaller batch_size"
+        )
+
+
+def usable(max_length: int, *configs: BertConfig) -> int:
+    for config in configs:
+        max_length = usable_length(max_length, config)
+    return max_length
+
+
+def prepare(
+    pupil: Any,
+    guide: Any = None,
+    *,
+    parity: Parity,
+    accelerate: bool,
+    impl: str,
+    bf16: bool = False,
+) -> None:
+    """Both on packed rows, unless the run follows the official code."""
+    for model in (pupil, guide):
+        if model is not None and accelerate and parity != "official":
+            integrations.accelerate(model, impl=impl)
+    if bf16 and guide is not None:
+        bf16_linears(guide)
+
+
+def more_arguments(parity: Parity, stage: Stage) -> dict[str, Any]:
+    """What the stage and the official code ask of TrainingArguments."""
+    more: dict[str, Any] = {}
+    if stage == "intermediate":
+        more["ddp_find_unused_parameters"] = True  # pooler and heads get no gradient
+    if parity == "official":
+        more.update(
+            dataloader_drop_last=True,
+            train_sampling_strategy="random",
+            max_grad_norm=0.0,  # BertAdam clips each parameter by itself
+        )
+    return more
+
+
+def collator_for(tokenizer: Any, parity: Parity, max_length: int) -> LengthCollator:
+    """The official code pads everything to the longest length allowed."""
+    if parity == "official":
+        return LengthCollator(tokenizer, pad_to_multiple_of=max_length)
+    return LengthCollator(tokenizer, lengths=True)
+
+
+def student_settings(chosen: Student, init: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"student": chosen.name}
+    if chosen.folder is None:
+        settings["init"] = init or "random"
+        settings["student_config"] = chosen.config.to_diff_dict()
+    return settings
+
+
+def parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---- reports -------------------------------------------------------------------------------------
+
+
+def first_and_last(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """{term: {"first": value, "last": value}} of everything logged as a loss."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name.endswith("loss") and name != "train_loss" and not name.startswith("eval_"):
+                found.setdefault(name, {"first": value})["last"] = value
+    return found
+
+
+def loss_panels(history: Iterable[Mapping[str, Any]], stage: str) -> Panels:
+    """Attention, hidden-state and total loss apart: their sizes differ a hundredfold."""
+    panels: Panels = {}
+    for title, curves in panels_of(history).items():
+        if title != "training loss":
+            panels[f"{stage}: {title}"] = curves
+            continue
+        for name, curve in curves.items():
+            term = name.removesuffix("_loss")
+            group = {"loss": "loss", "prediction": "loss"}.get(term, "hidden-state losses")
+            group = "attention losses" if term.startswith("attention") else group
+            panels.setdefault(f"{stage}: {group}", {})[term] = curve
+    return panels
+
+
+def facts(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        (prefix + name.replace("_", " "), value)
+        for name, value in metrics.items()
+        if not isinstance(value, dict | list) and value is not None
+    ]
+
+
+def loss_table(losses: Mapping[str, Mapping[str, float]]) -> str:
+    return table(
+        ("term", "first", "last"), [(name, v["first"], v["last"]) for name, v in losses.items()]
+    )
+
+
+def usage(path: Path, cls: str) -> str:
+    return (
+        f"```python\nfrom transformers import {cls}, AutoTokenizer\n"
+        f'model = {cls}.from_pretrained("{path}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}")\n```\n\n'
+        f"Logs: `tensorboard --logdir {path / 'logs'}`"
+    )

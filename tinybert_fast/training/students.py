@@ -1,0 +1,161 @@
+"""Which student a run trains: a preset, a config or a saved model, checked against its teacher."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig, BertForSequenceClassification, BertModel, set_seed
+
+from tinybert_fast.data import Task
+from tinybert_fast.integrations import TinyBertConfig
+from tinybert_fast.training.initialise import How, initialise_student
+from tinybert_fast.training.loading import (
+    check_model_path,
+    load_classifier,
+    load_config,
+    load_encoder,
+    load_tokenizer,
+)
+from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.projection import HiddenProjection
+
+PRESETS: dict[str, Callable[..., BertConfig]] = {
+    "4l-312": TinyBertConfig.tiny_4l_312,
+    "6l-768": TinyBertConfig.tiny_6l_768,
+}
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Student:
+    """Where a student comes from: a config to be filled with new weights, or a saved model."""
+
+    config: BertConfig
+    folder: str | None = None  # None: new weights
+    name: str = "config"
+
+    @classmethod
+    def of(cls, student: "str | Path | BertConfig", teacher: BertConfig) -> "Student":
+        """``student``: a preset (4l-312, 6l-768), a BertConfig, its .json file, or a model folder.
+
+        A preset takes vocabulary, positions and segments from the teacher.
+        """
+        if isinstance(student, BertConfig):
+            return cls(copy.deepcopy(student))
+        path = Path(student)
+        key = str(student).lower().replace("_", "-").removeprefix("tiny-")
+        if key in PRESETS and not path.exists():
+            shared = ("vocab_size", "max_position_embeddings", "type_vocab_size", "pad_token_id")
+            return cls(PRESETS[key](**{k: getattr(teacher, k) for k in shared}), name=key)
+        if path.suffix == ".json" and path.is_file():
+            return cls(_read_config(path), name=str(path))
+        weightless = path.is_dir() and not any((path / name).exists() for name in WEIGHTS)
+        if weightless and (path / "config.json").is_file():
+            return cls(_read_config(path / "config.json"), name=str(path))
+        if not path.exists() and len(path.parts) == 1:
+            raise FileNotFoundError(
+                f"no student {student}; expected one of {', '.join(PRESETS)}, a config.json, "
+                "or a folder with a saved model"
+            )
+        check_model_path(student)
+        return cls(load_config(student), folder=str(student), name=str(student))
+
+    def check(self, teacher_path: str | Path, teacher: BertConfig, tokenizer: Any) -> None:
+        """Refuse what cannot learn from this teacher: another architecture, another vocabulary."""
+        for who, where, config in (
+            ("teacher", teacher_path, teacher),
+            ("student", self.name, self.config),
+        ):
+            if config.model_type != "bert":
+                raise ValueError(f"the {who} {where} is a {config.model_type} model; expected BERT")
+        remedy = (
+            "Both must read the same word pieces: give the student the teacher's vocabulary "
+            "(start it from a preset, or from general distillation of this teacher)"
+        )
+        ours, theirs = self.config.vocab_size, teacher.vocab_size
+        if ours != theirs:
+            raise ValueError(
+                f"the student {self.name} has {ours} word pieces and the teacher {teacher_path} "
+                f"has {theirs}. {remedy}"
+            )
+        if self.folder is None or not any(
+            (Path(self.folder) / name).exists() for name in TOKENIZER_FILES
+        ):
+            return
+        ours, theirs = load_tokenizer(self.folder).get_vocab(), tokenizer.get_vocab()
+        if ours != theirs:
+            word, at = min(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])
+            raise ValueError(
+                f"the student {self.name} and the teacher {teacher_path} have different "
+                f"vocabularies ({len(ours)} and {len(theirs)} word pieces; {word!r} is "
+                f"{_id(ours, word)} in the student and {_id(theirs, word)} in the teacher; the "
+                f"first difference is at id {at}). {remedy}"
+            )
+
+    def build(
+        self,
+        teacher: Any,
+        matches: LayerMatches,
+        *,
+        task: Task | None = None,
+        init: How | None = None,
+        shared: bool = True,
+        seed: int = 0,
+    ) -> tuple[Any, HiddenProjection]:
+        """The model (an encoder, or a classifier for ``task``) and the projection it starts with.
+
+        ``init`` is for new weights only. A saved student goes on with the projection saved beside
+        it, if there is one.
+        """
+        set_seed(seed)
+        if self.folder is None:
+            config = copy.deepcopy(self.config)
+            for field, value in (task.config_fields() if task else {}).items():
+                setattr(config, field, value)
+            model = BertForSequenceClassification(config) if task else BertModel(config)
+            projection = initialise_student(
+                model, teacher, init or "random", matches=matches, shared=shared
+            )
+            return model, projection
+        if init is not None:
+            raise ValueError(
+                f"init={init!r} is for new students, but {self.name} holds trained weights; "
+                "leave init out, or start from a preset or a config"
+            )
+        model = load_classifier(self.folder, task) if task else load_encoder(self.folder)
+        projection = HiddenProjection(
+            self.config.hidden_size,
+            teacher.config.hidden_size,
+            matches.student_states,
+            shared=shared,
+            std=self.config.initializer_range,
+        )
+        if HiddenProjection.exists(self.folder):
+            projection.load(self.folder)
+        return model, projection
+
+
+def matches_for(
+    matches: LayerMatches | str | None, student: BertConfig, teacher: BertConfig
+) -> LayerMatches:
+    """Uniform for None, parsed from text; checked against both models."""
+    if matches is None:
+        matches = LayerMatches.uniform(student.num_hidden_layers, teacher.num_hidden_layers)
+    elif isinstance(matches, str):
+        matches = LayerMatches.parse(matches)
+    matches.validate(student, teacher)
+    return matches
+
+
+def _read_config(path: Path) -> BertConfig:
+    try:
+        return BertConfig.from_json_file(path)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no BERT config ({error})") from None
+
+
+def _id(vocabulary: dict[str, int], word: str) -> str:
+    return str(vocabulary[word]) if word in vocabulary else "absent"

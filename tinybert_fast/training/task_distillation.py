@@ -1,0 +1,361 @@
+"""Task distillation: a student learns one task from a teacher that was fine-tuned on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import BertConfig, TrainerCallback
+
+from tinybert_fast.data import Task, encode_examples, load_examples, sort_by_length
+from tinybert_fast.training import evaluate
+from tinybert_fast.training.common import training_arguments
+from tinybert_fast.training.distill import DistillationTrainer, Stage
+from tinybert_fast.training.finetune import load_dev
+from tinybert_fast.training.initialise import How
+from tinybert_fast.training.loading import load_classifier, load_tokenizer
+from tinybert_fast.training.losses import Parity
+from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.metrics import compute_metrics, metric_for, metric_names, score
+from tinybert_fast.training.projection import FILE_NAME as PROJECTION
+from tinybert_fast.training.recipe_parts import (
+    check_batches,
+    check_parity,
+    collator_for,
+    facts,
+    first_and_last,
+    loss_panels,
+    loss_table,
+    more_arguments,
+    parameters,
+    prepare,
+    student_settings,
+    usable,
+    usage,
+)
+from tinybert_fast.training.report import Panels, table
+from tinybert_fast.training.run_folder import RunFolder, examples_digest
+from tinybert_fast.training.students import Student, matches_for
+
+SINGLE_LENGTH, PAIR_LENGTH = 64, 128  # tokens of an input in the paper
+INTERMEDIATE: Stage = "intermediate"
+PREDICTION: Stage = "prediction"
+STAGES = (INTERMEDIATE, PREDICTION)
+
+
+def distill_task(
+    teacher: str | Path,
+    student: str | Path | BertConfig,
+    train_file: str | Path,
+    dev_file: str | Path | None,
+    output: str | Path,
+    *,
+    augmented: str | Path | None = None,
+    augmented_prediction: bool | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    intermediate_epochs: float = 20.0,
+    intermediate_lr: float = 5e-5,
+    intermediate_schedule: str = "constant",
+    prediction_epochs: float = 3.0,
+    prediction_lr: float = 3e-5,
+    batch_size: int = 32,
+    accumulation: int = 1,
+    max_length: int | None = None,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    temperature: float = 1.0,
+    init: How | None = None,
+    matches: LayerMatches | str | None = None,
+    shared_projection: bool = True,
+    parity: Parity = "paper",
+    eval_steps: int = 100,
+    select_by: str | None = None,
+    checkpoint_steps: int = 500,
+    log_steps: int = 10,
+    seed: int = 0,
+    bf16: bool = False,
+    accelerate: bool = True,
+    impl: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Trains in two stages, writes the student to `output` and returns the run's metrics.
+
+    Stage A, `intermediate`: embedding, hidden-state and attention losses at a constant rate; its
+    student stays in `output/intermediate`. 0 epochs leave it out. Stage B, `prediction`: the
+    teacher's logits alone, never gold labels (one output: its score, by mean squared error); the
+    student that is best on `dev_file`, looked at every `eval_steps` steps, is kept.
+
+    `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
+    texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
+    the paper; `augmented_prediction` decides otherwise. `student`, `init`, `matches`: see
+    distill_general, whose output is the student meant here, its projection included. Files and
+    columns: `load_examples`. `max_length`: 64 for single texts and 128 for pairs by default.
+    """
+    run = RunFolder(output, overwrite=overwrite, resume=resume)
+    check_parity(parity)
+    if intermediate_epochs < 0:
+        raise ValueError(f"intermediate_epochs is {intermediate_epochs}; expected 0 or more")
+    if temperature <= 0:
+        raise ValueError(
+            f"the temperature divides the logits: expected more than 0, got {temperature}"
+        )
+    guide = load_classifier(teacher)
+    chosen = Student.of(student, guide.config)
+    tokenizer = load_tokenizer(teacher)
+    chosen.check(teacher, guide.config, tokenizer)
+    matches = matches_for(matches, chosen.config, guide.config)
+    data = _read(
+        guide.config, train_file, dev_file, augmented, text=text, text_pair=text_pair, label=label
+    )
+    task = data.task
+    if augmented_prediction is None:
+        augmented_prediction = not task.regression
+    select_by = _metric(select_by, task)
+    max_length = usable(
+        max_length or (PAIR_LENGTH if task.text_pair else SINGLE_LENGTH),
+        *(chosen.config, guide.config),
+    )
+    encoded = {
+        name: encode_examples(examples, tokenizer, task, max_length, str(file))
+        for name, examples, file in (
+            ("train", data.train, train_file),
+            ("dev", data.dev, dev_file),
+            ("augmented", data.augmented, augmented),
+        )
+        if examples is not None
+    }
+    texts = {INTERMEDIATE: encoded.get("augmented", encoded["train"]), PREDICTION: encoded["train"]}
+    if augmented_prediction:
+        texts[PREDICTION] = texts[INTERMEDIATE]
+    for examples in texts.values():
+        check_batches(len(examples), batch_size, parity)
+    dev = sort_by_length(encoded["dev"])[0] if "dev" in encoded else None
+    pupil, projection = chosen.build(
+        guide, matches, task=task, init=init, shared=shared_projection, seed=seed
+    )
+
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "bf16": bf16,
+    }
+    recipes: dict[str, dict[str, Any]] = {
+        INTERMEDIATE: {
+            "epochs": intermediate_epochs,
+            "lr": intermediate_lr,
+            "schedule": intermediate_schedule,
+            "warmup": 0.0 if intermediate_schedule == "constant" else warmup,
+        },
+        PREDICTION: {"epochs": prediction_epochs, "lr": prediction_lr, "warmup": warmup},
+    }
+    steps = int(prediction_epochs * len(texts[PREDICTION]) / (batch_size * accumulation))
+    looks: dict[str, Any] = {"evaluate": False}
+    if dev is not None:
+        looks = {"eval_steps": max(1, min(eval_steps, steps)), "select_by": select_by}
+    arguments = {}
+    if intermediate_epochs:
+        arguments[INTERMEDIATE] = training_arguments(
+            run.checkpoints(INTERMEDIATE),
+            **common,
+            **recipes[INTERMEDIATE],
+            evaluate=False,
+            log_steps=log_steps,
+            save_strategy="steps",
+            save_steps=checkpoint_steps,
+            **more_arguments(parity, INTERMEDIATE),
+        )
+    arguments[PREDICTION] = training_arguments(
+        run.checkpoints(PREDICTION),
+        **common,
+        **recipes[PREDICTION],
+        **looks,
+        log_steps=log_steps,
+        **more_arguments(parity, PREDICTION),
+    )
+    settings = {
+        "teacher": str(teacher),
+        **student_settings(chosen, init),
+        **data.digests(),
+        "augmented_prediction": augmented_prediction,
+        "max_length": max_length,
+        "matches": str(matches),
+        "shared_projection": shared_projection,
+        "parity": parity,
+        "temperature": temperature,
+        "processes": arguments[PREDICTION].world_size,
+        **common,
+        **{
+            f"{stage}_{name}": value
+            for stage, recipe in recipes.items()
+            for name, value in recipe.items()
+        },
+        **looks,
+    }
+    run.begin(settings)
+    if run.finished:
+        return run.metrics()
+
+    metrics: dict[str, Any] = {
+        "task": f"{'regression' if task.regression else 'classification'}, distilled",
+        "labels": list(task.labels) if task.labels else None,
+        "parameters": parameters(pupil),
+        "teacher_parameters": parameters(guide),
+        "train_examples": len(data.train),
+    }
+    if dev is not None:
+        guide.to(arguments[PREDICTION].device)
+        logits = evaluate.predict(guide, dev, tokenizer, batch_size=2 * batch_size)
+        metrics["dev_examples"] = len(dev)
+        metrics["teacher_dev"] = score(logits, np.asarray(dev["label"]), task)
+    how: dict[str, Any] = {"parity": parity, "accelerate": accelerate, "impl": impl}
+    prepare(pupil, guide, bf16=bf16, **how)
+    shown: dict[str, Any] = {
+        "parity": parity,
+        "data_collator": collator_for(tokenizer, parity, max_length),
+        "processing_class": tokenizer,
+        "callbacks": list(callbacks),
+        "progress": progress,
+    }
+    panels: Panels = {}
+    if intermediate_epochs:
+        done = run.recorded(INTERMEDIATE)
+        if done is None:
+            trainer = DistillationTrainer(
+                pupil,
+                guide,
+                stage=INTERMEDIATE,
+                matches=matches,
+                projection=projection,
+                args=arguments[INTERMEDIATE],
+                train_dataset=texts[INTERMEDIATE],
+                logs=run.logs(INTERMEDIATE),
+                title=INTERMEDIATE,
+                **shown,
+            )
+            outcome = trainer.train(resume_from_checkpoint=run.last_checkpoint(INTERMEDIATE))
+            if run.main:
+                projection.save(run.path / INTERMEDIATE)
+            run.save_model(pupil, tokenizer, INTERMEDIATE)
+            done = _outcome(trainer, outcome)
+            run.record(**{INTERMEDIATE: {**done, "history": trainer.state.log_history}})
+            done = run.recorded(INTERMEDIATE)
+        else:
+            pupil = load_classifier(run.path / INTERMEDIATE, task)
+            prepare(pupil, **how)
+        panels |= loss_panels(done["history"], INTERMEDIATE)
+        metrics[INTERMEDIATE] = {name: v for name, v in done.items() if name != "history"}
+
+    trainer = DistillationTrainer(
+        pupil,
+        guide,
+        stage=PREDICTION,
+        temperature=temperature,
+        args=arguments[PREDICTION],
+        train_dataset=texts[PREDICTION],
+        eval_dataset=dev,
+        compute_metrics=compute_metrics(task),
+        logs=run.logs(PREDICTION),
+        title=PREDICTION,
+        **shown,
+    )
+    outcome = trainer.train(resume_from_checkpoint=run.last_checkpoint(PREDICTION))
+    history = trainer.state.log_history
+    panels |= loss_panels(history, PREDICTION)
+    metrics[PREDICTION] = _outcome(trainer, outcome)
+    if dev is not None:
+        best = trainer.state.best_global_step
+        log = next(e for e in history if e.get("step") == best and f"eval_{select_by}" in e)
+        metrics["selected_by"], metrics["best_step"] = select_by, best
+        metrics["dev"] = {name: log[f"eval_{name}"] for name in metric_names(task)}
+    if run.main:
+        (run.path / PROJECTION).unlink(missing_ok=True)  # of a model that this one replaces
+    run.save_model(pupil, tokenizer)
+    run.write_metrics(metrics)
+    run.write_report("Task distillation", _sections(run.path, metrics, settings), panels)
+    run.finish(keep_checkpoints)
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Data:
+    task: Task
+    train: Dataset
+    dev: Dataset | None
+    augmented: Dataset | None
+
+    def digests(self) -> dict[str, str | None]:
+        parts = {"train": self.train, "dev": self.dev, "augmented": self.augmented}
+        return {k: None if part is None else examples_digest(part) for k, part in parts.items()}
+
+
+def _read(
+    config: BertConfig,
+    train_file: str | Path,
+    dev_file: str | Path | None,
+    augmented_file: str | Path | None,
+    *,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+) -> _Data:
+    """The files, held to the teacher's task: classes or scores, single texts or pairs."""
+    kind = "regression" if Task.of_model(config).regression else "classification"
+    train = load_examples(train_file, text, text_pair, label, kind=kind, require_label=False)
+    task = Task.of_model(config, text_pair="text_pair" in train.column_names)
+    dev = None if dev_file is None else load_dev(dev_file, task, text, text_pair, label)
+    augmented = None
+    if augmented_file is not None:
+        augmented = load_examples(augmented_file, text, text_pair, kind=kind, require_label=False)
+        if ("text_pair" in augmented.column_names) != (task.text_pair is not None):
+            wanted = "pairs" if task.text_pair else "single texts"
+            raise ValueError(
+                f"{train_file} holds {wanted} and {augmented_file} does not; name the columns"
+            )
+    return _Data(task, train, dev, augmented)
+
+
+def _metric(name: str | None, task: Task) -> str:
+    known = metric_names(task)
+    if name is not None and name not in known:
+        raise ValueError(f"select_by is {name!r}; a student is selected by {', '.join(known)}")
+    return name or metric_for(task)
+
+
+def _outcome(trainer: DistillationTrainer, outcome: Any) -> dict[str, Any]:
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": outcome.training_loss,
+        "train_seconds": outcome.metrics["train_runtime"],
+        "losses": first_and_last(trainer.state.log_history),
+    }
+
+
+def _sections(path: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    sections = {}
+    if "dev" in metrics:
+        rows = [(name, metrics["teacher_dev"][name], v) for name, v in metrics["dev"].items()]
+        sections["Dev set"] = table(("metric", "teacher", "student"), rows)
+    values = facts(metrics)
+    for stage in STAGES:
+        values += facts(metrics.get(stage, {}), f"{stage}: ")
+    sections["Run"] = table(("what", "value"), values)
+    for stage in STAGES:
+        if stage in metrics:
+            sections[f"Losses, {stage} stage"] = loss_table(metrics[stage]["losses"])
+    if metrics["labels"]:
+        sections["Classes"] = ", ".join(f"`{label}`" for label in metrics["labels"])
+    sections["Settings"] = table(("setting", "value"), settings.items())
+    sections["Use it"] = usage(path, "AutoModelForSequenceClassification")
+    if INTERMEDIATE in metrics:
+        sections["Use it"] += f"\n\nThe student of the first stage is in `{path / INTERMEDIATE}`."
+    return sections
