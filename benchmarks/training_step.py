@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinybert_fast.benchmarks.batches import Batch
-from tinybert_fast.benchmarks.case import Outcome, autocast
+from tinybert_fast.benchmarks.case import DTYPES, Outcome, autocast
 
 OPTIMIZER = "adamw_fused"
 LEARNING_RATE = (
@@ -94,3 +95,29 @@ def set_dropout(model: nn.Module, p: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = p
+
+
+def sharing(model: nn.Module) -> Any:
+    """A copy of the modules over the same Parameters: frozen weights lie in memory once."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+class Teacher:
+    """A frozen model as each dtype wants it.
+
+    In bf16 its linear layers are rounded once: the products are autocast's, which would round the
+    weights again in every forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._models: dict[str, Any] = {"fp32": model.eval().requires_grad_(False)}
+
+    def __call__(self, dtype: str) -> Any:
+        if dtype not in self._models:
+            rounded = sharing(self._models["fp32"])
+            for module in rounded.modules():
+                if isinstance(module, nn.Linear):
+                    for name, p in list(module.named_parameters(recurse=False)):
+                        setattr(module, name, nn.Parameter(p.to(DTYPES[dtype]), False))
+            self._models[dtype] = rounded
+        return self._models[dtype]

@@ -1,11 +1,12 @@
 """Fast BERT training and TinyBERT distillation in PyTorch.
 
-``accelerate(model)`` makes a Transformers BERT run without padding; ``ops`` holds the operators with
-their references; the ``TinyBert*`` classes and the ``tinybert-fast`` command train students.
+``accelerate(model)`` makes a Transformers BERT run without padding; ``ops`` holds the operators
+with their references; the ``TinyBert*`` classes and the ``tinybert-fast`` command train students.
 Importing this package needs torch alone: everything else loads at first use.
 """
 
 from importlib import import_module
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -30,15 +31,28 @@ _PACKAGES = ("ops", "modules", "integrations", "data", "training", "testing")
 __all__ = ["__version__", *_LAZY, *_PACKAGES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _LAZY:
-        value = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        value = getattr(_load(_LAZY[name]), name)
     elif name in _PACKAGES:
-        value = import_module(f"{__name__}.{name}")
+        value = _load(name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _load(package: str) -> ModuleType:
+    try:
+        return import_module(f"{__name__}.{package}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(__name__):
+            raise
+        raise ModuleNotFoundError(
+            f"{__name__}.{package} needs the package {error.name!r}: "
+            "pip install 'tinybert-fast[train]'",
+            name=error.name,
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask
 from tinybert_fast.benchmarks.baselines.attention_scores import SUMS, official
 from tinybert_fast.benchmarks.batches import Batch, bucket_counts
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL
-from tinybert_fast.benchmarks.training_step import TrainingStep
+from tinybert_fast.benchmarks.training_step import Teacher, TrainingStep
 
 SCORES = "tinybert_official"  # the attention that hands out its scores, in Transformers' registry
 
@@ -123,6 +123,7 @@ class CarefulStep(DistillationBaseline):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.taught_in = Teacher(self.teacher)
         counts = bucket_counts(self.batches["timed"])
         self.settings = tuple(Setting(count, form) for count in counts for form in SUMS)
 
@@ -144,13 +145,13 @@ class CarefulStep(DistillationBaseline):
 
     def _sums(self, part: Batch, dtype: str, score_sum: Any) -> tuple[Tensor, Tensor]:
         """Squared differences summed over matched layers: of scores, of projected states."""
-        matched = range(1, self.layers + 1)
+        teacher, matched = self.taught_in(dtype), range(1, self.layers + 1)
         with self.autocast(dtype):
             with (
                 torch.no_grad(),
-                queries_and_keys(self.teacher, [m * self.every for m in matched]) as theirs,
+                queries_and_keys(teacher, [m * self.every for m in matched]) as theirs,
             ):
-                taught = self.teacher(**part.inputs, output_hidden_states=True).hidden_states
+                taught = teacher(**part.inputs, output_hidden_states=True).hidden_states
             with queries_and_keys(self.student, list(matched)) as ours:
                 states = self.student(**part.inputs, output_hidden_states=True).hidden_states
             real = part.attention_mask.bool()
@@ -166,7 +167,7 @@ class CarefulStep(DistillationBaseline):
                     _heads(x, model.config.num_attention_heads, real)
                     for model, found in (
                         (self.student, ours[m]),
-                        (self.teacher, theirs[m * self.every]),
+                        (teacher, theirs[m * self.every]),
                     )
                     for x in found
                 )

@@ -20,7 +20,7 @@ from tinybert_fast.benchmarks.baselines.distillation import CarefulStep, Officia
 from tinybert_fast.benchmarks.batches import Batch, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup
 from tinybert_fast.benchmarks.cases.mlm_step import student_config
-from tinybert_fast.benchmarks.training_step import OPTIMIZER, TrainingStep
+from tinybert_fast.benchmarks.training_step import OPTIMIZER, Teacher, TrainingStep, sharing
 from tinybert_fast.integrations import accelerate
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.losses import intermediate_terms
@@ -46,7 +46,7 @@ class OurStep(TrainingStep):
         dropout: float,
     ) -> None:
         super().__init__(trained, batches, dropout)
-        self.teacher, self.matches = teacher.eval().requires_grad_(False), matches
+        self.teacher, self.matches = Teacher(teacher), matches
 
     def backward(self, batch: Batch, dtype: str, setting: Any) -> Tensor:
         layout = SequenceLayout.from_mask(batch.attention_mask)
@@ -55,7 +55,7 @@ class OurStep(TrainingStep):
         projection: Any = self.trained["projection"]
         with self.autocast(dtype):
             with torch.no_grad():
-                self.teacher(**batch.inputs, layout=layout, capture=theirs, packed=True)
+                self.teacher(dtype)(**batch.inputs, layout=layout, capture=theirs, packed=True)
             student(**batch.inputs, layout=layout, capture=ours, packed=True)
             terms = intermediate_terms(ours, theirs, self.matches, projection, layout=layout)
             loss = torch.stack(list(terms.values())).sum()
@@ -99,11 +99,11 @@ def cases(setup: Setup, *, batch: int, width: int) -> Iterator[Case]:
         dropout=setup.dropout,
         optimizer=OPTIMIZER,
         providers=[
-            OfficialStep(_both(student, projection), _shared(teacher), *common),
-            CarefulStep(_both(student, projection), _shared(teacher), *common),
+            OfficialStep(_both(student, projection), sharing(teacher), *common),
+            CarefulStep(_both(student, projection), sharing(teacher), *common),
             OurStep(
                 _both(accelerate(copy.deepcopy(student)), projection),
-                accelerate(_shared(teacher)),
+                accelerate(sharing(teacher)),
                 matches,
                 *common,
             ),
@@ -116,11 +116,6 @@ def _both(student: nn.Module, projection: nn.Module) -> nn.ModuleDict:
     """What is trained, in copies: one set of parameter names for all providers."""
     parts = {"student": student, "projection": projection}
     return nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
-
-
-def _shared(model: nn.Module) -> Any:
-    """A copy of the modules over the same Parameters: frozen weights lie in memory once."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 CASES: Cases = {

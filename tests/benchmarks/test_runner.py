@@ -169,6 +169,7 @@ def test_real_cases_agree_and_a_dropped_loss_term_is_seen(monkeypatch):
     (case,) = distill_step.CASES["distill_step_b16_n128"](SMOKE)
     found = runner.check(case, "fp32")
     assert found.keys() == {"careful", "ours"}
+    assert runner.check(case, "bf16").keys() == {"careful", "ours"}
     original = distill_step.intermediate_terms
     monkeypatch.setattr(
         distill_step, "intermediate_terms", lambda *a, **k: without_attention(original(*a, **k))

@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     choose,
     define,
     reference_gradient,
+    without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.attention import attention as reference
@@ -90,8 +91,8 @@ def attention(
     """``dropout(softmax(q @ k.mT * scale)) @ v`` within each sequence.
 
     Args:
-        q, k, v: packed (T, H, D) with ``layout``; or padded (B, N, H, D), where ``layout`` names the
-            real tokens and None means all. Any strides.
+        q, k, v: packed (T, H, D) with ``layout``; or padded (B, N, H, D), where ``layout`` names
+            the real tokens and None means all. Any strides.
         scale: D**-0.5 by default.
         direction: "both", "causal" (a token sees itself and what precedes it) or "anti_causal".
         dropout_p, seed, site: rate, int64 (2,) seed of the step, and the number of this place in
@@ -111,12 +112,14 @@ def attention(
     check_dropout("attention", dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     padded = q.dim() == 4
+    layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
     if padded:
-        layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
         q, k, v = (layout.pack(x) for x in (q, k, v))
     cu_seqlens = layout.cu_seqlens
     if impls[0] == "reference":
-        out = reference(q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, block_mask)
+        out = without_autocast(
+            reference, q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, block_mask
+        )
     else:
         settings = (layout.max_length, scale, direction, dropout_p, site)
         out = _Attention.apply(q, k, v, cu_seqlens, seed, block_mask, settings, impls)
@@ -155,6 +158,6 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
         fits = sizes[-1] >= longest and sizes[-2] >= longest and sizes[:-2] in ((), (batch,))
         if block_mask.dtype != torch.bool or not fits:
             raise ValueError(
-                f"attention: block_mask must be bool (N, N) or ({batch}, N, N) with N >= {longest}; "
+                f"attention: block_mask must be bool (N, N) or ({batch}, N, N), N >= {longest}; "
                 f"got {block_mask.dtype} {tuple(sizes)}"
             )

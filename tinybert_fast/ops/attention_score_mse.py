@@ -1,13 +1,21 @@
-"""TinyBERT's attention loss: mean squared error of pre-softmax scores, with no N x N tensor kept."""
+"""TinyBERT's attention loss: mean squared error of pre-softmax scores, no N x N tensor kept."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import FLOATS_AND_DOUBLE, Impl, Limit, Limits, choose, define
+from tinybert_fast.ops.dispatch import (
+    FLOATS_AND_DOUBLE,
+    Impl,
+    Limit,
+    Limits,
+    choose,
+    define,
+    without_autocast,
+)
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss
+from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 
 LIMITS = Limits("attention_score_mse", torch=Limit(FLOATS_AND_DOUBLE))
@@ -16,11 +24,7 @@ FORMS = ("auto", "direct", "gram")
 _forward = define(
     "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens, str form)"
     " -> (Tensor loss, Tensor dq, Tensor dk)",
-    fake=lambda q, k, *rest: (
-        q.new_empty((), dtype=torch.promote_types(q.dtype, torch.float32)),
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-    ),
+    fake=lambda q, k, *rest: (in_fp32(q, ()), in_fp32(q), in_fp32(k)),
     torch="tinybert_fast.tuned.attention_score_mse:forward",
 )
 
@@ -57,19 +61,15 @@ def attention_score_mse(
             an unknown form, or a named ``impl`` that cannot serve the call.
     """
     impls = choose(impl, LIMITS, q_student)
-    operands = (q_student, k_student, q_teacher.detach(), k_teacher.detach())
-    _check(operands, layout, form, count_padded_queries)
-    if q_student.dim() == 4:
-        full = SequenceLayout.full(q_student.shape[0], q_student.shape[1], q_student.device)
-        layout = layout or full
-        if count_padded_queries:
-            real = layout.pad(torch.ones_like(layout.rows, dtype=torch.bool), fill=0)
-            q, k, p, r = operands
-            operands = (q, k * real[..., None, None], p, r * real[..., None, None])
-            layout = full
-        operands = tuple(layout.pack(x) for x in operands)
+    q, k, p, r = q_student, k_student, q_teacher.detach(), k_teacher.detach()
+    _check((q, k, p, r), layout, form, count_padded_queries)
+    if count_padded_queries and layout is not None:
+        real = layout.pad(torch.ones_like(layout.rows, dtype=torch.bool), fill=0)[..., None, None]
+        k, r, layout = k * real, r * real, None  # what is left counts every position
+    layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
+    operands = (q, k, p, r) if q.dim() == 3 else tuple(layout.pack(x) for x in (q, k, p, r))
     if impls[0] == "reference":
-        return reference(*operands, layout.cu_seqlens, form)
+        return without_autocast(reference, *operands, layout.cu_seqlens, form)
     return ScalarLoss.apply(_forward, reference, impls, *operands, layout.cu_seqlens, form)
 
 
@@ -101,7 +101,7 @@ def _check(operands, layout, form, count_padded_queries) -> None:
         expected = (layout.total,) if q.dim() == 3 else (layout.batch_size, layout.width)
         if tuple(q.shape[: len(expected)]) != expected:
             raise ValueError(
-                f"attention_score_mse: the layout describes leading sizes {expected}; got {shapes()}"
+                f"attention_score_mse: the layout has leading sizes {expected}; got {shapes()}"
             )
     if form not in FORMS:
         raise ValueError(f"attention_score_mse: form={form!r} is not one of {FORMS}")

@@ -13,6 +13,7 @@ from tinybert_fast.ops.dispatch import (
     choose,
     define,
     reference_gradient,
+    without_autocast,
 )
 from tinybert_fast.ops.layer_norm import check_columns
 from tinybert_fast.reference.bias_gelu import bias_gelu as reference
@@ -57,5 +58,9 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     impls = choose(impl, LIMITS, x)
     check_columns("bias_gelu", x, bias=bias)
     rows = x.reshape(-1, x.shape[-1])
-    y = reference(rows, bias) if impls[0] == "reference" else _BiasGelu.apply(rows, bias, impls)
+    y = (
+        without_autocast(reference, rows, bias)
+        if impls[0] == "reference"
+        else _BiasGelu.apply(rows, bias, impls)
+    )
     return y.view(x.shape)

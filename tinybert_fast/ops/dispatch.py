@@ -1,14 +1,19 @@
 """The only place that chooses an implementation of an op.
 
-Order: an explicit ``impl=``, then the environment variable ``TINYBERT_FAST_IMPL`` (``triton``, or per
-op ``attention=triton,mlm_mask=native``; a bare name applies to the ops that have it), then ``auto``:
-the fastest implementation that can serve the call. A named implementation runs or raises ValueError
-with the reason. ``impl=("triton", "reference")`` names forward and backward separately.
+Order: an explicit ``impl=``, then the environment variable ``TINYBERT_FAST_IMPL`` (``triton``, or
+per op ``attention=triton,layer_norm=torch``; a bare name applies to the ops that have it), then
+``auto``: the fastest implementation that can serve the call. A named implementation runs or raises
+ValueError with the reason. ``impl=("triton", "reference")`` names forward and backward separately.
 
     reference  the definition, plain PyTorch, any float dtype
     torch      tuned PyTorch, any device
     native     the compiled C++/CUDA module
     triton     Triton kernels, NVIDIA GPUs (or the CPU under TRITON_INTERPRET=1)
+
+Precision follows the operands alone: matrix products run in the dtype of the first operand;
+statistics, softmax and sums in fp32 or wider. Autocast does not reach inside an op; ``hidden_mse``
+and ``linear_cross_entropy``, which multiply by a parameter, take their first operand in autocast's
+dtype, as ``F.linear`` does.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tinybert_fast.reference.philox import threshold
 
 FASTEST_FIRST = ("triton", "native", "torch", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -101,6 +108,10 @@ class Limits:
 def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[str, str]:
     """The implementations of (forward, backward) for this call."""
     if not isinstance(impl, str):
+        if len(impl) != 2:
+            raise ValueError(
+                f"{limits.op}: impl={impl!r} must be one name or a (forward, backward) pair"
+            )
         forward, backward = (_choose_one(name, limits, tensor, facts) for name in impl)
         if backward not in (forward, "reference"):
             raise ValueError(
@@ -156,13 +167,30 @@ def define(schema: str, *, fake: Callable, **implementations: str) -> Callable:
     def run(*args):
         *operands, impl = args
         module, _, function = implementations[impl].partition(":")
-        return getattr(import_module(module), function)(*operands)
+        return without_autocast(getattr(import_module(module), function), *operands)
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def run_fake(*args):
         return fake(*args[:-1])
 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def without_autocast(function: Callable, *operands: Any) -> Any:
+    """``function(*operands)`` with autocast off on the device of the first operand."""
+    device = operands[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(*operands)
+    with torch.autocast(device, enabled=False):
+        return function(*operands)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` as ``F.linear`` takes it: in autocast's dtype where autocast is on."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def reference_gradient(
@@ -175,14 +203,13 @@ def reference_gradient(
             for x, need in zip(operands, needs, strict=True)
         ]
         wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(reference(*leaves), wanted, upstream, allow_unused=True))
+        result = without_autocast(reference, *leaves)
+        found = iter(torch.autograd.grad(result, wanted, upstream, allow_unused=True))
     return tuple(next(found) if need else None for need in needs)
 
 
 def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
     """ValueError unless the rate fits 8 bits and a seed comes with it."""
-    from tinybert_fast.reference.philox import threshold
-
     if dropout_p == 0.0:
         return
     threshold(dropout_p)

@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     choose,
     define,
     reference_gradient,
+    without_autocast,
 )
 from tinybert_fast.ops.layer_norm import check_columns, statistic
 from tinybert_fast.ops.layout import SequenceLayout
@@ -130,8 +131,8 @@ def dropout_add_layer_norm(
     rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
     sequences, positions = token_places("dropout_add_layer_norm", x, layout)
     if impls[0] == "reference":
-        y = reference(
-            rows, bias, residual_rows, weight, ln_bias, eps, dropout_p, seed, site, sequences,
+        y = without_autocast(
+            reference, rows, bias, residual_rows, weight, ln_bias, eps, dropout_p, seed, site, sequences,
             positions,
         )  # fmt: skip
     else:

@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     choose,
     define,
     reference_gradient,
+    without_autocast,
 )
 from tinybert_fast.ops.dropout_add_layer_norm import token_places
 from tinybert_fast.ops.layer_norm import check_columns, statistic
@@ -147,6 +148,8 @@ def embedding_layer_norm(
     padding = -1 if padding_idx is None else padding_idx
     tables = (word, position, token_type, weight, bias)
     if impls[0] == "reference":
-        return reference(*tables, *ids, padding, eps, dropout_p, seed, site, sequences, positions)
+        return without_autocast(
+            reference, *tables, *ids, padding, eps, dropout_p, seed, site, sequences, positions
+        )
     call = (padding, eps, dropout_p, site)
     return _EmbeddingLayerNorm.apply(*tables, ids, seed, sequences, positions, call, impls)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import FLOATS_AND_DOUBLE, Impl, Limit, Limits, choose, define
-from tinybert_fast.ops.loss import ScalarLoss
+from tinybert_fast.ops.dispatch import (
+    FLOATS_AND_DOUBLE,
+    Impl,
+    Limit,
+    Limits,
+    autocast,
+    choose,
+    define,
+    without_autocast,
+)
+from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.hidden_mse import hidden_mse as reference
 
 LIMITS = Limits("hidden_mse", torch=Limit(FLOATS_AND_DOUBLE))
 
 
-def _fake(student, weight, bias, teacher):
-    none = student.new_empty(0)
-    return (
-        student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32)),
-        torch.empty_like(student),
-        none if weight is None else torch.empty_like(weight),
-        none.clone() if bias is None else torch.empty_like(bias),
-    )
-
-
 _forward = define(
     "hidden_mse_fwd(Tensor student, Tensor? weight, Tensor? bias, Tensor teacher)"
     " -> (Tensor loss, Tensor dstudent, Tensor dweight, Tensor dbias)",
-    fake=_fake,
+    fake=lambda student, weight, bias, teacher: (
+        in_fp32(student, ()),
+        in_fp32(student),
+        in_fp32(student, (0,) if weight is None else weight.shape),
+        in_fp32(student, (0,) if bias is None else bias.shape),
+    ),
     torch="tinybert_fast.tuned.hidden_mse:forward",
 )
 
@@ -45,24 +48,39 @@ def hidden_mse(
         weight, bias: (Ct, C) and (Ct,) of the projection; None where the widths agree.
 
     Returns:
-        Scalar, fp32 or wider: the mean over all entries (Jiao et al. 2020, equations 8 and 9).
+        Scalar, fp32 or wider: the mean over all entries (Jiao et al. 2020, equations 8 and 9), 0
+        of none. The product runs in the student's dtype, or in autocast's.
 
     Raises:
         ValueError: shapes that disagree, or a named ``impl`` that cannot serve the call.
     """
     impls = choose(impl, LIMITS, student)
-    width = student.shape[-1] if weight is None else weight.shape[0]
-    if student.shape[:-1] != teacher.shape[:-1] or width != teacher.shape[-1]:
-        raise ValueError(
-            f"hidden_mse: student {tuple(student.shape)} projected by "
-            f"{None if weight is None else tuple(weight.shape)} does not give the teacher's "
-            f"{tuple(teacher.shape)}; weight is (teacher width, student width)"
-        )
-    if weight is None and bias is not None:
-        raise ValueError("hidden_mse: a bias comes with a weight; got a bias alone")
+    _check(student, teacher, weight, bias)
+    student = student if weight is None else autocast(student)
     rows = student.reshape(-1, student.shape[-1])
     targets = teacher.detach().reshape(-1, teacher.shape[-1])
     operands = (rows, weight, bias, targets)
     if impls[0] == "reference":
-        return reference(*operands)
+        return without_autocast(reference, *operands)
     return ScalarLoss.apply(_forward, reference, impls, *operands)
+
+
+def _check(student, teacher, weight, bias) -> None:
+    width, projection = student.shape[-1], None if weight is None else tuple(weight.shape)
+    if weight is not None and (weight.dim() != 2 or weight.shape[1] != width):
+        raise ValueError(
+            f"hidden_mse: weight must be (teacher width, student width) for a student "
+            f"{tuple(student.shape)}; got {projection}"
+        )
+    if weight is None and bias is not None:
+        raise ValueError("hidden_mse: a bias comes with a weight; got a bias alone")
+    width = width if weight is None else weight.shape[0]
+    if student.shape[:-1] != teacher.shape[:-1] or width != teacher.shape[-1]:
+        raise ValueError(
+            f"hidden_mse: student {tuple(student.shape)} projected by {projection} does not give "
+            f"the teacher's {tuple(teacher.shape)}; weight is (teacher width, student width)"
+        )
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(
+            f"hidden_mse: bias must be ({width},), the teacher's width; got {tuple(bias.shape)}"
+        )

@@ -13,6 +13,7 @@ from tinybert_fast.ops.dispatch import (
     choose,
     define,
     reference_gradient,
+    without_autocast,
 )
 from tinybert_fast.reference.layer_norm import layer_norm as reference
 
@@ -73,7 +74,7 @@ def layer_norm(
     check_columns("layer_norm", x, weight=weight, bias=bias)
     rows = x.reshape(-1, x.shape[-1])
     if impls[0] == "reference":
-        return reference(rows, weight, bias, eps).view(x.shape)
+        return without_autocast(reference, rows, weight, bias, eps).view(x.shape)
     return _LayerNorm.apply(rows, weight, bias, eps, impls).view(x.shape)
 
 

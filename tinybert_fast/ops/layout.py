@@ -43,8 +43,8 @@ class SequenceLayout:
         """From a (B, N) key-padding mask, non-zero where a token is real. One host sync."""
         if mask.dim() != 2:
             raise ValueError(
-                f"a key-padding mask has 2 dimensions (batch, width); got shape {tuple(mask.shape)}. "
-                "Reduce a 3-D or 4-D attention mask to (batch, width) first"
+                "a key-padding mask has 2 dimensions (batch, width); got shape "
+                f"{tuple(mask.shape)}. Reduce a 3-D or 4-D attention mask to (batch, width) first"
             )
         mask = mask.detach() != 0
         lengths = mask.sum(1).tolist()

@@ -2,6 +2,8 @@
 
 The upstream gradient of a scalar is a scalar, so the forward that has the loss's intermediates at
 hand also leaves the gradients, and the backward scales them (Hsu et al. 2024, arXiv:2410.10989).
+They are kept in fp32 or wider: a mean's gradients are below what fp16 holds until they are
+multiplied by the loss scale, which is in the upstream gradient.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ from torch import Tensor
 from tinybert_fast.ops.dispatch import reference_gradient
 
 
+def in_fp32(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """An uninitialised loss (``shape=()``) or gradient of ``x``: fp32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape if shape is None else shape, dtype=dtype)
+
+
 class ScalarLoss(torch.autograd.Function):
     """``forward_op(*operands, impl) -> loss, *gradients`` of the leading operands.
 
-    ``gradients`` may be empty (0 elements) for an operand that is None.
+    Loss and gradients are fp32 or wider; the gradient of an operand that is None is empty.
     """
 
     @staticmethod
@@ -25,9 +33,9 @@ class ScalarLoss(torch.autograd.Function):
         loss, *gradients = forward_op(*operands, impls[0])
         ctx.reference = reference if impls[1] == "reference" else None
         tensors = operands if ctx.reference is not None else gradients
-        ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
+        ctx.save_for_backward(*(_savable(x) for x in tensors if isinstance(x, Tensor)))
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in tensors]
-        ctx.count = len(operands)
+        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in operands]
         return loss
 
     @staticmethod
@@ -39,9 +47,14 @@ class ScalarLoss(torch.autograd.Function):
         if ctx.reference is not None:
             gradients = reference_gradient(ctx.reference, tuple(kept), needs, upstream)
         else:
-            kept += [None] * (ctx.count - len(kept))
+            kept += [None] * (len(needs) - len(kept))
             gradients = tuple(
-                g * upstream.to(g.dtype) if need else None
-                for g, need in zip(kept, needs, strict=True)
+                (g * upstream).to(dtype) if need else None
+                for g, need, dtype in zip(kept, needs, ctx.dtypes, strict=True)
             )
         return (None, None, None, *gradients)
+
+
+def _savable(x: Tensor) -> Tensor:
+    """A teacher that ran in inference mode leaves tensors that autograd refuses to keep."""
+    return x.clone() if x.is_inference() else x

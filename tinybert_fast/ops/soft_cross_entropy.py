@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import FLOATS_AND_DOUBLE, Impl, Limit, Limits, choose, define
-from tinybert_fast.ops.loss import ScalarLoss
+from tinybert_fast.ops.dispatch import (
+    FLOATS_AND_DOUBLE,
+    Impl,
+    Limit,
+    Limits,
+    choose,
+    define,
+    without_autocast,
+)
+from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.soft_cross_entropy import soft_cross_entropy as reference
 
 LIMITS = Limits("soft_cross_entropy", torch=Limit(FLOATS_AND_DOUBLE))
@@ -14,10 +21,7 @@ LIMITS = Limits("soft_cross_entropy", torch=Limit(FLOATS_AND_DOUBLE))
 _forward = define(
     "soft_cross_entropy_fwd(Tensor student, Tensor teacher, float temperature, SymInt divisor)"
     " -> (Tensor loss, Tensor dstudent)",
-    fake=lambda student, teacher, temperature, divisor: (
-        student.new_empty((), dtype=torch.promote_types(student.dtype, torch.float32)),
-        torch.empty_like(student),
-    ),
+    fake=lambda student, *rest: (in_fp32(student, ()), in_fp32(student)),
     torch="tinybert_fast.tuned.soft_cross_entropy:forward",
 )
 
@@ -60,5 +64,5 @@ def soft_cross_entropy(
     divisor = max(batch if reduction == "batch" else batch * classes, 1)
     operands = (student_logits, teacher_logits.detach(), float(temperature), divisor)
     if impls[0] == "reference":
-        return reference(*operands)
+        return without_autocast(reference, *operands)
     return ScalarLoss.apply(_forward, reference, impls, *operands)

@@ -37,7 +37,7 @@ def attention(
         live = allowed.any(-1, keepdim=True)
         scores = scores.masked_fill(~allowed & live, -torch.inf)
         probabilities = torch.softmax(scores, -1) * live
-        if dropout_p > 0.0:
+        if seed is not None and dropout_p > 0.0:
             keep = philox.attention_keep(
                 seed, site, b, q.shape[1], stop - start, stop - start, dropout_p
             )

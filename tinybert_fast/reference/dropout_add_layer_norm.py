@@ -29,7 +29,7 @@ def dropout_add_layer_norm(
     branch = x.to(torch.promote_types(x.dtype, torch.float32))
     if bias is not None:
         branch = branch + bias
-    if dropout_p > 0.0:
+    if seed is not None and dropout_p > 0.0:
         keep = philox.hidden_keep(seed, site, sequences, positions, x.shape[-1], dropout_p)
         branch = branch * keep * philox.keep_scale(dropout_p)
     total = branch + residual

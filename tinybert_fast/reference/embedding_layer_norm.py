@@ -37,7 +37,7 @@ def embedding_layer_norm(
     centred = total - total.mean(-1, keepdim=True)
     normal = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = normal * weight + bias
-    if dropout_p > 0.0:
+    if seed is not None and dropout_p > 0.0:
         keep = philox.hidden_keep(seed, site, sequences, positions, y.shape[-1], dropout_p)
         y = y * keep * philox.keep_scale(dropout_p)
     return y.to(word.dtype)

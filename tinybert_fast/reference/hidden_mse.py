@@ -15,6 +15,9 @@ def hidden_mse(
     student: Tensor, weight: Tensor | None, bias: Tensor | None, teacher: Tensor
 ) -> Tensor:
     """``F.mse_loss(F.linear(student, weight, bias), teacher)``; no weight: widths agree."""
-    projected = student if weight is None else F.linear(student, weight, bias)
-    wide = torch.promote_types(student.dtype, torch.float32)
-    return (projected.to(wide) - teacher.detach()).square().mean()
+    narrow, wide = student.dtype, torch.promote_types(student.dtype, torch.float32)
+    projected = student
+    if weight is not None:
+        projected = F.linear(student, weight.to(narrow), None if bias is None else bias.to(narrow))
+    error = projected.to(wide) - teacher.detach()
+    return error.square().sum() / max(error.numel(), 1)

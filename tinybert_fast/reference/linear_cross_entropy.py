@@ -1,4 +1,4 @@
-"""loss = mean_r CE(hidden[rows_r] W^T + bias, labels_r): the masked-token head on labelled rows only.
+"""loss = mean_r CE(hidden[rows_r] W^T + bias, labels_r): the masked-token head, labelled rows only.
 
 Shapes: hidden (T, C), weight (V, C), bias (V,), rows and labels (R,). No row at all: loss 0.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor
 ) -> Tensor:
-    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``, softmax in fp32 or wider."""
-    logits = F.linear(hidden[rows], weight, bias)
+    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``; softmax in fp32 or wider."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), labels, reduction="sum") / max(len(labels), 1)
+    logits = F.linear(hidden[rows], weight.to(hidden.dtype)).to(wide)
+    logits = logits if bias is None else logits + bias
+    return -logits.log_softmax(-1).gather(1, labels[:, None]).sum() / max(len(labels), 1)

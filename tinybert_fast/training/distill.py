@@ -106,12 +106,11 @@ def bf16_linears(teacher: nn.Module) -> nn.Module:
 
 
 class LastStep(TrainerCallback):
-    """Log and evaluate at the last step too, wherever it falls."""
+    """Log the last step too, wherever it falls."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no"
 
 
 class DistillationTrainer(RunTrainer):
@@ -291,8 +290,7 @@ class DistillationTrainer(RunTrainer):
             ) from error
         student = self.model.student
         result = student.load_state_dict(weights, strict=False)
-        tied = getattr(student, "all_tied_weights_keys", None) or student._tied_weights_keys or ()
-        missing = [key for key in result.missing_keys if key not in tied]
+        missing = [k for k in result.missing_keys if k not in student.all_tied_weights_keys]
         if missing or result.unexpected_keys:
             raise ValueError(
                 f"{path} belongs to another model: missing {missing[:3]}, unexpected "

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinybert_fast.reference.attention import allowed_pairs
 from tinybert_fast.reference.philox import keep_scale
 from tinybert_fast.tuned import random
 
@@ -123,15 +122,18 @@ def _additive_mask(length, direction, block_mask, sequences, like) -> Tensor | N
     """0 where attention is allowed, -inf elsewhere: (1 or b, 1, n, n), or None."""
     if direction == "both" and block_mask is None:
         return None
-    shared = block_mask is None or block_mask.dim() == 2
-    allowed = torch.stack(
-        [
-            allowed_pairs(length, direction, block_mask, b, like.device)
-            for b in (sequences[:1] if shared else sequences)
-        ]
-    )[:, None]
+    forbidden = torch.zeros(1, length, length, dtype=torch.bool, device=like.device)
+    if block_mask is not None:
+        chosen = block_mask[None] if block_mask.dim() == 2 else block_mask[sequences]
+        forbidden = ~chosen[:, :length, :length]
+    order = torch.arange(length, device=like.device)
+    if direction == "causal":
+        forbidden = forbidden | (order[:, None] < order)
+    elif direction == "anti_causal":
+        forbidden = forbidden | (order[:, None] > order)
     dtype = like.dtype if block_mask is None else _wide(like)
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, -torch.inf)
+    zero = torch.zeros(forbidden.shape, dtype=dtype, device=like.device)
+    return zero.masked_fill_(forbidden, -torch.inf)[:, None]
 
 
 def _head_blocks(batch: int, heads: int, length: int) -> Iterator[slice]:

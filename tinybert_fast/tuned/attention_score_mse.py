@@ -1,4 +1,4 @@
-"""TinyBERT's attention loss and its gradients, equal lengths batched, scores in blocks or not at all.
+"""TinyBERT's attention loss and its gradients, equal lengths batched, scores in blocks or none.
 
 With a = D**-0.5, b = Dt**-0.5, w = 1 / (H * sum n^2):
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinybert_fast.tuned.attention import SCRATCH, heads_of, put, equal_lengths
+from tinybert_fast.tuned.attention import SCRATCH, equal_lengths, heads_of, put
 
 
 def forward(q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, form: str):
@@ -22,11 +22,11 @@ def forward(q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, form
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     weight = 1.0 / max(heads * int(lengths.square().sum()), 1)
     loss = q.new_zeros((), dtype=wide)
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    dq, dk = (torch.empty(x.shape, dtype=wide, device=x.device) for x in (q, k))
     for rows, _, length in equal_lengths(cu_seqlens, heads, blocked=True):
         gram = form == "gram" or (form == "auto" and length > crossover(d, d_teacher))
-        operands = (heads_of(x, rows, length).to(wide) for x in (q, k, p, r))
-        part, dq_part, dk_part = (_gram if gram else _direct)(*operands, a, b)
+        q_, k_, p_, r_ = (heads_of(x, rows, length).to(wide) for x in (q, k, p, r))
+        part, dq_part, dk_part = (_gram if gram else _direct)(q_, k_, p_, r_, a, b)
         loss += part
         put(dq, rows, dq_part.mul_(2.0 * weight * a))
         put(dk, rows, dk_part.mul_(2.0 * weight * a))

@@ -10,7 +10,7 @@ aten = torch.ops.aten
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
     """x (rows, C) -> y in x's dtype."""
-    return aten.gelu((x + bias)).to(x.dtype)
+    return aten.gelu(x + bias).to(x.dtype)
 
 
 def backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ The forward keeps the sum, its statistics and, with dropout, the random byte of 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from tinybert_fast.reference.philox import keep_scale
 from tinybert_fast.tuned import random

@@ -1,0 +1,27 @@
+"""Uninitialised memory holds NaN in every test here, so that an unwritten output shows."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes ``impl`` runs for each implementation of its file's op."""
+    if "impl" in metafunc.fixturenames:
+        from tinybert_fast.testing.proofs import implementations
+
+        op = metafunc.module.__name__.rpartition("test_")[2]
+        metafunc.parametrize("impl", implementations(op))

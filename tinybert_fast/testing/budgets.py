@@ -1,0 +1,66 @@
+"""How wrong an implementation may be, measured by how wrong the reference is.
+
+    budget = 2 * max |reference(dtype) - reference(fp64)| + eps(dtype) * max |reference(fp64)|
+
+for each tensor of a call, its value and its gradients. So a budget needs no table of tolerances: it
+follows the dtype, the shape and the op.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import Impl
+from tinybert_fast.testing.operands import Case
+
+NOTHING = 1e-6  # of the call's largest value: a tensor below it is zero in exact arithmetic
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The error of one tensor of a call beside its budget, both in max-norm."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.budget  # False for NaN
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error:.3e}, budget {self.budget:.3e}"
+
+
+def verdicts(case: Case, impl: Impl) -> list[Verdict]:
+    """Value and gradients of ``impl``, against the reference in the case's dtype and in fp64."""
+    actual, low = case.run(impl), case.run("reference")
+    exact = case.to(torch.float64).run("reference", upstream_dtype=case.dtype)
+    largest = max(largest_of(x) for x in exact.values())
+    found = []
+    for name, want in exact.items():
+        if actual[name].shape != want.shape or actual[name].dtype != low[name].dtype:
+            raise AssertionError(
+                f"{name}: expected {low[name].dtype} {tuple(want.shape)}; got "
+                f"{actual[name].dtype} {tuple(actual[name].shape)}"
+            )
+        scale = largest_of(want)
+        # Noise around an exact zero is measured against what it is the difference of.
+        rounding = torch.finfo(case.dtype).eps * (scale if scale > NOTHING * largest else largest)
+        budget = 2 * largest_of(low[name].double() - want) + rounding
+        found.append(Verdict(name, largest_of(actual[name].double() - want), budget))
+    return found
+
+
+def assert_within_budget(case: Case, impl: Impl) -> None:
+    """AssertionError that lists each tensor of the call whose error is over its budget."""
+    over = [str(verdict) for verdict in verdicts(case, impl) if not verdict.passed]
+    assert not over, f"{case.op.__name__} impl={impl!r}: " + "; ".join(over)
+
+
+def largest_of(x: Tensor) -> float:
+    """max |x|, NaN if any is, 0.0 of no element."""
+    return x.abs().max().item() if x.numel() else 0.0

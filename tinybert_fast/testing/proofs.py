@@ -1,0 +1,74 @@
+"""What every op proves besides its values: gradient, contract, compilation, pairing with the reference.
+
+``python -O`` strips asserts, so each proof raises AssertionError itself or through torch.testing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinybert_fast.ops import dispatch
+from tinybert_fast.testing.operands import Case
+
+
+def implementations(op: str) -> list[str]:
+    """Every implementation of ``op`` that this process can run, except the reference."""
+    limits = dispatch.OPS[op]
+    return [
+        name
+        for name in dispatch.FASTEST_FIRST
+        if name != "reference"
+        and getattr(limits, name) is not None
+        and dispatch.UNAVAILABLE[name] is None
+    ]
+
+
+def prove_gradient(case: Case, impl: dispatch.Impl) -> None:
+    """Analytic gradients equal numeric ones; ``case`` is small, and taken in fp64.
+
+    An implementation that drops cells replays them at a fixed seed, so dropout is no exception.
+    """
+    case = case.to(torch.float64)
+    torch.autograd.gradcheck(case.function(impl), tuple(case.leaves()))
+
+
+def prove_contract(case: Case, impl: dispatch.Impl) -> None:
+    """``torch.library.opcheck`` of each registered operator that the call and its gradient run."""
+    with _Recorder() as recorder:
+        case.run(impl)
+    if not recorder.calls:
+        raise AssertionError(f"{case.op.__name__} impl={impl!r} runs no registered operator")
+    for operator, arguments in recorder.calls:
+        torch.library.opcheck(operator, arguments)
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls of this package's registered operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == dispatch.NAMESPACE:
+            copies = (x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
+            self.calls.append((func, tuple(copies)))
+        return func(*args, **(kwargs or {}))
+
+
+def prove_compiles(case: Case, impl: dispatch.Impl, **options: Any) -> None:
+    """The call compiles as one graph, gradient included, and gives what eager gives."""
+    torch._dynamo.reset()
+    options = {"fullgraph": True, "backend": "aot_eager", **options}
+    whole = case.run(impl, wrap=lambda f: torch.compile(f, **options))
+    torch.testing.assert_close(whole, case.run(impl), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def prove_pair(case: Case, impl: str) -> None:
+    """``impl=(impl, "reference")`` gives the value of ``impl`` and the reference's gradients."""
+    paired, fast, reference = (case.run(i) for i in ((impl, "reference"), impl, "reference"))
+    want = {**reference, "value": fast["value"]}
+    torch.testing.assert_close(paired, want, rtol=0.0, atol=0.0)
