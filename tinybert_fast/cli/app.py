@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -58,7 +58,7 @@ def finetune(
     model: Annotated[Path, typer.Argument(help="a BERT folder")],
     output: Output,
     train: Annotated[Path, typer.Option(help="csv, tsv, jsonl or a datasets folder")],
-    dev: Annotated[Optional[Path], typer.Option(help="the best checkpoint on it is kept")] = None,
+    dev: Annotated[Path | None, typer.Option(help="the best checkpoint on it is kept")] = None,
     text: TextColumn = None,
     text_pair: PairColumn = None,
     label: LabelColumn = None,
@@ -67,8 +67,8 @@ def finetune(
     batch_size: int = 32,
     accumulation: Annotated[int, typer.Option(help="batches per optimizer step")] = 1,
     max_length: Annotated[int, typer.Option(help="word pieces; longer texts are cut")] = 128,
-    eval_steps: Annotated[Optional[int], typer.Option(help="default: each epoch")] = None,
-    select_by: Annotated[Optional[str], typer.Option(help="dev metric to select by")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="default: each epoch")] = None,
+    select_by: Annotated[str | None, typer.Option(help="dev metric to select by")] = None,
     seed: Seed = 0,
     bf16: Bf16 = False,
     accelerate: Plain = True,
@@ -99,7 +99,7 @@ def evaluate(
     label: LabelColumn = None,
     batch_size: int = 64,
     max_length: int = 128,
-    predictions: Annotated[Optional[Path], typer.Option(help="write each row's answer")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="write each row's answer")] = None,
     bf16: Bf16 = False,
     accelerate: Plain = True,
     threads: Threads = None,
@@ -121,39 +121,39 @@ def evaluate(
     "--dev dev.csv, with the general student as --student."
 )
 def distill(
-    teacher: Annotated[Path, typer.Argument(help="a BERT folder; fine-tuned for task distillation")],
+    teacher: Annotated[Path, typer.Argument(help="a BERT folder, fine-tuned for a task")],
     output: Output,
     student: Annotated[
         str, typer.Option(help="4l-312, 6l-768, a config.json or a BERT folder to go on with")
     ] = "4l-312",
     corpus: Annotated[
-        Optional[list[Path]], typer.Option(help="text, one sentence per line; may be repeated")
+        list[Path] | None, typer.Option(help="text, one sentence per line; may be repeated")
     ] = None,
-    train: Annotated[Optional[Path], typer.Option(help="csv, tsv, jsonl or datasets folder")] = None,
-    dev: Annotated[Optional[Path], typer.Option(help="selects the best student")] = None,
-    augmented: Annotated[Optional[Path], typer.Option(help="augmented train texts")] = None,
+    train: Annotated[Path | None, typer.Option(help="csv, tsv, jsonl or datasets folder")] = None,
+    dev: Annotated[Path | None, typer.Option(help="selects the best student")] = None,
+    augmented: Annotated[Path | None, typer.Option(help="augmented train texts")] = None,
     text: TextColumn = None,
     text_pair: PairColumn = None,
     label: LabelColumn = None,
-    init: Annotated[Optional[str], typer.Option(help="random, layers or pca")] = None,
+    init: Annotated[str | None, typer.Option(help="random, layers or pca")] = None,
     matches: Annotated[
-        Optional[str], typer.Option(help="student:teacher pairs, e.g. 0:0,1:2,2:3,3:5,4:6")
+        str | None, typer.Option(help="student:teacher pairs, e.g. 0:0,1:2,2:3,3:5,4:6")
     ] = None,
     projection: Annotated[str, typer.Option(help="shared or per-layer")] = "shared",
     parity: Annotated[
         str, typer.Option(help="paper, or official: the released code's numbers, padded")
     ] = "paper",
     epochs: Annotated[float, typer.Option(help="of general distillation")] = 3.0,
-    steps: Annotated[Optional[int], typer.Option(help="instead of epochs")] = None,
+    steps: Annotated[int | None, typer.Option(help="instead of epochs")] = None,
     lr: Annotated[float, typer.Option(help="of general distillation")] = 5e-5,
     intermediate_epochs: Annotated[float, typer.Option(help="task stage A")] = 20.0,
     intermediate_lr: float = 5e-5,
     prediction_epochs: Annotated[float, typer.Option(help="task stage B")] = 3.0,
     prediction_lr: float = 3e-5,
     temperature: Annotated[float, typer.Option(help="of the prediction loss")] = 1.0,
-    batch_size: Annotated[Optional[int], typer.Option(help="256 general, 32 task")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="256 general, 32 task")] = None,
     accumulation: int = 1,
-    max_length: Annotated[Optional[int], typer.Option(help="128; 64 for single task texts")] = None,
+    max_length: Annotated[int | None, typer.Option(help="128; 64 for single task texts")] = None,
     eval_steps: Annotated[int, typer.Option(help="of stage B")] = 100,
     seed: Seed = 0,
     bf16: Bf16 = False,
@@ -163,7 +163,7 @@ def distill(
     threads: Threads = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Distil a student: general (a teacher and plain text) or task (a fine-tuned teacher and data)."""
+    """Distil a student: general (from plain text) or task (a fine-tuned teacher and its data)."""
     if (corpus is None) == (train is None):
         raise ValueError(
             "give --corpus for general distillation or --train for task distillation, one of them"
@@ -201,20 +201,18 @@ def distill(
 @app.command(epilog="Example: tinybert-fast bench --suite step --case mlm --json rows.json")
 def bench(
     suite: Annotated[str, typer.Option(help="step or memory")] = "step",
-    case: Annotated[
-        Optional[list[str]], typer.Option(help="only cases whose name begins so")
-    ] = None,
+    case: Annotated[list[str] | None, typer.Option(help="only cases whose name begins so")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both")] = "fp32",
-    rounds: Annotated[Optional[int], typer.Option(help="repetitions")] = None,
+    rounds: Annotated[int | None, typer.Option(help="repetitions")] = None,
     threads: Annotated[int, typer.Option(help="PyTorch threads on the CPU")] = 2,
     dropout: Annotated[float, typer.Option(help="while timed")] = 0.1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     seed: Seed = 0,
-    smoke: Annotated[bool, typer.Option("--smoke", help="tiny sizes, to see that it works")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="tiny sizes: does it work?")] = False,
     json_file: JsonFile = None,
-    csv: Annotated[Optional[Path], typer.Option(help="append the rows to this file")] = None,
+    csv: Annotated[Path | None, typer.Option(help="append the rows to this file")] = None,
 ) -> None:
-    """Time training steps, ours beside the baselines, interleaved; refuses to time wrong results."""
+    """Time training steps, ours beside the baselines; wrong results are not timed."""
     from tinybert_fast.benchmarks.runner import Disagreement, run_suite
 
     try:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-TextColumn = Annotated[Optional[str], typer.Option(help="column of the text; found by name")]
+TextColumn = Annotated[str | None, typer.Option(help="column of the text; found by name")]
 PairColumn = Annotated[
-    Optional[str], typer.Option("--text-pair", help="column of the second text of a pair")
+    str | None, typer.Option("--text-pair", help="column of the second text of a pair")
 ]
-LabelColumn = Annotated[Optional[str], typer.Option(help="column of the label; found by name")]
+LabelColumn = Annotated[str | None, typer.Option(help="column of the label; found by name")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="folder to write the model to")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a model that is there")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")]
@@ -22,10 +22,8 @@ Plain = Annotated[
     bool, typer.Option("--accelerate/--no-accelerate", help="packed encoder, or Transformers' own")
 ]
 Seed = Annotated[int, typer.Option(help="of weights, batches and dropout")]
-JsonFile = Annotated[
-    Optional[Path], typer.Option("--json", help="also write the result to this file")
-]
-Threads = Annotated[Optional[int], typer.Option(help="PyTorch threads on the CPU")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
+Threads = Annotated[int | None, typer.Option(help="PyTorch threads on the CPU")]
 
 
 def use_threads(threads: int | None) -> None:

@@ -1,5 +1,6 @@
 """The operators: one public function each, with ``impl=`` to name an implementation."""
 
+from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.attention import attention
 from tinybert_fast.ops.attention_score_mse import attention_score_mse
 from tinybert_fast.ops.bias_gelu import bias_gelu
@@ -10,6 +11,8 @@ from tinybert_fast.ops.layer_norm import layer_norm
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.linear_cross_entropy import linear_cross_entropy
 from tinybert_fast.ops.soft_cross_entropy import soft_cross_entropy
+
+dispatch.check_environment()
 
 __all__ = [
     "SequenceLayout",

@@ -69,6 +69,16 @@ FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
 
 
+def check_environment() -> None:
+    """ValueError for an op that does not exist in ``TINYBERT_FAST_IMPL``; after all are defined."""
+    unknown = sorted(set(FROM_ENVIRONMENT) - {"", *OPS})
+    if unknown:
+        raise ValueError(
+            f"TINYBERT_FAST_IMPL names an op {unknown[0]!r}, which is not one of "
+            f"{', '.join(sorted(OPS))}"
+        )
+
+
 @dataclass(frozen=True)
 class Limit:
     """What one implementation of one op accepts; ``refuses(**facts)`` gives a reason or None."""

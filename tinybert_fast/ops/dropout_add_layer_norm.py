@@ -132,8 +132,8 @@ def dropout_add_layer_norm(
     sequences, positions = token_places("dropout_add_layer_norm", x, layout)
     if impls[0] == "reference":
         y = without_autocast(
-            reference, rows, bias, residual_rows, weight, ln_bias, eps, dropout_p, seed, site, sequences,
-            positions,
+            reference, rows, bias, residual_rows, weight, ln_bias, eps, dropout_p, seed, site,
+            sequences, positions,
         )  # fmt: skip
     else:
         y = _DropoutAddLayerNorm.apply(

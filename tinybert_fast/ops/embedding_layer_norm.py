@@ -26,7 +26,7 @@ LIMITS = Limits("embedding_layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
 
 def _forward_fake(word, position, token_type, weight, bias, input_ids, *call):
     dropout_p = call[4]
-    y = word.new_empty(len(input_ids), word.shape[1])
+    y = word.new_empty(input_ids.shape[0], word.shape[1])
     cells = y.new_empty(y.shape if dropout_p > 0.0 else (0,), dtype=torch.uint8)
     return y, torch.empty_like(y), statistic(y), statistic(y), cells
 

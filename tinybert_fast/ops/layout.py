@@ -22,7 +22,7 @@ class SequenceLayout:
     Attributes:
         batch_size: B, sequences in the batch, empty ones included.
         width: N, positions of a padded row.
-        lengths: valid tokens of each sequence, on the host.
+        lengths: valid tokens of each sequence, on the host; max_length: the longest.
         cu_seqlens: int32 (B + 1,), exclusive running sum of the lengths.
         rows: int64 (T,), flat index ``b * N + n`` of each valid token, increasing.
         sequences: int32 (T,), the sequence b that a token belongs to.
@@ -33,6 +33,7 @@ class SequenceLayout:
     batch_size: int
     width: int
     lengths: tuple[int, ...]
+    max_length: int
     cu_seqlens: Tensor
     rows: Tensor
     sequences: Tensor
@@ -48,7 +49,8 @@ class SequenceLayout:
             )
         mask = mask.detach() != 0
         lengths = mask.sum(1).tolist()
-        rows = mask.flatten().nonzero().flatten()
+        # The count is known by now, so this one does not wait for the device.
+        rows = torch.nonzero_static(mask.flatten(), size=sum(lengths)).flatten()
         return cls._build(mask.shape[1], lengths, rows)
 
     @classmethod
@@ -85,6 +87,7 @@ class SequenceLayout:
             batch_size=len(lengths),
             width=width,
             lengths=tuple(lengths),
+            max_length=max(lengths, default=0),
             cu_seqlens=cu_seqlens,
             rows=rows,
             sequences=sequences.int(),
@@ -95,11 +98,6 @@ class SequenceLayout:
     def total(self) -> int:
         """T, the valid tokens of the batch."""
         return self.rows.shape[0]
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence."""
-        return max(self.lengths, default=0)
 
     @cached_property
     def columns(self) -> Tensor:

@@ -32,8 +32,15 @@ class ScalarLoss(torch.autograd.Function):
     def forward(ctx, forward_op: Callable, reference: Callable, impls, *operands) -> Tensor:
         loss, *gradients = forward_op(*operands, impls[0])
         ctx.reference = reference if impls[1] == "reference" else None
-        tensors = operands if ctx.reference is not None else gradients
-        ctx.save_for_backward(*(_savable(x) for x in tensors if isinstance(x, Tensor)))
+        tensors = gradients
+        if ctx.reference is not None:
+            # Copies of constants: autograd refuses to keep what a teacher made in inference mode.
+            needs = ctx.needs_input_grad[3:]
+            tensors = [
+                x.clone() if isinstance(x, Tensor) and not need else x
+                for x, need in zip(operands, needs, strict=True)
+            ]
+        ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in tensors]
         ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in operands]
         return loss
@@ -53,8 +60,3 @@ class ScalarLoss(torch.autograd.Function):
                 for g, need, dtype in zip(kept, needs, ctx.dtypes, strict=True)
             )
         return (None, None, None, *gradients)
-
-
-def _savable(x: Tensor) -> Tensor:
-    """A teacher that ran in inference mode leaves tensors that autograd refuses to keep."""
-    return x.clone() if x.is_inference() else x

@@ -8,6 +8,8 @@ A query with no allowed key gives a zero row and zero gradients.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def attention(
     bounds = cu_seqlens.tolist()
     wide = torch.promote_types(q.dtype, torch.float32)
     parts = [q.new_empty(0, q.shape[1], v.shape[2])]
-    for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (start, stop) in enumerate(pairwise(bounds)):
         queries, keys, values = (x[start:stop].transpose(0, 1) for x in (q, k, v))  # (H, n, D)
         scores = (queries @ keys.mT).to(wide) * scale  # (H, n, n)
         allowed = allowed_pairs(stop - start, direction, block_mask, b, q.device)

@@ -10,6 +10,8 @@ Gram form, exact, no N x N matrix: with a = D**-0.5 and b = Dt**-0.5,
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def attention_score_mse(
     a, b = q.shape[-1] ** -0.5, p.shape[-1] ** -0.5
     bounds = cu_seqlens.tolist()
     total, pairs = q.new_zeros((), dtype=wide), 0
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         q_, k_, p_, r_ = (
             x[start:stop].transpose(0, 1).to(wide) for x in (q, k, p.detach(), r.detach())
         )

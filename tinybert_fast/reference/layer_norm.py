@@ -1,6 +1,7 @@
-"""y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis. Ba et al. 2016, arXiv:1607.06450.
+"""y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis.
 
-Shapes: x, y (rows, C); weight, bias (C,). Statistics in fp32 or wider.
+Shapes: x, y (rows, C); weight, bias (C,). Statistics in fp32 or wider. Ba et al. 2016,
+arXiv:1607.06450.
 """
 
 from __future__ import annotations

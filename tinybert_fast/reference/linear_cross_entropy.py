@@ -13,7 +13,7 @@ from torch import Tensor
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor
 ) -> Tensor:
-    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``; softmax in fp32 or wider."""
+    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``; softmax fp32 or wider."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = F.linear(hidden[rows], weight.to(hidden.dtype)).to(wide)
     logits = logits if bias is None else logits + bias

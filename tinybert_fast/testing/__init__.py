@@ -1,1 +1,1 @@
-"""What tests and validation share: operands of every op, error budgets, the proofs that an op owes."""
+"""What tests and validation share: operands, error budgets, proofs."""

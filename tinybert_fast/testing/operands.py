@@ -290,7 +290,7 @@ def linear_cross_entropy(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """hidden (T, C), weight (V, C), bias (V,) or None; ``labelled`` rows of them, repeats allowed."""
+    """hidden (T, C), weight (V, C), bias (V,) or None; ``labelled`` rows, repeats allowed."""
     hidden, weight, bias = leaves(
         (tokens, columns), (words, columns), (words,), dtype=dtype, device=device
     )

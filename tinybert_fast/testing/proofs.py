@@ -1,7 +1,4 @@
-"""What every op proves besides its values: gradient, contract, compilation, pairing with the reference.
-
-``python -O`` strips asserts, so each proof raises AssertionError itself or through torch.testing.
-"""
+"""What every op proves besides its values: gradient, contract, compilation, pairing, memory."""
 
 from __future__ import annotations
 

@@ -1,19 +1,21 @@
 """Attention over packed sequences: equal lengths run as one batch, no padding, no mask.
 
-Without dropout each batch is one fused scaled-dot-product attention. With dropout PyTorch would fall
-to a path that holds the N x N tensors of the whole batch, so scores are computed in blocks of
+Without dropout each batch is one fused scaled-dot-product attention. With dropout PyTorch would
+fall to a path that holds the N x N tensors of the whole batch, so scores are computed in blocks of
 at most SCRATCH cells, in the forward and again in the backward, and none outlives its block.
 
     P = softmax(scale * Q K^T),  dV = (P * M)^T dO,  dP = (dO V^T) * M,
     dS = P * (dP - rowsum(P * dP)),  dQ = scale * dS K,  dK = scale * dS^T Q
 
-with M = keep / keep_rate; the factor is applied to V and dO, which are smaller than P. On a GPU in fp16 and bf16, FlashAttention-2 in its varlen form serves
-calls without a block mask, head dims padded to a multiple of 8.
+with M = keep / keep_rate; the factor is applied to V and dO, which are smaller than P. On a GPU in
+fp16 and bf16, FlashAttention-2 in its varlen form serves calls without a block mask, head dims
+padded to a multiple of 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +90,7 @@ def equal_lengths(
     """
     bounds = cu_seqlens.tolist()
     by_length: dict[int, list[int]] = {}
-    for b, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for b, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
             by_length.setdefault(stop - start, []).append(b)
     for length, numbers in by_length.items():

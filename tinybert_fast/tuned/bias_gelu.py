@@ -1,4 +1,4 @@
-"""gelu(x + bias) with PyTorch's fused gelu; the backward adds the bias again instead of keeping it."""
+"""gelu(x + bias) with PyTorch's fused gelu; the backward adds the bias again, nothing is kept."""
 
 from __future__ import annotations
 

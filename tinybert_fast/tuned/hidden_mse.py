@@ -13,8 +13,10 @@ def forward(student: Tensor, weight: Tensor | None, bias: Tensor | None, teacher
     E = S W^T + b - T,  dS = 2/n E W,  dW = 2/n E^T S,  db = 2/n sum E      (n entries of T)
     """
     narrow, wide = student.dtype, torch.promote_types(student.dtype, torch.float32)
-    affine = [None if x is None else x.to(narrow) for x in (weight, bias)]
-    projected = student if weight is None else F.linear(student, *affine)
+    projected = student
+    if weight is not None:
+        weight = weight.to(narrow)
+        projected = F.linear(student, weight, None if bias is None else bias.to(narrow))
     error = projected.to(wide) - teacher
     n = max(error.numel(), 1)
     loss = error.flatten().dot(error.flatten()) / n
@@ -28,5 +30,5 @@ def forward(student: Tensor, weight: Tensor | None, bias: Tensor | None, teacher
     if bias is not None:
         dbias = error.sum(0).mul_(factor)
     error = error.to(narrow)
-    dstudent, dweight = error @ affine[0], error.mT @ student
+    dstudent, dweight = error @ weight, error.mT @ student
     return loss, dstudent.to(wide).mul_(factor), dweight.to(wide).mul_(factor), dbias
