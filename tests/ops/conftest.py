@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tinybert_fast.testing.proofs import implementations
+
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
@@ -19,9 +21,9 @@ def device():
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes ``impl`` runs for each implementation of its file's op."""
+    """``fast``: each fast implementation of the file's op; ``impl``: the reference too."""
+    op = metafunc.module.__name__.rpartition("test_")[2]
+    if "fast" in metafunc.fixturenames:
+        metafunc.parametrize("fast", implementations(op))
     if "impl" in metafunc.fixturenames:
-        from tinybert_fast.testing.proofs import implementations
-
-        op = metafunc.module.__name__.rpartition("test_")[2]
-        metafunc.parametrize("impl", implementations(op))
+        metafunc.parametrize("impl", [*implementations(op), "reference"])

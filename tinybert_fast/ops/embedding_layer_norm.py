@@ -142,6 +142,11 @@ def embedding_layer_norm(
             "embedding_layer_norm: word, position and token_type must share their width; got "
             f"{', '.join(str(tuple(t.shape)) for t in (word, position, token_type))}"
         )
+    if padding_idx is not None and not 0 <= padding_idx < len(word):
+        raise ValueError(
+            f"embedding_layer_norm: padding_idx={padding_idx} is not a row of word "
+            f"{tuple(word.shape)}; None means no padding word"
+        )
     check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
     check_dropout("embedding_layer_norm", dropout_p, seed)
     sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinybert_fast.ops import dispatch
@@ -69,3 +71,37 @@ def prove_pair(case: Case, impl: str) -> None:
     paired, fast, reference = (case.run(i) for i in ((impl, "reference"), impl, "reference"))
     want = {**reference, "value": fast["value"]}
     torch.testing.assert_close(paired, want, rtol=0.0, atol=0.0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive at a time in the block, inside registered operators too.
+
+    ``peak`` includes what is alive before, from its first use in the block on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == dispatch.NAMESPACE:
+            with self:  # a mode is off while it handles a call
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+        result = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self._alive:
+            self._alive.add(address)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, address, size)
+
+    def _drop(self, address: int, size: int) -> None:
+        self._alive.discard(address)
+        self.now -= size

@@ -1,0 +1,214 @@
+"""attention: values and gradients, gradcheck, contract, compilation, dropout, memory, refusal."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinybert_fast import ops
+from tinybert_fast.testing import proofs
+from tinybert_fast.testing.budgets import assert_within_budget
+from tinybert_fast.testing.operands import DTYPES, LENGTHS, attention, dropout, leaves, normal
+from tinybert_fast.tuned import attention as tuned
+
+DIRECTIONS = ["both", "causal", "anti_causal"]
+WIDTHS = [26, 64]  # head widths of TinyBERT-4 and TinyBERT-6
+N = 7  # the longest sequence of LENGTHS
+
+# Real positions of a 7-wide row.
+MASKS = {
+    "right": (range(7), range(4), range(1)),
+    "left": (range(7), range(3, 7), range(6, 7)),
+    "holes": (range(7), (0, 2, 5), (1, 3)),
+    "empty": (range(7), (), range(2)),
+}
+
+
+def mask_of(name):
+    mask = torch.zeros(3, N, dtype=torch.bool)
+    for row, columns in zip(mask, MASKS[name]):
+        row[list(columns)] = True
+    return mask
+
+
+def random_blocks(*batch):
+    """Block mask of which query 1 may attend to nothing."""
+    allowed = normal((*batch, N, N), 8) > 0
+    allowed[..., 1, :] = False
+    return allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_matches_reference(lengths, width, direction, dtype, fast, device):
+    case = attention(
+        LENGTHS[lengths], width=width, direction=direction, dtype=dtype, device=device
+    )
+    assert_within_budget(case, fast)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shared", [True, False], ids=["one_mask", "mask_per_sequence"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_matches_reference_with_block_mask(lengths, shared, direction, dtype, fast, device):
+    lengths = LENGTHS[lengths]
+    block_mask = (random_blocks() if shared else random_blocks(len(lengths))).to(device)
+    case = attention(lengths, direction=direction, dtype=dtype, device=device)
+    assert_within_budget(case.with_options(block_mask=block_mask, scale=0.5), fast)
+
+
+@pytest.mark.parametrize("scratch", [1, 30, 80], ids=["a_head", "a_head_of_5", "a_sequence"])
+def test_blocks_of_scores(scratch, fast, device, monkeypatch):
+    """However the heads and sequences are split, nothing is lost or counted twice."""
+    monkeypatch.setattr(tuned, "SCRATCH", scratch)
+    for lengths in LENGTHS.values():
+        case = attention(lengths, heads=3, width=2, device=device)
+        assert_within_budget(case.with_options(block_mask=random_blocks().to(device)), fast)
+    proofs.prove_gradient(attention((2, 3, 2), 3, 2, dropout_p=0.25, device=device), fast)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_equals_scaled_dot_product_attention(mask, direction, impl):
+    """Padded (B, N, H, D) under a key mask; padding rows are zero. Causal is over ranks."""
+    mask = mask_of(mask)
+    q, k, v = leaves(*((3, N, 2, 26),) * 3, dtype=torch.float64)
+    layout = ops.SequenceLayout.from_mask(mask)
+    got = ops.attention(q, k, v, layout=layout, direction=direction, impl=impl)
+    allowed = mask[:, None, None, :].expand(-1, 1, N, N)
+    if direction != "both":
+        triangle = torch.ones(N, N, dtype=torch.bool)
+        allowed = allowed & (triangle.tril() if direction == "causal" else triangle.triu())
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    want = F.scaled_dot_product_attention(*heads_first, attn_mask=allowed).transpose(1, 2)
+    assert got[~mask].count_nonzero() == 0
+    torch.testing.assert_close(got[mask], want[mask])
+    upstream = normal((int(mask.sum()), 2, 26), 9, torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(got[mask], (q, k, v), upstream),
+        torch.autograd.grad(want[mask], (q, k, v), upstream),
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_padded_without_a_layout_is_all_real(impl):
+    q, k, v = leaves(*((2, 3, 2, 26),) * 3)
+    full = ops.SequenceLayout.full(2, 3)
+    want = ops.attention(q, k, v, layout=full, impl=impl)
+    assert torch.equal(ops.attention(q, k, v, impl=impl), want)
+
+
+def test_query_without_a_key(impl, device):
+    """Zero row, zero gradient, and no NaN next to it."""
+    case = attention((N,), device=device, block_mask=random_blocks().to(device))
+    found = case.run(impl)
+    assert found["value"][1].count_nonzero() == 0
+    assert found["dq"][1].count_nonzero() == 0
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "causal"}, {"dropout_p": 0.25}], ids=str)
+def test_gradients(options, impl, device):
+    proofs.prove_gradient(attention((1, 3, 0, 2), 2, 3, device=device, **options), impl)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"direction": "anti_causal"}, {"dropout_p": 0.25}, {"block": True}], ids=str
+)
+@pytest.mark.parametrize("lengths", ["ragged", "nothing"])
+def test_contract(lengths, options, fast, device):
+    options = dict(options)
+    if options.pop("block", False):
+        options["block_mask"] = random_blocks().to(device)
+    proofs.prove_contract(attention(LENGTHS[lengths], device=device, **options), fast)
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "causal"}, {"dropout_p": 0.25}], ids=str)
+def test_compiles_whole(options, fast, device):
+    proofs.prove_compiles(attention(device=device, **options), fast)
+
+
+def test_reference_gradient_under_a_fast_forward(fast, device):
+    proofs.prove_pair(attention(device=device, direction="causal"), fast)
+
+
+def probabilities(impl, device, n=32, heads=3, lengths=2, **options):
+    """Dropped probabilities (B, H, n, n) of flat scores: with v = 1, they are the output itself."""
+    zero = torch.zeros(lengths, n, heads, n, device=device)
+    v = torch.eye(n, device=device)[None, :, None].expand(lengths, n, heads, n)
+    options = {**dropout(0.1, device=device), **options}
+    return ops.attention(zero, zero, v, impl=impl, **options).transpose(1, 2)
+
+
+def test_cells_are_dropped_or_scaled(impl, device):
+    cells = probabilities(impl, device) * 32
+    scale = 256 / (256 - 26)  # the exact rate of 0.1 in 8 bits
+    torch.testing.assert_close(cells, torch.where(cells < 0.5, 0.0, scale))
+    rate, expected = (cells < 0.5).double().mean(), 26 / 256
+    assert abs(rate - expected) < 5 * (expected * (1 - expected) / cells.numel()) ** 0.5
+
+
+def test_dropout_is_a_function_of_seed_and_site(impl, device):
+    cells = probabilities(impl, device)
+    assert torch.equal(cells, probabilities(impl, device))
+    assert not torch.equal(cells, probabilities(impl, device, site=4))
+    planes = cells.flatten(0, 1)
+    assert len({tuple(plane.flatten().tolist()) for plane in planes}) == len(planes)
+
+
+def test_reference_drops_the_same_cells_in_every_layout():
+    """Bit for bit: a cell's fate depends on sequence, head and ranks, not on where padding is."""
+    lengths = (4, 0, 3, 1)
+    packed = attention(lengths, dropout_p=0.3)
+    want = packed.function("reference")(*packed.operands)
+    for width, shift in ((4, False), (6, False), (9, True)):  # tight, right-padded, left-padded
+        mask = torch.zeros(4, width, dtype=torch.bool)
+        for row, n in zip(mask, lengths):
+            row[width - n if shift else 0 : width if shift else n] = True
+        layout = ops.SequenceLayout.from_mask(mask)
+        case = packed.with_options(layout=layout)
+        operands = [layout.pad(x.detach(), fill=float("nan")) for x in packed.operands]
+        padded = case.op(*operands, **case.options, impl="reference")
+        assert torch.equal(layout.pack(padded), want)
+
+
+def test_dropout_holds_no_scores_of_the_whole_batch(monkeypatch):
+    """4 sequences of 2 heads of 128 * 128 scores: 0.5 MB; a block is an eighth of it."""
+    monkeypatch.setattr(tuned, "SCRATCH", 128 * 128)
+    case = attention((128,) * 4, heads=2, width=4, dropout_p=0.1)
+    with proofs.LiveBytes() as live:
+        case.run("torch")
+    assert live.peak < 4 * 2 * 128 * 128 * 4
+    monkeypatch.undo()  # the instrument sees them where they are allowed
+    with proofs.LiveBytes() as whole:
+        case.run("torch")
+    assert whole.peak > 4 * 2 * 128 * 128 * 4
+
+
+def test_refuses():
+    packed = attention((2, 3))
+    q, k, v = packed.operands
+    layout = packed.options["layout"]
+    padded = torch.ones(2, 3, 2, 26)
+
+    def refuses(match, *operands, **options):
+        with pytest.raises(ValueError, match=match):
+            ops.attention(*operands, **options)
+
+    refuses(r"share one shape.*k \(4, 2, 26\)", q, k[:4], v, layout=layout)
+    refuses(r"packed \(T, H, D\) or padded", q[0], k[0], v[0], layout=layout)
+    refuses("float32 on cpu, torch.float64 on cpu", q, k.double(), v, layout=layout)
+    refuses("need layout=", q, k, v)
+    refuses(r"leading sizes \(5,\)", q[:4], k[:4], v[:4], layout=layout)
+    refuses(r"leading sizes \(2, 3\)", *(padded[:, :2],) * 3, layout=layout)
+    refuses("direction='left' is not one of", q, k, v, layout=layout, direction="left")
+    for wrong in (torch.ones(3, 3), torch.ones(3, dtype=torch.bool), torch.ones(2, 3) > 0,
+                  torch.ones(3, 3, 3) > 0, torch.ones(1, 2, 3, 3) > 0):  # fmt: skip
+        refuses(r"bool \(N, N\) or \(2, N, N\)", q, k, v, layout=layout, block_mask=wrong)
+    refuses("needs seed, an int64 tensor", q, k, v, layout=layout, dropout_p=0.1)
+    seed = torch.zeros(2, dtype=torch.int64)
+    refuses("cannot be expressed in 8 bits", q, k, v, layout=layout, dropout_p=1e-3, seed=seed)
+    refuses("draws another mask", q, k, v, layout=layout, dropout_p=0.1, seed=seed,
+            impl=("torch", "reference"))  # fmt: skip

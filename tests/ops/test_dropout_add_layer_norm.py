@@ -1,0 +1,119 @@
+"""dropout_add_layer_norm: values and gradients, gradcheck, contract, compilation, dropout, refusal."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinybert_fast import ops
+from tinybert_fast.testing import proofs
+from tinybert_fast.testing.budgets import assert_within_budget
+from tinybert_fast.testing.operands import DTYPES, dropout, dropout_add_layer_norm, normal
+
+SHAPES = [
+    (3, 312),  # TinyBERT-4
+    (2, 2, 768),  # TinyBERT-6; two leading axes
+    (5, 33),  # odd
+    (0, 312),  # no row
+]
+VARIANTS = [{}, {"with_bias": False}, {"dropout_p": 0.25}, {"with_bias": False, "dropout_p": 0.25}]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, with_bias, dtype, fast, device):
+    case = dropout_add_layer_norm(shape, with_bias=with_bias, dtype=dtype, device=device)
+    assert_within_budget(case, fast)
+
+
+def test_reference_is_the_definition():
+    x, bias, residual, weight, ln_bias = dropout_add_layer_norm((4, 7), dtype=torch.float64).operands
+    want = F.layer_norm(residual + x + bias, (7,), weight, ln_bias, 1e-12)
+    got = ops.dropout_add_layer_norm(x, bias, residual, weight, ln_bias, impl="reference")
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gradients(variant, impl, device):
+    proofs.prove_gradient(dropout_add_layer_norm((3, 5), **variant, device=device), impl)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5)], ids=str)
+def test_contract(shape, variant, fast, device):
+    proofs.prove_contract(dropout_add_layer_norm(shape, **variant, device=device), fast)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_compiles_whole(variant, fast, device):
+    proofs.prove_compiles(dropout_add_layer_norm((2, 3, 33), **variant, device=device), fast)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_reference_gradient_under_a_fast_forward(with_bias, fast, device):
+    proofs.prove_pair(dropout_add_layer_norm(with_bias=with_bias, device=device), fast)
+
+
+def dropped(impl, device, dropout_p=0.1, **options):
+    """dropout(1) of 40 rows, read off a layer norm whose eps makes it linear."""
+    rows, columns = 40, 312
+    x, zero = torch.ones(rows, columns, device=device), torch.zeros(rows, columns, device=device)
+    options = {**dropout(dropout_p, device=device), **options}
+    # The variance is lost beside eps: y = (dropout(x) - its row's mean) / 1e3.
+    y = ops.dropout_add_layer_norm(x, None, zero, x[0], zero[0], eps=1e6, impl=impl, **options)
+    return 1e3 * (y - y.min(-1, keepdim=True).values)
+
+
+def test_cells_are_dropped_or_scaled(impl, device):
+    cells = dropped(impl, device)
+    scale = 256 / (256 - 26)  # the exact rate of 0.1 in 8 bits
+    assert ((cells.abs() < 1e-3) | ((cells - scale).abs() < 1e-3)).all()
+    rate, expected = (cells < 0.5).double().mean(), 26 / 256
+    assert abs(rate - expected) < 5 * (expected * (1 - expected) / cells.numel()) ** 0.5
+
+
+def test_dropout_is_a_function_of_seed_and_site(impl, device):
+    cells = dropped(impl, device)
+    assert torch.equal(cells, dropped(impl, device))
+    assert not torch.equal(cells, dropped(impl, device, site=4))
+    for word in (0, 1):  # both words of the seed count, to their last bits
+        for bit in (0, 62):
+            seed = dropout(0.1, device=device)["seed"].clone()
+            seed[word] ^= 1 << bit
+            assert not torch.equal(cells, dropped(impl, device, seed=seed))
+
+
+def test_reference_drops_the_same_cells_packed_and_padded():
+    """Bit for bit: a cell's fate depends on sequence, rank and column, not on the layout."""
+    layout = ops.SequenceLayout.from_lengths((5, 2, 0, 7), width=9)
+    x, residual = (normal((4, 9, 312), seed) for seed in (0, 1))
+    vectors = (normal((312,), 2), normal((312,), 3))
+    options = {**dropout(0.3), "impl": "reference"}
+    padded = ops.dropout_add_layer_norm(x, None, residual, *vectors, **options)
+    packed = ops.dropout_add_layer_norm(
+        layout.pack(x), None, layout.pack(residual), *vectors, layout=layout, **options
+    )
+    assert torch.equal(layout.pack(padded), packed)
+
+
+def test_refuses():
+    x, c = torch.ones(2, 3), torch.ones(3)
+    seed = torch.zeros(2, dtype=torch.int64)
+    op = ops.dropout_add_layer_norm
+    with pytest.raises(ValueError, match=r"x \(2, 3\) and residual \(3, 2\) must have one shape"):
+        op(x, c, x.mT, c, c)
+    for bad in ({"bias": x}, {"weight": x}, {"ln_bias": x}):
+        (name,) = bad
+        with pytest.raises(ValueError, match=rf"{name} must have shape \(3,\).*got \(2, 3\)"):
+            op(x, residual=x, **{"bias": c, "weight": c, "ln_bias": c, **bad})
+    for rate in (0.001, 0.999, 1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="between 1/512 and 1 - 1/512"):
+            op(x, c, x, c, c, dropout_p=rate, seed=seed)
+    for wrong in (None, seed.int(), seed[:1]):
+        with pytest.raises(ValueError, match=r"needs seed, an int64 tensor of shape \(2,\); got"):
+            op(x, c, x, c, c, dropout_p=0.1, seed=wrong)
+    layout = ops.SequenceLayout.from_lengths((1, 2))
+    with pytest.raises(ValueError, match=r"with a layout x is packed \(3, C\); got \(2, 3\)"):
+        op(x, c, x, c, c, layout=layout)
+    with pytest.raises(ValueError, match="another mask than the reference's gradient"):
+        op(x, c, x, c, c, dropout_p=0.1, seed=seed, impl=("torch", "reference"))

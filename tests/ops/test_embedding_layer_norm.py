@@ -1,0 +1,106 @@
+"""embedding_layer_norm: values and gradients, gradcheck, contract, compilation, dropout, refusal."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinybert_fast import ops
+from tinybert_fast.testing import proofs
+from tinybert_fast.testing.budgets import assert_within_budget
+from tinybert_fast.testing.operands import DTYPES, dropout, embedding_layer_norm
+
+SHAPES = [
+    (9, 312),  # TinyBERT-4; words repeat
+    (5, 768),  # TinyBERT-6
+    (1, 33),  # one token, odd width
+    (0, 312),  # no token
+]
+VARIANTS = [{}, {"padding_idx": None}, {"dropout_p": 0.25}]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding_idx", [0, None])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, padding_idx, dtype, fast, device):
+    case = embedding_layer_norm(*shape, dtype=dtype, device=device, padding_idx=padding_idx)
+    assert_within_budget(case, fast)
+
+
+def test_reference_is_the_definition():
+    operands = embedding_layer_norm(columns=7, dtype=torch.float64).operands
+    ids, types, positions, word, position, token_type, weight, bias = operands
+    total = word[ids] + position[positions] + token_type[types]
+    want = F.layer_norm(total, (7,), weight, bias, 1e-12)
+    torch.testing.assert_close(ops.embedding_layer_norm(*operands, impl="reference"), want)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_gradients(dropout_p, impl, device):
+    case = embedding_layer_norm(5, 4, dropout_p=dropout_p, device=device, padding_idx=None)
+    proofs.prove_gradient(case, impl)
+
+
+def test_padding_word_gets_no_gradient(impl, device):
+    """Row 0 occurs in the batch: zero with padding_idx=0, not without; the other rows agree."""
+    case = embedding_layer_norm(device=device)
+    without = case.with_options(padding_idx=None).run(impl)["dword"]
+    dword = case.run(impl)["dword"]
+    assert dword[0].count_nonzero() == 0 < without[0].count_nonzero()
+    assert torch.equal(dword[1:], without[1:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_contract(tokens, variant, fast, device):
+    proofs.prove_contract(embedding_layer_norm(tokens, 4, device=device, **variant), fast)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_compiles_whole(variant, fast, device):
+    proofs.prove_compiles(embedding_layer_norm(5, 33, device=device, **variant), fast)
+
+
+def test_reference_gradient_under_a_fast_forward(fast, device):
+    proofs.prove_pair(embedding_layer_norm(device=device), fast)
+
+
+def test_cells_are_dropped_or_scaled(impl, device):
+    case = embedding_layer_norm(40, device=device)
+    plain = case.run(impl)["value"]
+    value = case.with_options(**dropout(0.1, device=device)).run(impl)["value"]
+    gone, scale = value == 0, 256 / (256 - 26)
+    torch.testing.assert_close(value[~gone], (plain * scale)[~gone])
+    rate, expected = gone.double().mean(), 26 / 256
+    assert abs(rate - expected) < 5 * (expected * (1 - expected) / gone.numel()) ** 0.5
+
+
+def test_refuses():
+    operands = embedding_layer_norm(columns=6).operands
+    op = ops.embedding_layer_norm
+
+    def changed(index, value):
+        return (*operands[:index], value, *operands[index + 1 :])
+
+    with pytest.raises(ValueError, match=r"one shape \(T,\); got \(9,\), \(8,\), \(9,\)"):
+        op(*changed(2, operands[2][:8]))
+    with pytest.raises(ValueError, match=r"one shape \(T,\); got \(1, 9\)"):
+        op(operands[0][None], *operands[1:])
+    with pytest.raises(ValueError, match=r"share their width; got \(11, 6\), \(9, 5\), \(2, 6\)"):
+        op(*changed(4, operands[4][:, :5]))
+    with pytest.raises(ValueError, match=r"bias must have shape \(6,\).*got \(5,\)"):
+        op(*changed(7, operands[7][:5]))
+    with pytest.raises(ValueError, match=r"with a layout x is packed \(3, C\); got \(9, 1\)"):
+        op(*operands, layout=ops.SequenceLayout.from_lengths((3,)))
+    with pytest.raises(ValueError, match="dropout_p=2 cannot be expressed"):
+        op(*operands, dropout_p=2, seed=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="padding_idx=11 is not a row of word"):
+        op(*operands, padding_idx=11)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_id_outside_its_table(index, impl):
+    operands = list(embedding_layer_norm(columns=6).operands)
+    operands[index] = operands[index].clone()
+    operands[index][3] = 1000
+    with pytest.raises(IndexError):
+        ops.embedding_layer_norm(*operands, impl=impl)

@@ -1,0 +1,63 @@
+"""layer_norm: values and gradients, gradcheck, contract, compilation, refusal."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinybert_fast import ops
+from tinybert_fast.testing import proofs
+from tinybert_fast.testing.budgets import assert_within_budget
+from tinybert_fast.testing.operands import DTYPES, layer_norm, normal
+
+SHAPES = [
+    (3, 312),  # TinyBERT-4
+    (2, 2, 768),  # TinyBERT-6; two leading axes
+    (5, 33),  # odd
+    (1, 26),  # one row
+    (0, 312),  # no row
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, dtype, fast, device):
+    assert_within_budget(layer_norm(shape, dtype=dtype, device=device), fast)
+
+
+def test_reference_is_the_definition():
+    x, weight, bias = layer_norm((4, 7), dtype=torch.float64).operands
+    want = F.layer_norm(x, (7,), weight, bias, 1e-12)
+    torch.testing.assert_close(ops.layer_norm(x, weight, bias, impl="reference"), want)
+
+
+def test_large_mean_keeps_its_digits(impl):
+    """The variance is a mean of squares about the mean, not a difference of large numbers."""
+    x = 1e4 + normal((2, 312), 0)
+    want = F.layer_norm(x.double(), (312,), eps=1e-12).float()
+    got = ops.layer_norm(x, torch.ones(312), torch.zeros(312), impl=impl)
+    torch.testing.assert_close(got, want, rtol=0.0, atol=1e-3)
+
+
+def test_gradients(impl, device):
+    proofs.prove_gradient(layer_norm((3, 5), device=device), impl)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5)], ids=str)
+def test_contract(shape, fast, device):
+    proofs.prove_contract(layer_norm(shape, device=device), fast)
+
+
+def test_compiles_whole(fast, device):
+    proofs.prove_compiles(layer_norm((2, 3, 312), device=device), fast)
+
+
+def test_reference_gradient_under_a_fast_forward(fast, device):
+    proofs.prove_pair(layer_norm(device=device), fast)
+
+
+def test_refuses():
+    x, weight, bias = torch.ones(2, 3), torch.ones(3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"weight must have shape \(3,\).*got \(4,\)"):
+        ops.layer_norm(x, torch.ones(4), bias)
+    with pytest.raises(ValueError, match=r"bias must have shape \(3,\).*got \(1, 3\)"):
+        ops.layer_norm(x, weight, bias[None])

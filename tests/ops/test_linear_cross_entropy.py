@@ -1,0 +1,117 @@
+"""linear_cross_entropy: values and gradients, gradcheck, contract, compilation, refusal."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinybert_fast import ops
+from tinybert_fast.testing import proofs
+from tinybert_fast.testing.budgets import assert_within_budget
+from tinybert_fast.testing.operands import DTYPES, linear_cross_entropy, normal
+from tinybert_fast.tuned import linear_cross_entropy as tuned
+
+SHAPES = [  # tokens, labelled, columns, words
+    (9, 4, 312, 101),  # TinyBERT-4
+    (5, 5, 768, 53),  # TinyBERT-6
+    (3, 8, 33, 7),  # rows repeat: their gradients add up
+    (9, 0, 312, 101),  # no labelled row: loss 0
+    (0, 0, 312, 101),  # T = 0
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, with_bias, dtype, fast, device):
+    case = linear_cross_entropy(*shape, with_bias=with_bias, dtype=dtype, device=device)
+    assert_within_budget(case, fast)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cells", [1, 202], ids=["one_row", "two_rows_and_a_tail"])
+def test_chunks(cells, dtype, fast, device, monkeypatch):
+    monkeypatch.setattr(tuned, "CHUNK_CELLS", cells)
+    case = linear_cross_entropy(9, 5, 312, 101, dtype=dtype, device=device)
+    assert_within_budget(case, fast)
+
+
+def test_holds_one_chunk_of_logits(monkeypatch):
+    """200 rows of 1000 logits would take 0.8 MB; the weight's copy and gradient are 32 kB each."""
+    monkeypatch.setattr(tuned, "CHUNK_CELLS", 10_000)
+    case = linear_cross_entropy(200, 200, 8, 1000)
+    with proofs.LiveBytes() as live:
+        case.run("torch")
+    assert live.peak < 200 * 1000 * 4
+
+
+def test_reference_is_the_definition():
+    hidden, weight, bias, rows, labels = linear_cross_entropy(dtype=torch.float64).operands
+    want = F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)
+    got = ops.linear_cross_entropy(hidden, weight, bias, rows, labels, impl="reference")
+    torch.testing.assert_close(got, want)
+
+
+def test_no_labelled_row(impl):
+    found = linear_cross_entropy(9, 0).run(impl)
+    assert all(x.count_nonzero() == 0 for x in found.values())
+
+
+def test_large_logits(impl):
+    """Logits of +-1e4: the softmax is shifted by its maximum."""
+    hidden = torch.tensor([[1e4]], requires_grad=True)
+    weight, index = torch.tensor([[1.0], [-1.0]]), torch.tensor([0])
+    loss = ops.linear_cross_entropy(hidden, weight, None, index, index + 1, impl=impl)
+    loss.backward()
+    assert loss.item() == 2e4
+    assert hidden.grad.item() == 2.0
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients(with_bias, impl, device):
+    proofs.prove_gradient(linear_cross_entropy(4, 5, 3, 7, with_bias=with_bias, device=device), impl)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("labelled", [3, 0])
+def test_contract(labelled, with_bias, fast, device):
+    case = linear_cross_entropy(4, labelled, 3, 7, with_bias=with_bias, device=device)
+    proofs.prove_contract(case, fast)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_compiles_whole(with_bias, fast, device):
+    case = linear_cross_entropy(9, 4, 33, 17, with_bias=with_bias, device=device)
+    proofs.prove_compiles(case, fast)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_reference_gradient_under_a_fast_forward(with_bias, fast, device):
+    proofs.prove_pair(linear_cross_entropy(with_bias=with_bias, device=device), fast)
+
+
+def test_refuses():
+    hidden, weight, bias, rows, labels = linear_cross_entropy(4, 3, 5, 7).operands
+    op = ops.linear_cross_entropy
+    with pytest.raises(ValueError, match=r"hidden must be \(T, C\).*got \(1, 4, 5\)"):
+        op(hidden[None], weight, bias, rows, labels)
+    with pytest.raises(ValueError, match=r"weight \(V, C\); got \(4, 5\) and \(5, 7\)"):
+        op(hidden, weight.mT, bias, rows, labels)
+    with pytest.raises(ValueError, match=r"bias must be \(7,\), one per row of weight; got \(1,\)"):
+        op(hidden, weight, bias[:1], rows, labels)
+    for wrong in (rows.int(), rows[:2], rows[None]):
+        with pytest.raises(ValueError, match=r"rows and labels must both be int64 \(R,\); got"):
+            op(hidden, weight, bias, wrong, labels)
+
+
+@pytest.mark.parametrize("label", [7, -1, -100])
+def test_label_out_of_range_is_not_ignored(label, impl):
+    """-100 means "no label" elsewhere; here the caller has already chosen the labelled rows."""
+    hidden, index = normal((2, 5), 0), torch.tensor([1])
+    with pytest.raises((IndexError, RuntimeError)):
+        ops.linear_cross_entropy(hidden, normal((7, 5), 1), None, index, 0 * index + label, impl=impl)
+
+
+def test_row_out_of_range(impl):
+    hidden, index = normal((2, 5), 0), torch.tensor([2])
+    with pytest.raises((IndexError, RuntimeError)):
+        ops.linear_cross_entropy(hidden, normal((7, 5), 1), None, index, index, impl=impl)

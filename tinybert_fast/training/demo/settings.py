@@ -1,0 +1,55 @@
+"""How much work the demo does, and how: the quick one and the full one."""
+
+from dataclasses import dataclass, replace
+
+from tinybert_fast.training.matches import LayerMatches
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Everything that decides the demo's figures. Epochs are over the training sentences."""
+
+    name: str
+    # The teacher: MiniLM, fine-tuned on the task.
+    teacher_epochs: float = 3.0
+    teacher_lr: float = 5e-5
+    # General distillation: from MiniLM before fine-tuning; each step sees new sentences.
+    student: str = "4l-312"
+    matches: LayerMatches | None = LayerMatches.parse("0:0,1:2,2:3,3:5,4:6")  # 4 layers of 6
+    general_steps: int = 1500
+    general_batch_size: int = 64
+    general_lr: float = 5e-4
+    # Task distillation, both stages. Without a teacher: the same number of epochs.
+    intermediate_epochs: float = 4.0
+    intermediate_lr: float = 3e-4
+    intermediate_schedule: str = "linear"
+    prediction_epochs: float = 3.0
+    prediction_lr: float = 1e-4
+    alone_lrs: tuple[float, ...] = (5e-5, 1e-4, 3e-4)  # the best on dev in the first seed is taken
+    pca_alone: bool = True  # also train a student from PCA initialisation without a teacher
+    # For all of them.
+    seeds: int = 1
+    threads: int = 2
+    batch_size: int = 32
+    max_length: int = 64
+    eval_steps: int = 100
+    speed_rounds: int = 3
+    rows: int | None = None  # of the labelled sentences; all by default
+
+    @property
+    def alone_epochs(self) -> float:
+        return self.intermediate_epochs + self.prediction_epochs
+
+
+FULL = DemoSettings("full")
+QUICK = replace(
+    FULL,
+    name="quick",
+    teacher_epochs=1.0,
+    general_steps=120,
+    intermediate_epochs=1.0,
+    prediction_epochs=1.0,
+    alone_lrs=(3e-4,),
+    pca_alone=False,
+    speed_rounds=2,
+)
