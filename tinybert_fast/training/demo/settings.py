@@ -45,6 +45,7 @@ FULL = DemoSettings("full")
 QUICK = replace(
     FULL,
     name="quick",
+    rows=6000,
     teacher_epochs=1.0,
     general_steps=120,
     intermediate_epochs=1.0,
