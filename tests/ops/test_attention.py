@@ -13,6 +13,8 @@ from tinybert_fast.tuned import attention as tuned
 DIRECTIONS = ["both", "causal", "anti_causal"]
 WIDTHS = [26, 64]  # head widths of TinyBERT-4 and TinyBERT-6
 N = 7  # the longest sequence of LENGTHS
+# A query of few keys: dS = P (dP - rowsum(P dP)) is a difference of sums of D products.
+SLACK = 4
 
 # Real positions of a 7-wide row.
 MASKS = {
@@ -45,7 +47,7 @@ def test_matches_reference(lengths, width, direction, dtype, fast, device):
     case = attention(
         LENGTHS[lengths], width=width, direction=direction, dtype=dtype, device=device
     )
-    assert_within_budget(case, fast)
+    assert_within_budget(case, fast, SLACK)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,7 +58,7 @@ def test_matches_reference_with_block_mask(lengths, shared, direction, dtype, fa
     lengths = LENGTHS[lengths]
     block_mask = (random_blocks() if shared else random_blocks(len(lengths))).to(device)
     case = attention(lengths, direction=direction, dtype=dtype, device=device)
-    assert_within_budget(case.with_options(block_mask=block_mask, scale=0.5), fast)
+    assert_within_budget(case.with_options(block_mask=block_mask, scale=0.5), fast, SLACK)
 
 
 @pytest.mark.parametrize("scratch", [1, 30, 80], ids=["a_head", "a_head_of_5", "a_sequence"])
@@ -65,7 +67,7 @@ def test_blocks_of_scores(scratch, fast, device, monkeypatch):
     monkeypatch.setattr(tuned, "SCRATCH", scratch)
     for lengths in LENGTHS.values():
         case = attention(lengths, heads=3, width=2, device=device)
-        assert_within_budget(case.with_options(block_mask=random_blocks().to(device)), fast)
+        assert_within_budget(case.with_options(block_mask=random_blocks().to(device)), fast, SLACK)
     proofs.prove_gradient(attention((2, 3, 2), 3, 2, dropout_p=0.25, device=device), fast)
 
 
@@ -175,16 +177,16 @@ def test_reference_drops_the_same_cells_in_every_layout():
 
 
 def test_dropout_holds_no_scores_of_the_whole_batch(monkeypatch):
-    """4 sequences of 2 heads of 128 * 128 scores: 0.5 MB; a block is an eighth of it."""
-    monkeypatch.setattr(tuned, "SCRATCH", 128 * 128)
-    case = attention((128,) * 4, heads=2, width=4, dropout_p=0.1)
+    """16 sequences of 2 heads of 64 * 64 scores: 0.5 MB; a block is a 32nd of them, six times."""
+    monkeypatch.setattr(tuned, "SCRATCH", 64 * 64)
+    case, scores = attention((64,) * 16, heads=2, width=1, dropout_p=0.1), 16 * 2 * 64 * 64 * 4
     with proofs.LiveBytes() as live:
         case.run("torch")
-    assert live.peak < 4 * 2 * 128 * 128 * 4
-    monkeypatch.undo()  # the instrument sees them where they are allowed
+    assert live.peak < scores
+    monkeypatch.undo()  # where one block may hold them all, the instrument sees them
     with proofs.LiveBytes() as whole:
         case.run("torch")
-    assert whole.peak > 4 * 2 * 128 * 128 * 4
+    assert whole.peak > scores
 
 
 def test_refuses():

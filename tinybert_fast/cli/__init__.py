@@ -1,1 +1,1 @@
-"""The ``tinybert-fast`` command: argument parsing only, each command calls one library function."""
+"""The command line: arguments in, tables out. What the commands do lives in training and benchmarks."""

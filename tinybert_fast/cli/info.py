@@ -1,43 +1,83 @@
-"""What this process can run: facts for ``tinybert-fast info``."""
+"""tinybert-fast info"""
 
-from __future__ import annotations
-
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
+import typer
 
-import tinybert_fast
-import tinybert_fast.ops  # registers the ops
-from tinybert_fast.ops.dispatch import FASTEST_FIRST, OPS
+from tinybert_fast.cli import options, output
 
-PACKAGES = ("torch", "transformers", "triton", "datasets", "accelerate")
-
-
-def gather() -> dict[str, Any]:
-    """{"machine": facts, "implementations": names, "ops": {op: {"auto": name, name: why not}}}."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    probe = torch.empty(0, device=device)
-    ops = {}
-    for name, limits in sorted(OPS.items()):
-        why = {impl: limits.refusal(impl, probe, {}) for impl in FASTEST_FIRST}
-        ops[name] = {"auto": next(i for i in FASTEST_FIRST if why[i] is None), **why}
-    return {
-        "machine": {
-            "tinybert_fast": tinybert_fast.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        },
-        "implementations": list(FASTEST_FIRST),
-        "ops": ops,
-    }
+EPILOG = (
+    "[bold]Examples[/bold]\n\n"
+    "tinybert-fast info\n\n"
+    "TINYBERT_FAST_IMPL=attention=reference tinybert-fast info"
+)
+MEANING = {
+    "reference": "the definition in plain PyTorch",
+    "torch": "tuned PyTorch",
+    "native": "the compiled C++/CUDA module",
+    "triton": "Triton kernels",
+}
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(info)
+
+
+def info(json_file: options.Json = None) -> None:
+    """Show what runs on this machine: each operator, each implementation, and why not."""
+    found = _facts()
+    output.show(("", "this machine"), found["machine"].items())
+    names = tuple(MEANING)
+    rows = []
+    for op, of in found["ops"].items():
+        cells = ["yes" if of[name]["runs"] else "no" for name in names]
+        rows.append((op, *cells, of["auto"]))
+    output.show(("operator", *names, "auto takes"), rows)
+    reasons: dict[str, list[str]] = {}
+    for op, of in found["ops"].items():
+        for name in names:
+            if of[name]["why_not"]:
+                reasons.setdefault(f"{name} ({MEANING[name]}): {of[name]['why_not']}", []).append(op)
+    for reason, ops in reasons.items():
+        everywhere = len(ops) == len(rows)
+        output.say(f"no {reason}" + ("" if everywhere else f" [{', '.join(ops)}]"))
+    if found["chosen"]:
+        output.say(f"TINYBERT_FAST_IMPL: {found['chosen']}")
+    output.write_json("info", found, json_file)
+
+
+def _facts() -> dict[str, Any]:
+    import torch
+
+    import tinybert_fast.ops  # noqa: F401  registers every operator
+    from tinybert_fast.benchmarks.hardware import facts
+    from tinybert_fast.ops import dispatch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    probe = torch.empty(1, device=device)
+    ops: dict[str, Any] = {}
+    for op, limits in sorted(dispatch.OPS.items()):
+        ops[op] = {name: _state(dispatch, limits, name, probe) for name in MEANING}
+        order = (name for name in dispatch.FASTEST_FIRST if ops[op][name]["runs"])
+        ops[op]["auto"] = _from_environment(dispatch, limits) or next(order)
+    machine = {k: v for k, v in facts(device).items() if k not in ("commit", "date")}
+    return {"machine": machine, "ops": ops, "chosen": dispatch.FROM_ENVIRONMENT}
+
+
+def _state(dispatch: Any, limits: Any, name: str, probe: Any) -> dict[str, Any]:
+    limit = getattr(limits, name)
+    if limit is None:
+        why = "not written for this operator"
+    else:
+        why = dispatch.UNAVAILABLE[name]
+        if why is None and probe.device.type not in limit.devices:
+            why = f"not for {probe.device.type}"
+    return {"runs": why is None, "why_not": why}
+
+
+def _from_environment(dispatch: Any, limits: Any) -> str | None:
+    named = dispatch.FROM_ENVIRONMENT.get(limits.op)
+    bare = dispatch.FROM_ENVIRONMENT.get("")
+    if named is None and bare and bare != "auto" and getattr(limits, bare) is not None:
+        named = bare
+    return None if named == "auto" else named

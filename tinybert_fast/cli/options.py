@@ -1,62 +1,103 @@
-"""Options that several commands share, each described once."""
+"""Options that several commands share, written once."""
 
-from __future__ import annotations
-
-import json
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-TextColumn = Annotated[str | None, typer.Option(help="column of the text; found by name")]
-PairColumn = Annotated[
-    str | None, typer.Option("--text-pair", help="column of the second text of a pair")
+HOW = "How it runs"
+DATA = "Data"
+TRAINING = "Training"
+
+
+def _json_file(path: Path | None) -> Path | None:
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; expected a file to write")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the result to FILE.", callback=_json_file
+    ),
 ]
-LabelColumn = Annotated[str | None, typer.Option(help="column of the label; found by name")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="folder to write the model to")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a model that is there")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast")]
-Plain = Annotated[
-    bool, typer.Option("--accelerate/--no-accelerate", help="packed encoder, or Transformers' own")
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder for the model and its report."),
 ]
-Seed = Annotated[int, typer.Option(help="of weights, batches and dropout")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file")]
-Threads = Annotated[int | None, typer.Option(help="PyTorch threads on the CPU")]
 
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMN",
+        help="Column of the text; names that GLUE uses are found.",
+        rich_help_panel=DATA,
+    ),
+]
+TextPair = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="Column of the second text.", rich_help_panel=DATA),
+]
+Label = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="Column of the label.", rich_help_panel=DATA),
+]
 
-def use_threads(threads: int | None) -> None:
-    """Limit PyTorch to ``threads`` CPU threads."""
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1; got {threads}")
-    import torch
+Accumulation = Annotated[
+    int, typer.Option(help="Batches per optimizer step.", rich_help_panel=TRAINING)
+]
+Warmup = Annotated[
+    float,
+    typer.Option(
+        help="Warm-up of the learning rate: below 1 a share of all steps, else their number.",
+        rich_help_panel=TRAINING,
+    ),
+]
+WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)]
+Seed = Annotated[
+    int, typer.Option(help="Of new weights, batches and dropout.", rich_help_panel=TRAINING)
+]
+SelectBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METRIC",
+        help="Dev metric that chooses the checkpoint: accuracy, f1, matthews; pearson, spearman.",
+        rich_help_panel=TRAINING,
+    ),
+]
 
-    torch.set_num_threads(threads)
-
-
-def report(result: dict[str, Any], title: str, json_file: Path | None) -> None:
-    """A table of the scalars of ``result``; the whole of it in ``json_file``."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in result.items():
-        if isinstance(value, float):
-            table.add_row(name, f"{value:,.4f}")
-        elif isinstance(value, str | int | bool):
-            table.add_row(name, str(value))
-    Console().print(table)
-    write_json(result, json_file)
-
-
-def write_json(result: Any, json_file: Path | None) -> None:
-    """Whole or not at all: written beside the target, then renamed."""
-    if json_file is None:
-        return
-    json_file.parent.mkdir(parents=True, exist_ok=True)
-    part = json_file.with_name(json_file.name + ".part")
-    part.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(part, json_file)
+Bf16 = Annotated[
+    bool,
+    typer.Option("--bf16", help="bfloat16 autocast; for hardware that has it.", rich_help_panel=HOW),
+]
+Accelerate = Annotated[
+    bool,
+    typer.Option(
+        "--accelerate/--plain",
+        help="Run without padding, or leave Transformers' own forward.",
+        rich_help_panel=HOW,
+    ),
+]
+Impl = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Implementation of the operators: auto, torch, reference, ... (see info).",
+        rich_help_panel=HOW,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=HOW),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace the model that is in the folder.", rich_help_panel=HOW
+    ),
+]
+KeepCheckpoints = Annotated[
+    bool,
+    typer.Option("--keep-checkpoints", help="Leave the checkpoints there.", rich_help_panel=HOW),
+]

@@ -155,8 +155,8 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
         longest = layout.max_length if layout is not None else q.shape[1]
         batch = layout.batch_size if layout is not None else q.shape[0]
         sizes = block_mask.shape
-        fits = sizes[-1] >= longest and sizes[-2] >= longest and sizes[:-2] in ((), (batch,))
-        if block_mask.dtype != torch.bool or not fits:
+        square = len(sizes) >= 2 and sizes[-2] == sizes[-1] and sizes[:-2] in ((), (batch,))
+        if block_mask.dtype != torch.bool or not square or sizes[-1] < longest:
             raise ValueError(
                 f"attention: block_mask must be bool (N, N) or ({batch}, N, N), N >= {longest}; "
                 f"got {block_mask.dtype} {tuple(sizes)}"

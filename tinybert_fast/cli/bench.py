@@ -1,0 +1,66 @@
+"""tinybert-fast bench"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinybert_fast.cli import options, output
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n"
+    "tinybert-fast bench\n\n"
+    "tinybert-fast bench --suite step --case mlm --dtype both --json step.json\n\n"
+    "tinybert-fast bench --suite memory\n\n"
+    "Before any speed is shown, all candidates must agree in loss and gradients at dropout 0 "
+    "(exit code 1 if they don't). They then take turns; medians are shown."
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(bench)
+
+
+def bench(
+    suite: Annotated[
+        str,
+        typer.Option(help="step: one training step; memory: the attention loss against length."),
+    ] = "step",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only cases whose name begins so; may be repeated."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
+    rounds: Annotated[int | None, typer.Option(help="Repetitions; by device by default.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    dropout: Annotated[float, typer.Option(help="While timed.")] = 0.1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of weights, lengths and words.")] = 0,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Tiny sizes, seconds: shows that it works.")
+    ] = False,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append the rows to FILE.")
+    ] = None,
+    json_file: options.Json = None,
+) -> None:
+    """Time one training step beside what one would use otherwise: Transformers, careful PyTorch."""
+    from tinybert_fast.benchmarks.runner import Disagreement, run_suite
+
+    try:
+        run_suite(
+            suite,
+            cases=case or (),
+            dtype=dtype,
+            rounds=rounds,
+            threads=threads,
+            dropout=dropout,
+            device=device,
+            seed=seed,
+            smoke=smoke,
+            json_path=json_file,
+            csv_path=csv,
+        )
+    except Disagreement as error:
+        output.say(f"no speed is shown: {error}")
+        raise typer.Exit(1) from None

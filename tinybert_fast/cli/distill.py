@@ -1,0 +1,219 @@
+"""tinybert-fast distill: general distillation with --corpus, task distillation with --train."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from tinybert_fast.cli import options, output
+from tinybert_fast.cli.options import HOW, TRAINING
+
+GENERAL = "General distillation (with --corpus)"
+TASK = "Task distillation (with --train)"
+BOTH = "Student"
+
+EPILOG = (
+    "[bold]Examples[/bold]\n\n"
+    "1. General distillation, from a teacher that was not fine-tuned and plain text, one sentence "
+    "a line:\n\n"
+    "tinybert-fast distill bert-folder --corpus wiki.txt --init pca -o general\n\n"
+    "2. Task distillation, from the fine-tuned teacher to the student of step 1:\n\n"
+    "tinybert-fast distill teacher --student general --train train.csv --dev dev.csv -o student\n\n"
+    "A 6-layer teacher and the 4-layer student: --matches 0:0,1:2,2:3,3:5,4:6\n\n"
+    "Defaults are the paper's. DIR gets the model (plain Transformers), metrics.json, report.md "
+    "with curves.png, and TensorBoard logs."
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog=EPILOG)(distill)
+
+
+def distill(
+    context: typer.Context,
+    teacher: Annotated[
+        str, typer.Argument(help="Folder of a BERT; for a task, one fine-tuned on it.")
+    ],
+    output_: options.Output,
+    student: Annotated[
+        str,
+        typer.Option(
+            metavar="WHAT",
+            help="4l-312, 6l-768, a config.json, or the folder of a saved student.",
+            rich_help_panel=BOTH,
+        ),
+    ] = "4l-312",
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Start of a new student: random (default), layers (copies the teacher's), or pca "
+            "(of the teacher's embeddings).",
+            rich_help_panel=BOTH,
+        ),
+    ] = None,
+    matches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PAIRS",
+            help="Which teacher layer each student layer learns, student:teacher; 0 is the "
+            "embedding. Evenly spread by default.",
+            rich_help_panel=BOTH,
+        ),
+    ] = None,
+    shared_projection: Annotated[
+        bool,
+        typer.Option(
+            "--shared-projection/--projection-per-layer",
+            help="One map from student to teacher width, or one per layer.",
+            rich_help_panel=BOTH,
+        ),
+    ] = True,
+    parity: Annotated[
+        str,
+        typer.Option(
+            help="paper; or official: the released code's losses and optimizer, padded and "
+            "unaccelerated.",
+            rich_help_panel=BOTH,
+        ),
+    ] = "paper",
+    # ---- general
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Plain text, one sentence a line; may be repeated.", rich_help_panel=GENERAL
+        ),
+    ] = None,
+    epochs: Annotated[float, typer.Option(rich_help_panel=GENERAL)] = 3.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Instead of epochs.", rich_help_panel=GENERAL)
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=GENERAL)] = 5e-5,
+    schedule: Annotated[
+        str,
+        typer.Option(help="Of the learning rate: linear, constant, cosine.", rich_help_panel=GENERAL),
+    ] = "linear",
+    # ---- task
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help=".csv, .tsv, .jsonl or a datasets folder; needs no labels.",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    dev: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Labelled, to choose the checkpoint by.", rich_help_panel=TASK
+        ),
+    ] = None,
+    augmented: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Stands in for --train in the first stage (and holds its texts too).",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    augmented_prediction: Annotated[
+        bool | None,
+        typer.Option(
+            "--augmented-prediction/--train-prediction",
+            help="Texts of the second stage; augmented by default, but for regressions.",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the text.", rich_help_panel=TASK)
+    ] = None,
+    text_pair: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the second text.", rich_help_panel=TASK)
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the label.", rich_help_panel=TASK)
+    ] = None,
+    intermediate_epochs: Annotated[
+        float,
+        typer.Option(help="First stage: layers. 0 leaves it out.", rich_help_panel=TASK),
+    ] = 20.0,
+    intermediate_lr: Annotated[float, typer.Option(rich_help_panel=TASK)] = 5e-5,
+    intermediate_schedule: Annotated[str, typer.Option(rich_help_panel=TASK)] = "constant",
+    prediction_epochs: Annotated[
+        float, typer.Option(help="Second stage: the teacher's logits.", rich_help_panel=TASK)
+    ] = 3.0,
+    prediction_lr: Annotated[float, typer.Option(rich_help_panel=TASK)] = 3e-5,
+    temperature: Annotated[float, typer.Option(help="Of the logits.", rich_help_panel=TASK)] = 1.0,
+    eval_steps: Annotated[
+        int, typer.Option(help="Steps between looks at dev.", rich_help_panel=TASK)
+    ] = 100,
+    select_by: Annotated[
+        str | None,
+        typer.Option(metavar="METRIC", help="Chooses the checkpoint.", rich_help_panel=TASK),
+    ] = None,
+    # ---- both
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="256 for a corpus, 32 for a task by default.", rich_help_panel=TRAINING),
+    ] = None,
+    accumulation: options.Accumulation = 1,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens; longer texts are cut. By default 128, single texts of a task 64.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    warmup: options.Warmup = 0.1,
+    weight_decay: options.WeightDecay = 0.01,
+    seed: options.Seed = 0,
+    checkpoint_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints.", rich_help_panel=HOW)
+    ] = 500,
+    log_steps: Annotated[
+        int, typer.Option(help="Steps between logged losses.", rich_help_panel=HOW)
+    ] = 10,
+    bf16: options.Bf16 = False,
+    accelerate: options.Accelerate = True,
+    impl: options.Impl = "auto",
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    keep_checkpoints: options.KeepCheckpoints = False,
+    json_file: options.Json = None,
+) -> None:
+    """Train a small BERT to think like a large one (TinyBERT): from plain text, or for a task."""
+    if bool(corpus) == bool(train):
+        raise ValueError(
+            "distill needs one of --corpus FILE (general distillation, plain text) and "
+            "--train FILE (task distillation); got " + ("both" if corpus else "neither")
+        )
+    given = _given(context, BOTH, TRAINING, HOW, GENERAL if corpus else TASK)
+    for name in ("student", "corpus", "train", "dev", "json_file"):
+        given.pop(name, None)
+    from tinybert_fast.training import recipes
+
+    if corpus:
+        metrics = recipes.distill_general(teacher, student, corpus, output_, **given)
+    else:
+        metrics = recipes.distill_task(teacher, student, train, dev, output_, **given)
+    output.report("distill", metrics, json_file=json_file, output=output_)
+
+
+def _given(context: typer.Context, *panels: str) -> dict[str, Any]:
+    """The options on the command line; the recipes know the defaults of the rest. Refuses those of
+    the other kind of distillation.
+    """
+    given = {}
+    for parameter in context.command.params:
+        panel = getattr(parameter, "rich_help_panel", None)
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if panel is None or source is click.core.ParameterSource.DEFAULT:
+            continue
+        if panel not in panels:
+            raise ValueError(
+                f"{parameter.opts[0]} belongs to {panel[0].lower()}{panel[1:]}; leave it out"
+            )
+        given[name] = context.params[name]
+    return given
