@@ -44,9 +44,7 @@ def random_blocks(*batch):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_matches_reference(lengths, width, direction, dtype, fast, device):
-    case = attention(
-        LENGTHS[lengths], width=width, direction=direction, dtype=dtype, device=device
-    )
+    case = attention(LENGTHS[lengths], width=width, direction=direction, dtype=dtype, device=device)
     assert_within_budget(case, fast, SLACK)
 
 

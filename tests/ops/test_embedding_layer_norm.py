@@ -1,4 +1,4 @@
-"""embedding_layer_norm: values and gradients, gradcheck, contract, compilation, dropout, refusal."""
+"""embedding_layer_norm: values and gradients, contract, compilation, dropout, refusal."""
 
 import pytest
 import torch

@@ -68,7 +68,8 @@ def test_large_logits(impl):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_gradients(with_bias, impl, device):
-    proofs.prove_gradient(linear_cross_entropy(4, 5, 3, 7, with_bias=with_bias, device=device), impl)
+    case = linear_cross_entropy(4, 5, 3, 7, with_bias=with_bias, device=device)
+    proofs.prove_gradient(case, impl)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -106,9 +107,9 @@ def test_refuses():
 @pytest.mark.parametrize("label", [7, -1, -100])
 def test_label_out_of_range_is_not_ignored(label, impl):
     """-100 means "no label" elsewhere; here the caller has already chosen the labelled rows."""
-    hidden, index = normal((2, 5), 0), torch.tensor([1])
+    hidden, weight, row = normal((2, 5), 0), normal((7, 5), 1), torch.tensor([1])
     with pytest.raises((IndexError, RuntimeError)):
-        ops.linear_cross_entropy(hidden, normal((7, 5), 1), None, index, 0 * index + label, impl=impl)
+        ops.linear_cross_entropy(hidden, weight, None, row, torch.tensor([label]), impl=impl)
 
 
 def test_row_out_of_range(impl):

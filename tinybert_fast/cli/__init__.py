@@ -1,1 +1,1 @@
-"""The command line: arguments in, tables out. What the commands do lives in training and benchmarks."""
+"""The command line: arguments in, tables out. The work lives in training and benchmarks."""

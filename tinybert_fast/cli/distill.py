@@ -82,7 +82,9 @@ def distill(
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="Plain text, one sentence a line; may be repeated.", rich_help_panel=GENERAL
+            metavar="FILE",
+            help="Plain text, one sentence a line; may be repeated.",
+            rich_help_panel=GENERAL,
         ),
     ] = None,
     epochs: Annotated[float, typer.Option(rich_help_panel=GENERAL)] = 3.0,
@@ -92,7 +94,9 @@ def distill(
     lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=GENERAL)] = 5e-5,
     schedule: Annotated[
         str,
-        typer.Option(help="Of the learning rate: linear, constant, cosine.", rich_help_panel=GENERAL),
+        typer.Option(
+            help="Of the learning rate: linear, constant, cosine.", rich_help_panel=GENERAL
+        ),
     ] = "linear",
     # ---- task
     train: Annotated[
@@ -196,6 +200,7 @@ def distill(
     if corpus:
         metrics = recipes.distill_general(teacher, student, corpus, output_, **given)
     else:
+        assert train is not None  # one of the two, as checked above
         metrics = recipes.distill_task(teacher, student, train, dev, output_, **given)
     output.report("distill", metrics, json_file=json_file, output=output_)
 

@@ -21,9 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a fine-tuned or distilled model.")],
-    file: Annotated[
-        Path, typer.Argument(help="Labelled .csv, .tsv, .jsonl or a datasets folder.")
-    ],
+    file: Annotated[Path, typer.Argument(help="Labelled .csv, .tsv, .jsonl or a datasets folder.")],
     text: options.Text = None,
     text_pair: options.TextPair = None,
     label: options.Label = None,

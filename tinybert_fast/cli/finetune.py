@@ -53,7 +53,9 @@ def finetune(
     weight_decay: options.WeightDecay = 0.01,
     eval_steps: Annotated[
         int | None,
-        typer.Option(help="Steps between looks at dev; each epoch by default.", rich_help_panel=TRAINING),
+        typer.Option(
+            help="Steps between looks at dev; each epoch by default.", rich_help_panel=TRAINING
+        ),
     ] = None,
     select_by: options.SelectBy = None,
     seed: options.Seed = 0,

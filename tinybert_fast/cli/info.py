@@ -37,7 +37,9 @@ def info(json_file: options.Json = None) -> None:
     for op, of in found["ops"].items():
         for name in names:
             if of[name]["why_not"]:
-                reasons.setdefault(f"{name} ({MEANING[name]}): {of[name]['why_not']}", []).append(op)
+                reasons.setdefault(f"{name} ({MEANING[name]}): {of[name]['why_not']}", []).append(
+                    op
+                )
     for reason, ops in reasons.items():
         everywhere = len(ops) == len(rows)
         output.say(f"no {reason}" + ("" if everywhere else f" [{', '.join(ops)}]"))

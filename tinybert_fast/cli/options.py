@@ -69,7 +69,9 @@ SelectBy = Annotated[
 
 Bf16 = Annotated[
     bool,
-    typer.Option("--bf16", help="bfloat16 autocast; for hardware that has it.", rich_help_panel=HOW),
+    typer.Option(
+        "--bf16", help="bfloat16 autocast; for hardware that has it.", rich_help_panel=HOW
+    ),
 ]
 Accelerate = Annotated[
     bool,

@@ -44,7 +44,9 @@ def show(header: Sequence[str], rows: Iterable[Sequence[Any]], *, bold: int = 0)
     for at, name in enumerate(header):
         numbers = bool(rows) and all(row[at][:1].isdigit() or row[at] == "" for row in rows)
         table.add_column(
-            name, justify="right" if numbers else "left", style="bold" if bold and at == bold else ""
+            name,
+            justify="right" if numbers else "left",
+            style="bold" if bold and at == bold else "",
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

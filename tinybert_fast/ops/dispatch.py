@@ -213,8 +213,11 @@ def reference_gradient(
             for x, need in zip(operands, needs, strict=True)
         ]
         wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
-        result = without_autocast(reference, *leaves)
-        found = iter(torch.autograd.grad(result, wanted, upstream, allow_unused=True))
+
+        def gradient(*leaves: Any) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(reference(*leaves), wanted, upstream, allow_unused=True)
+
+        found = iter(without_autocast(gradient, *leaves))
     return tuple(next(found) if need else None for need in needs)
 
 

@@ -60,7 +60,25 @@ class Case:
             ),
         )
 
+    def narrowed(self, *names: str, dtype: torch.dtype = torch.bfloat16) -> Case:
+        """The named operands in half precision, the others as they are."""
+        return self._each(names, lambda x: x.detach().to(dtype).requires_grad_(x.requires_grad))
+
+    def freeze(self, *names: str) -> Case:
+        """The named operands without a gradient."""
+        return self._each(names, Tensor.detach)
+
+    def _each(self, names: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> Case:
+        named = zip(self.names, self.operands, strict=True)
+        return replace(self, operands=tuple(change(x) if n in names else x for n, x in named))
+
+    def trained(self) -> list[str]:
+        """The names of the operands that require a gradient."""
+        named = zip(self.names, self.operands, strict=True)
+        return [n for n, x in named if is_float(x) and x.requires_grad]
+
     def leaves(self) -> list[Tensor]:
+        """The operands that require a gradient."""
         return [x for x in self.operands if is_float(x) and x.requires_grad]
 
     def function(self, impl: ops.dispatch.Impl = "auto") -> Callable[..., Tensor]:
@@ -89,8 +107,8 @@ class Case:
         upstream = normal(value.shape, 99, torch.float64, value.device)
         upstream = upstream.to(upstream_dtype or self.dtype).to(value.dtype)
         gradients = torch.autograd.grad(value, leaves, upstream)
-        names = [n for n, x in zip(self.names, self.operands) if is_float(x) and x.requires_grad]
-        found = {f"d{name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+        named = zip(self.trained(), gradients, strict=True)
+        found = {f"d{name}": gradient for name, gradient in named}
         return {"value": value.detach(), **found}
 
 

@@ -35,6 +35,7 @@ def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, 
 
     Blocked scores leave lse at 0: their backward computes the softmax again and does not read it.
     """
+    q, k, v = (_rows_together(x) for x in (q, k, v))
     if _fused_on_gpu(q, direction, block_mask):
         return _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -59,6 +60,7 @@ def backward(
     block_mask,
 ):  # fmt: skip
     """Gradients of q, k, v (T, H, D); dropout masks are drawn again, in the forward's order."""
+    grad, q, k, v = (_rows_together(x) for x in (grad, q, k, v))
     if _fused_on_gpu(q, direction, block_mask):
         return _flash_backward(
             grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p
@@ -104,6 +106,11 @@ def equal_lengths(
                 offsets = torch.tensor(starts, device=cu_seqlens.device)[:, None]
                 rows = offsets + torch.arange(length, device=cu_seqlens.device)
                 yield rows.flatten(), some, length
+
+
+def _rows_together(x: Tensor) -> Tensor:
+    """The fused kernels read the D numbers of a row as neighbours, whatever the strides say."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def heads_of(x: Tensor, rows: Tensor | slice, length: int) -> Tensor:

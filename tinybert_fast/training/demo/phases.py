@@ -1,11 +1,11 @@
 """The demo's phases, each in a folder of its own that is skipped once it is complete.
 
-    data      train, dev and held-out sentences, unlabelled sentences     data/
-    teacher   MiniLM fine-tuned on the task                               teacher/
-    general   PCA start, then general distillation                        general/
-    student   task distillation, for each seed                            student/seed-N/
-    alone     the same student without a teacher, for each seed           alone/...
-    score     held-out accuracy and speed of all of them                  demo.json, report.md, losses.png
+data      train, dev and held-out sentences, unlabelled sentences     data/
+teacher   MiniLM fine-tuned on the task                               teacher/
+general   PCA start, then general distillation                        general/
+student   task distillation, for each seed                            student/seed-N/
+alone     the same student without a teacher, for each seed           alone/...
+score     held-out accuracy and speed of all of them                  demo.json, report.md, plot
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Demo:
     progress: bool
     say: Callable[[str], None]
 
-    # ---- phases ----------------------------------------------------------------------------------
+    # ---- phases ---------------------------------------------------------------------------------
 
     def data(self) -> None:
         if (self.path / "data" / "sizes.json").exists() and not self.overwrite:
@@ -151,23 +152,27 @@ class Demo:
             self._phase(
                 f"student/seed-{seed}",
                 f"task distillation, {s.intermediate_epochs:g} + {s.prediction_epochs:g} epochs",
-                lambda common, seed=seed: distill_task(
-                    self.path / "teacher",
-                    self.path / "general",
-                    self.path / "data/train.csv",
-                    self.path / "data/dev.csv",
-                    matches=s.matches,
-                    intermediate_epochs=s.intermediate_epochs,
-                    intermediate_lr=s.intermediate_lr,
-                    intermediate_schedule=s.intermediate_schedule,
-                    prediction_epochs=s.prediction_epochs,
-                    prediction_lr=s.prediction_lr,
-                    eval_steps=s.eval_steps,
-                    seed=seed,
-                    **self._task_options(),
-                    **common,
-                ),
+                partial(self._distil, seed),
             )
+
+    def _distil(self, seed: int, common: dict[str, Any]) -> dict[str, Any]:
+        s = self.settings
+        return distill_task(
+            self.path / "teacher",
+            self.path / "general",
+            self.path / "data/train.csv",
+            self.path / "data/dev.csv",
+            matches=s.matches,
+            intermediate_epochs=s.intermediate_epochs,
+            intermediate_lr=s.intermediate_lr,
+            intermediate_schedule=s.intermediate_schedule,
+            prediction_epochs=s.prediction_epochs,
+            prediction_lr=s.prediction_lr,
+            eval_steps=s.eval_steps,
+            seed=seed,
+            **self._task_options(),
+            **common,
+        )
 
     def alone(self) -> None:
         for lr in self.settings.alone_lrs:
@@ -194,11 +199,13 @@ class Demo:
             self.path, s, models, sizes=self.sizes, times=self._read(TIMES), lr=chosen[0].lr
         )
 
-    # ---- students without a teacher ----------------------------------------------------------------
+    # ---- students without a teacher -------------------------------------------------------------
 
     def chosen_alone(self) -> list[Alone]:
         """For each start and seed the run at the learning rate that was best on dev in seed 0."""
-        tried = {lr: self._dev(f"alone/{Alone('random', 0, lr).name}") for lr in self.settings.alone_lrs}
+        tried = {
+            lr: self._dev(f"alone/{Alone('random', 0, lr).name}") for lr in self.settings.alone_lrs
+        }
         lr = max(tried, key=lambda rate: tried[rate])
         inits: tuple[How, ...] = ("random", "pca") if self.settings.pca_alone else ("random",)
         return [Alone(i, seed, lr) for i in inits for seed in range(self.settings.seeds)]
@@ -222,7 +229,9 @@ class Demo:
 
     def _start(self, run: Alone) -> Path:
         """A student nobody has trained yet, saved for `finetune` to start from."""
-        folder = RunFolder(self.path / "alone" / "starts" / f"{run.init}-seed-{run.seed}", overwrite=True)
+        folder = RunFolder(
+            self.path / "alone" / "starts" / f"{run.init}-seed-{run.seed}", overwrite=True
+        )
         if (folder.path / "config.json").exists() and not self.overwrite:
             return folder.path
         teacher = texts.teacher_folder()
@@ -233,7 +242,7 @@ class Demo:
         folder.save_model(model, load_tokenizer(teacher))
         return folder.path
 
-    # ---- bookkeeping -------------------------------------------------------------------------------
+    # ---- bookkeeping ----------------------------------------------------------------------------
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -266,7 +275,9 @@ class Demo:
         return {"sentences": s.general_steps * s.general_batch_size, "rows": s.rows}
 
     def _finished(self, name: str) -> bool:
-        return (self.path / name / RUN).exists() and bool(self._read(f"{name}/{RUN}").get("finished"))
+        return (self.path / name / RUN).exists() and bool(
+            self._read(f"{name}/{RUN}").get("finished")
+        )
 
     def _need(self, *names: str) -> None:
         for name in names:

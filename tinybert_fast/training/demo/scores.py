@@ -43,7 +43,8 @@ def measure(
     """
     held_out = load_examples(path / "data" / "held_out.csv")
     found: dict[str, dict[str, Any]] = {}
-    speed_of, batches = {}, []
+    speed_of: dict[str, Any] = {}
+    batches: list[Any] = []
     for group, folders in groups.items():
         found[group] = {"name": NAMES[group], "folders": list(folders), "dev": [], "held_out": []}
         for at, folder in enumerate(folders):
@@ -146,7 +147,7 @@ def write(
 
 def model_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What the table of the demo shows of each model."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for values in result["models"].values():
         spread = "" if values["sd"] is None else f" ± {100 * values['sd']:.1f}"
         rows.append(
@@ -155,7 +156,9 @@ def model_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 f"{values['parameters'] / 1e6:.1f} M",
                 f"{100 * values['mean']:.1f} %{spread}",
                 f"{values['sentences_per_second']:,.0f}",
-                values["folders"][0] if len(values["folders"]) == 1 else values["folders"][0] + " ...",
+                values["folders"][0]
+                if len(values["folders"]) == 1
+                else values["folders"][0] + " ...",
             )
         )
     return rows
@@ -179,14 +182,14 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         )
     if seeds > 1:
         said.append(
-            f"Mean ± standard deviation over {seeds} seeds of task distillation and of the runs without "
-            "a teacher; the teacher and the generally distilled student are shared."
+            f"Mean ± standard deviation over {seeds} seeds of task distillation and of the runs "
+            "without a teacher; the teacher and the generally distilled student are shared."
         )
     sampling = 100 * (0.8 * 0.2 / data["held_out"]) ** 0.5
     said.append(
-        f"Held out: {data['held_out']:,} sentences, used for this table alone (one standard error of "
-        f"an accuracy is about {sampling:.1f} points); checkpoints and learning rates were chosen on {data['dev']:,} "
-        f"others; training: {data['train']:,}."
+        f"Held out: {data['held_out']:,} sentences, used for this table alone (one standard error "
+        f"of an accuracy is about {sampling:.1f} points); checkpoints and learning rates were "
+        f"chosen on {data['dev']:,} others; training: {data['train']:,}."
     )
     epochs = settings["intermediate_epochs"] + settings["prediction_epochs"]
     rate = f"learning rate {result['alone_lr']:g}"

@@ -4,6 +4,9 @@ from dataclasses import dataclass, replace
 
 from tinybert_fast.training.matches import LayerMatches
 
+# 4 student layers over the teacher's 6.
+FOUR_OF_SIX = LayerMatches.parse("0:0,1:2,2:3,3:5,4:6")
+
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -15,7 +18,7 @@ class DemoSettings:
     teacher_lr: float = 5e-5
     # General distillation: from MiniLM before fine-tuning; each step sees new sentences.
     student: str = "4l-312"
-    matches: LayerMatches | None = LayerMatches.parse("0:0,1:2,2:3,3:5,4:6")  # 4 layers of 6
+    matches: LayerMatches | None = FOUR_OF_SIX
     general_steps: int = 1500
     general_batch_size: int = 64
     general_lr: float = 5e-4

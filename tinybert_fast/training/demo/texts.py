@@ -87,7 +87,9 @@ def _read(file: Path) -> tuple[list[tuple[str, str]], list[str]]:
             elif row["source"] == "imdb":
                 reviews.append(row["text"])
     if not labelled or not reviews:
-        raise ValueError(f"{file} lacks Rotten Tomatoes or IMDB rows; expected the packages {PACKAGES}")
+        raise ValueError(
+            f"{file} lacks Rotten Tomatoes or IMDB rows; expected the packages {PACKAGES}"
+        )
     return labelled, reviews
 
 

@@ -1,0 +1,217 @@
+"""What holds of every op alike: mixed precision, autocast, strides, partial, repeated backward."""
+
+import contextlib
+from functools import partial
+
+import pytest
+import torch
+
+from tinybert_fast.testing import operands, proofs
+from tinybert_fast.testing.budgets import assert_within_budget
+from tinybert_fast.testing.operands import FACTORIES, is_float
+
+# What bf16 autocast gives each op: these operands from a linear layer, the rest fp32 parameters,
+# residuals and fp32 teachers.
+FROM_LINEAR = {
+    "attention": ("q", "k", "v"),
+    "attention_score_mse": ("q_student", "k_student"),
+    "bias_gelu": ("x",),
+    "dropout_add_layer_norm": ("x",),
+    "embedding_layer_norm": (),
+    "hidden_mse": ("student",),
+    "layer_norm": ("x",),
+    "linear_cross_entropy": ("hidden",),
+    "soft_cross_entropy": ("student_logits",),
+}
+VALUE = {"attention": torch.bfloat16, "bias_gelu": torch.bfloat16, "layer_norm": torch.bfloat16}
+MULTIPLY_BY_A_PARAMETER = ("hidden_mse", "linear_cross_entropy")
+DROPPING = ("attention", "dropout_add_layer_norm", "embedding_layer_norm")
+
+each_op = pytest.mark.parametrize("op", FACTORIES)
+
+
+@pytest.fixture(params=["torch", "pair", "reference"])
+def impl(request):
+    return ("torch", "reference") if request.param == "pair" else request.param
+
+
+def mixed(op, device):
+    return FACTORIES[op](device=device).narrowed(*FROM_LINEAR[op])
+
+
+@each_op
+def test_mixed_precision(op, impl, device):
+    """Products in the dtype of the first operand, all else fp32, each gradient in its operand's."""
+    case = mixed(op, device)
+    assert_within_budget(case, impl)
+    found = case.run(impl)
+    assert found.pop("value").dtype == VALUE.get(op, torch.float32)
+    assert [g.dtype for g in found.values()] == [x.dtype for x in case.leaves()]
+
+
+@each_op
+def test_autocast_does_not_reach_inside(op, impl, device):
+    case = mixed(op, device)
+    want = case.run(impl)
+    torch.testing.assert_close(autocast_run(case, impl), want, rtol=0.0, atol=0.0)
+
+
+def autocast_run(case, impl, **options):
+    """Autocast around the forward, as it is in training."""
+
+    def wrap(function):
+        def call(*leaves):
+            with torch.autocast(leaves[0].device.type, torch.bfloat16):
+                return function(*leaves)
+
+        return call
+
+    return case.run(impl, wrap, **options)
+
+
+@pytest.mark.parametrize("op", MULTIPLY_BY_A_PARAMETER)
+def test_autocast_decides_for_a_product_with_a_parameter(op, impl, device):
+    """As in ``F.linear``: fp32 operands are multiplied in autocast's dtype, fp64 ones in fp64."""
+    case = FACTORIES[op](device=device)
+    want = mixed(op, device).run(impl)
+    got = autocast_run(case, impl, upstream_dtype=torch.bfloat16)
+    student = next(name for name in want if name != "value")
+    want[student] = want[student].float()
+    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
+    double = case.to(torch.float64)
+    want = double.run(impl)
+    torch.testing.assert_close(autocast_run(double, impl), want, rtol=0.0, atol=0.0)
+
+
+@each_op
+def test_compiles_under_autocast(op, device):
+    with torch.autocast(device, torch.bfloat16):
+        proofs.prove_compiles(mixed(op, device), "torch")
+
+
+LARGE = {  # gradients of a mean over many entries
+    "attention_score_mse": partial(operands.attention_score_mse, (60,) * 8),
+    "hidden_mse": partial(operands.hidden_mse, (300,)),
+    "linear_cross_entropy": partial(operands.linear_cross_entropy, 2000, 2000, 8, 50),
+    "soft_cross_entropy": partial(operands.soft_cross_entropy, 4000, 30),
+}
+
+
+@pytest.mark.parametrize("op", LARGE)
+def test_loss_scale_of_fp16(op, device):
+    """Gradients that fp16 holds only when scaled, under a scale that fp16 does not hold."""
+    case = LARGE[op](device=device).to(torch.float16)
+    exact, scale = case.to(torch.float64), 2.0**16
+    want = torch.autograd.grad(exact.function("reference")(*exact.leaves()), exact.leaves())
+    got = torch.autograd.grad(case.function("torch")(*case.leaves()) * scale, case.leaves())
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours.double() / scale - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+@each_op
+def test_any_strides(op, impl, device):
+    """Operands and upstream gradient may be transposed or expanded views."""
+    case = FACTORIES[op](device=device)
+
+    def strided(x):
+        if not is_float(x) or x.dim() < 2:
+            return x
+        return x.detach().mT.contiguous().mT.requires_grad_(x.requires_grad)
+
+    def backward(given):
+        leaves = [x for x in given if is_float(x) and x.requires_grad]
+        value = case.op(*given, **case.options, impl=impl)
+        return value, torch.autograd.grad(value.sum(), leaves)  # an expanded upstream gradient
+
+    want, got = backward(case.operands), backward(tuple(map(strided, case.operands)))
+    torch.testing.assert_close(got, want)
+
+
+@each_op
+def test_a_gradient_alone(op, impl, device):
+    """Frozen operands get none and change nothing for the others."""
+    case = FACTORIES[op](device=device)
+    want = case.run(impl)
+    for name in case.trained():
+        alone = case.freeze(*(other for other in case.trained() if other != name)).run(impl)
+        assert alone.keys() == {"value", f"d{name}"}
+        torch.testing.assert_close(alone[f"d{name}"], want[f"d{name}"])
+
+
+@each_op
+def test_no_gradient_at_all(op, impl, device):
+    case = FACTORIES[op](device=device)
+    with torch.no_grad():
+        value = case.op(*case.operands, **case.options, impl=impl)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, case.run(impl)["value"], rtol=0.0, atol=0.0)
+
+
+@each_op
+@pytest.mark.parametrize("dropout", [False, True])
+def test_backward_twice(op, dropout, impl, device):
+    """Kept graphs give the same gradients again; two uses of an operand add up."""
+    options = {}
+    if dropout:
+        if op not in DROPPING or not isinstance(impl, str):
+            pytest.skip("no dropout, or a pair of two masks")
+        options = {"dropout_p": 0.25}
+    case = FACTORIES[op](device=device, **options)
+    leaves = case.leaves()
+    value = case.function(impl)(*leaves).sum()
+    first = torch.autograd.grad(value, leaves, retain_graph=True)
+    again = torch.autograd.grad(value, leaves)
+    torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
+    twice = case.function(impl)(*leaves).sum() + case.function(impl)(*leaves).sum()
+    for both, one in zip(torch.autograd.grad(twice, leaves), first, strict=True):
+        torch.testing.assert_close(both, 2 * one)
+
+
+@each_op
+def test_no_second_derivative(op, device):
+    """The tuned backwards are not differentiable, and say so instead of giving zeros."""
+    case = FACTORIES[op](device=device)
+    leaves = case.leaves()
+    value = case.function("torch")(*leaves).square().sum()
+    gradients = torch.autograd.grad(value, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.sum() for g in gradients).backward()
+
+
+@each_op
+def test_deterministic(op, impl, device):
+    first, second = (FACTORIES[op](device=device).run(impl) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
+
+
+@each_op
+def test_operands_are_left_alone(op, impl, device):
+    case = FACTORIES[op](device=device)
+    before = [x.detach().clone() if is_float(x) else None for x in case.operands]
+    value = case.function(impl)(*case.leaves())
+    value.sum().backward()
+    for x, copy in zip(case.operands, before, strict=True):
+        if copy is not None:
+            torch.testing.assert_close(x.detach(), copy, rtol=0.0, atol=0.0)
+
+
+TEACHERS = {"attention_score_mse": 2, "hidden_mse": 1, "soft_cross_entropy": 1}
+
+
+@pytest.mark.parametrize("op", TEACHERS)
+def test_teacher_gets_no_gradient_and_may_be_inference_only(op, impl, device):
+    case = FACTORIES[op](device=device)
+    want = case.run(impl)
+    for made_in in (contextlib.nullcontext, torch.inference_mode):
+        given = list(case.operands)
+        first = 2 if op == "attention_score_mse" else 1
+        for i in range(first, first + TEACHERS[op]):
+            with made_in():
+                teacher = given[i].clone()
+            given[i] = teacher if teacher.is_inference() else teacher.requires_grad_()
+        value = case.op(*given, **case.options, impl=impl)
+        teachers = [x for x in given[first : first + TEACHERS[op]] if x.requires_grad]
+        assert torch.equal(value, want["value"])
+        found = torch.autograd.grad(value, [*case.leaves(), *teachers], allow_unused=True)
+        assert all(g is None for g in found[len(case.leaves()) :])
+        assert all(g is not None for g in found[: len(case.leaves())])

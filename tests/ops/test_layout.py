@@ -1,0 +1,114 @@
+"""SequenceLayout: any key-padding mask packs and pads back; what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinybert_fast.ops import SequenceLayout
+
+
+@st.composite
+def masks(draw):
+    """(B, N) masks of any pattern, no sequence and no position included."""
+    batch, width = draw(st.integers(0, 5)), draw(st.integers(0, 9))
+    cells = draw(st.lists(st.booleans(), min_size=batch * width, max_size=batch * width))
+    return torch.tensor(cells, dtype=torch.bool).view(batch, width)
+
+
+@settings(max_examples=150, deadline=None)
+@given(mask=masks())
+def test_any_mask_packs_and_pads_back(mask):
+    batch, width = mask.shape
+    layout = SequenceLayout.from_mask(mask)
+    places = [(b, n) for b in range(batch) for n in range(width) if mask[b, n]]  # row-major
+    lengths = mask.sum(1).tolist()
+
+    assert (layout.batch_size, layout.width, layout.total) == (batch, width, len(places))
+    assert layout.lengths == tuple(lengths)
+    assert layout.max_length == max(lengths, default=0)
+    assert layout.cu_seqlens.tolist() == [sum(lengths[:b]) for b in range(batch + 1)]
+    assert layout.rows.tolist() == [b * width + n for b, n in places]
+    assert layout.sequences.tolist() == [b for b, _ in places]
+    assert layout.columns.tolist() == [n for _, n in places]
+    assert layout.positions.tolist() == [int(mask[b, :n].sum()) for b, n in places]
+    first = [next((i for i, (c, _) in enumerate(places) if c == b), -1) for b in range(batch)]
+    assert layout.first_rows.tolist() == first
+    assert layout.is_full == bool(mask.all())
+    kinds = {"cu_seqlens": torch.int32, "sequences": torch.int32, "positions": torch.int32,
+             "rows": torch.int64, "columns": torch.int64, "first_rows": torch.int64}  # fmt: skip
+    assert {name: getattr(layout, name).dtype for name in kinds} == kinds
+
+    x = torch.arange(batch * width * 3.0).view(batch, width, 3)
+    packed = layout.pack(x)
+    assert torch.equal(packed, x[mask])
+    assert torch.equal(layout.pad(packed, fill=-7.0), x.masked_fill(~mask[..., None], -7.0))
+    assert torch.equal(layout.pack(layout.pad(packed)), packed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 6), max_size=5), extra=st.integers(0, 3))
+def test_lengths_are_right_padded_masks(lengths, extra):
+    width = max(lengths, default=0) + extra
+    mask = torch.arange(width) < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    assert_same(SequenceLayout.from_lengths(lengths, width), SequenceLayout.from_mask(mask))
+
+
+def assert_same(a, b):
+    for name in ("batch_size", "width", "lengths"):
+        assert getattr(a, name) == getattr(b, name)
+    for name in ("cu_seqlens", "rows", "sequences", "positions"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)], ids=str)
+def test_full(shape):
+    layout = SequenceLayout.full(*shape)
+    assert layout.is_full
+    assert_same(layout, SequenceLayout.from_mask(torch.ones(shape)))
+
+
+def test_width_defaults_to_the_longest():
+    assert SequenceLayout.from_lengths((2, 5, 1)).width == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32], ids=str)
+def test_mask_dtypes(dtype):
+    mask = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    assert_same(SequenceLayout.from_mask(mask.to(dtype)), SequenceLayout.from_mask(mask > 0))
+
+
+@pytest.mark.parametrize("lengths", [(2, 0, 3), (3, 3)], ids=["ragged", "full"])
+def test_gradients_pass(lengths):
+    layout = SequenceLayout.from_lengths(lengths, 3)
+    x = torch.randn(len(lengths), 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layout.pack, x)
+    assert torch.autograd.gradcheck(layout.pad, layout.pack(x).detach().requires_grad_())
+
+
+def test_padding_gets_no_gradient():
+    layout = SequenceLayout.from_mask(torch.tensor([[0, 1, 1], [1, 0, 0]]))
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    layout.pack(x).sum().backward()
+    assert x.grad[..., 0].tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
+def test_pads_other_dtypes():
+    layout = SequenceLayout.from_lengths((1, 2))
+    assert layout.pad(torch.tensor([7, 8, 9]), fill=-100).tolist() == [[7, -100], [8, 9]]
+    real = layout.pad(torch.ones(3, dtype=torch.bool), fill=False)
+    assert real.tolist() == [[True, False], [True, True]]
+
+
+def test_refuses():
+    for shape in ((3,), (2, 3, 3), (2, 1, 3, 3)):
+        with pytest.raises(ValueError, match=r"2 dimensions \(batch, width\); got shape"):
+            SequenceLayout.from_mask(torch.ones(shape))
+    for lengths in ((2, 4), (-1, 2)):
+        with pytest.raises(ValueError, match=r"lengths must lie in 0\.\.3"):
+            SequenceLayout.from_lengths(lengths, 3)
+    layout = SequenceLayout.from_lengths((1, 2))
+    with pytest.raises(ValueError, match=r"shape \(2, 2, \.\.\.\) to pack; got \(2, 3\)"):
+        layout.pack(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"expected 3 packed rows; got a tensor of shape \(2, 2\)"):
+        layout.pad(torch.ones(2, 2))
