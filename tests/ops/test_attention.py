@@ -76,13 +76,15 @@ def test_equals_scaled_dot_product_attention(mask, direction, impl):
     mask = mask_of(mask)
     q, k, v = leaves(*((3, N, 2, 26),) * 3, dtype=torch.float64)
     layout = ops.SequenceLayout.from_mask(mask)
-    got = ops.attention(q, k, v, layout=layout, direction=direction, impl=impl)
+    options = {"layout": layout, "direction": direction, "scale": 0.3}
+    got = ops.attention(q, k, v, **options, impl=impl)
     allowed = mask[:, None, None, :].expand(-1, 1, N, N)
     if direction != "both":
         triangle = torch.ones(N, N, dtype=torch.bool)
         allowed = allowed & (triangle.tril() if direction == "causal" else triangle.triu())
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    want = F.scaled_dot_product_attention(*heads_first, attn_mask=allowed).transpose(1, 2)
+    want = F.scaled_dot_product_attention(*heads_first, attn_mask=allowed, scale=0.3)
+    want = want.transpose(1, 2)
     assert got[~mask].count_nonzero() == 0
     torch.testing.assert_close(got[mask], want[mask])
     upstream = normal((int(mask.sum()), 2, 26), 9, torch.float64)

@@ -21,7 +21,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, fast, device):
-    assert_within_budget(layer_norm(shape, dtype=dtype, device=device), fast)
+    assert_within_budget(layer_norm(shape, dtype=dtype, device=device, eps=0.1), fast)
 
 
 def test_reference_is_the_definition():

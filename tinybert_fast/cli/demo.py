@@ -60,12 +60,23 @@ def demo(
     it, first on unlabelled sentences, then on the task; the same student without a teacher stands
     beside it.
     """
+    import torch
+
+    from tinybert_fast.benchmarks.hardware import facts
     from tinybert_fast.training.demo import FULL, QUICK, run_demo
     from tinybert_fast.training.demo.scores import MODEL_COLUMNS, model_rows, remarks
 
     settings = replace(FULL if full else QUICK, seeds=seeds, threads=threads)
     folder = output_ or Path("runs/demo-full" if full else "runs/demo")
-    result = run_demo(settings, folder, only=only or (), overwrite=overwrite, say=output.say)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = run_demo(
+        settings,
+        folder,
+        only=only or (),
+        overwrite=overwrite,
+        say=output.say,
+        machine=facts(device),
+    )
     if result is None:
         return
     output.show(MODEL_COLUMNS, model_rows(result))

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from tinybert_fast.cli import options, output
@@ -213,8 +212,8 @@ def _given(context: typer.Context, *panels: str) -> dict[str, Any]:
     for parameter in context.command.params:
         panel = getattr(parameter, "rich_help_panel", None)
         name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if panel is None or source is click.core.ParameterSource.DEFAULT:
+        source: Any = context.get_parameter_source(name)
+        if panel is None or source.name == "DEFAULT":
             continue
         if panel not in panels:
             raise ValueError(

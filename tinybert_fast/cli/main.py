@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 # What [train] installs; torch and the standard library are always there.
 EXTRA = {
-    "accelerate", "click", "datasets", "matplotlib", "numpy", "rich", "safetensors", "tensorboard",
+    "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "tensorboard",
     "tokenizers", "transformers", "typer",
 }  # fmt: skip
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)

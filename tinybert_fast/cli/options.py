@@ -12,7 +12,7 @@ TRAINING = "Training"
 
 def _json_file(path: Path | None) -> Path | None:
     if path is not None and path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder; expected a file to write")
+        raise ValueError(f"--json {path} is a folder; expected a file to write")
     return path
 
 

@@ -11,7 +11,7 @@ score     held-out accuracy and speed of all of them                  demo.json,
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,11 +44,12 @@ def run_demo(
     overwrite: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = log.info,
+    machine: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Runs the phases in order (or `only` some) and returns the result, None without `score`.
 
     What is complete in `output` is kept and what was interrupted goes on, unless `overwrite`.
-    `say` gets one line at the start of each phase.
+    `say` gets one line at the start of each phase; `machine` is noted in the result.
     """
     unknown = set(only) - set(PHASES)
     if unknown:
@@ -58,7 +59,7 @@ def run_demo(
     for name in ("seeds", "threads"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; expected 1 or more")
-    demo = Demo(settings, Path(output).resolve(), overwrite, progress, say)
+    demo = Demo(settings, Path(output).resolve(), overwrite, progress, say, machine or {})
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -90,6 +91,7 @@ class Demo:
     overwrite: bool
     progress: bool
     say: Callable[[str], None]
+    machine: Mapping[str, Any]
 
     # ---- phases ---------------------------------------------------------------------------------
 
@@ -196,7 +198,13 @@ class Demo:
         with self._timed("score"):
             models = scores.measure(self.path, groups, s)
         return scores.write(
-            self.path, s, models, sizes=self.sizes, times=self._read(TIMES), lr=chosen[0].lr
+            self.path,
+            s,
+            models,
+            sizes=self.sizes,
+            times=self._read(TIMES),
+            lr=chosen[0].lr,
+            machine=self.machine,
         )
 
     # ---- students without a teacher -------------------------------------------------------------

@@ -122,6 +122,7 @@ def write(
     sizes: Mapping[str, int],
     times: Mapping[str, float],
     lr: float,
+    machine: Mapping[str, Any],
 ) -> dict[str, Any]:
     """demo.json, report.md and losses.png; returns what demo.json holds."""
     result = {
@@ -133,7 +134,7 @@ def write(
         "seconds": dict(times),
         "total_seconds": round(sum(times.values()), 1),
         "settings": {**asdict(settings), "matches": str(settings.matches or "uniform")},
-        "torch": torch.__version__,
+        "machine": {**machine, "threads": settings.threads, "torch": torch.__version__},
         "folder": str(path),
         "files": {"result": RESULT, "report": REPORT, "plot": PICTURE, "data": "data"},
     }
@@ -212,6 +213,8 @@ def _report(result: Mapping[str, Any]) -> str:
         "## Seconds of each phase",
         table(("phase", "seconds"), [*seconds, ("total", f"{result['total_seconds']:,.0f}")]),
         f"## Losses\n\n![losses]({PICTURE})",
+        "## Machine",
+        table(("what", "value"), result["machine"].items()),
         "## Settings",
         table(("setting", "value"), result["settings"].items()),
         "## Use it",
@@ -237,9 +240,10 @@ def _panels(path: Path, models: Mapping[str, Mapping[str, Any]]) -> Panels:
         if not file.exists():  # a stage of 0 epochs
             continue
         for entry in json.loads(file.read_text(encoding="utf-8")):
-            for curve, value in _losses(entry, who).items():
-                curves = panels.setdefault(panel, {})
-                curves.setdefault(curve, []).append((entry["step"], value))
+            for name, value in _losses(entry, who).items():
+                title, curve = (panel, who) if who else (f"{panel}: {name}", name)
+                points = panels.setdefault(title, {}).setdefault(curve, [])
+                points.append((entry["step"], value))
             if "eval_accuracy" in entry:
                 point = (entry["step"], entry["eval_accuracy"])
                 panels.setdefault("dev accuracy", {}).setdefault(who, []).append(point)
@@ -255,11 +259,12 @@ def _losses(entry: Mapping[str, Any], who: str) -> dict[str, float]:
         return {}
     if who:
         return {who: entry["loss"]}
-    kinds = {"attention": 0.0, "hidden states": 0.0}
+    kinds = {"attention loss": 0.0, "hidden-state loss": 0.0}
     for name, value in entry.items():
         if name.endswith("_loss"):
-            kinds["attention" if name.startswith("attention") else "hidden states"] += value
-    return kinds
+            kind = "attention" if name.startswith("attention") else "hidden-state"
+            kinds[f"{kind} loss"] += value
+    return {name: value for name, value in kinds.items() if value}
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

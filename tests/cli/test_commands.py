@@ -1,0 +1,156 @@
+"""The program around its commands: help, start-up, missing packages; info and bench."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tinybert_fast.ops.dispatch import FASTEST_FIRST, OPS
+
+COMMANDS = ("info", "finetune", "distill", "evaluate", "demo", "bench")
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "tensorboard")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd="/",  # not the repository, whose kernels/ would be found as a package
+        env=os.environ | {"COLUMNS": "100"},
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print([m for m in {HEAVY!r} if m in sys.modules]))\n"
+        "from tinybert_fast.cli.main import main\n"
+        "main(['distill', '--help'])"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_lists_the_commands(cli):
+    answer = cli("--help")
+    assert answer.code == 0
+    assert all(command in answer.out for command in COMMANDS)
+    assert cli("-h").out == answer.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(cli, command):
+    answer = cli(command, "--help")
+    assert answer.code == 0
+    assert "Examples" in answer.out
+    assert f"tinybert-fast {command}" in " ".join(answer.out.split())
+    assert "--json" in answer.out
+
+
+def test_version(cli):
+    from tinybert_fast import __version__
+
+    assert cli("--version").out == f"tinybert-fast {__version__}\n"
+
+
+@pytest.mark.parametrize("wrong", [("no-such-command",), ("evaluate",), ("info", "--no-such")])
+def test_wrong_usage_is_code_2(cli, wrong):
+    answer = cli(*wrong)
+    assert answer.code == 2
+    assert "Usage" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("absent", "command"),
+    [("typer", "--help"), ("transformers", "evaluate"), ("rich", "info"), ("datasets", "finetune")],
+)
+def test_missing_extra_is_one_line(absent, command):
+    arguments = {
+        "evaluate": ["evaluate", "model", "file.csv"],
+        "finetune": ["finetune", "model", "--train", "a.csv", "-o", "out"],
+    }.get(command, [command])
+    code = (
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, *where):\n"
+        f"        if name.partition('.')[0] == {absent!r}:\n"
+        f"            raise ModuleNotFoundError('hidden', name={absent!r})\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "from tinybert_fast.cli.main import main\n"
+        f"main({arguments!r})"
+    )
+    done = python(code)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"error: this command needs {absent}; run: pip install 'tinybert-fast[train]'\n"
+    )
+
+
+def test_python_dash_m():
+    done = python(
+        "import runpy, sys; sys.argv = ['x', '--version']\n"
+        "runpy.run_module('tinybert_fast.cli', run_name='__main__')"
+    )
+    assert done.stdout.startswith("tinybert-fast "), done.stderr
+
+
+def test_info(cli, tmp_path):
+    answer = cli("info", "--json", tmp_path / "info.json")
+    assert answer.code == 0, answer.err
+    found = json.loads((tmp_path / "info.json").read_text())
+    assert found["command"] == "info"
+    assert {"torch", "cpu", "threads", "gpu", "python"} <= set(found["machine"])
+    assert set(found["ops"]) == set(OPS)
+    for op, of in found["ops"].items():
+        assert of["reference"]["runs"], op
+        assert of["auto"] in FASTEST_FIRST
+        for name in FASTEST_FIRST:  # what does not run says why, in the JSON and on the screen
+            assert of[name]["runs"] == (of[name]["why_not"] is None)
+            if not of[name]["runs"]:
+                assert of[name]["why_not"] in answer.out
+    assert "attention_score_mse" in answer.out
+
+
+def test_info_shows_the_environment(cli, monkeypatch):
+    from tinybert_fast.ops import dispatch
+
+    monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", {"attention": "reference"})
+    out = cli("info").out
+    row = next(line for line in out.splitlines() if line.split()[:1] == ["attention"])
+    assert row.split()[-1] == "reference"
+    assert "TINYBERT_FAST_IMPL" in out
+
+
+def test_bench(cli, tmp_path):
+    answer = cli(
+        "bench", "--suite", "step", "--case", "mlm", "--smoke", "--rounds", 1, "--threads", 1,
+        "--json", tmp_path / "rows.json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["role"] for row in rows} >= {"a", "b", "ours"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--suite", "all"), ("--dtype", "fp8"), ("--rounds", 0), ("--case", "nothing")]
+)
+def test_bench_refuses(cli, wrong):
+    assert str(wrong[1]) in cli("bench", "--smoke", *wrong).line
+
+
+def test_bench_shows_no_speed_for_wrong_values(cli, monkeypatch):
+    from tinybert_fast.benchmarks import runner
+
+    def disagree(*arguments, **more):
+        raise runner.Disagreement("ours differs by 3")
+
+    monkeypatch.setattr(runner, "run_suite", disagree)
+    answer = cli("bench")
+    assert answer.code == 1
+    assert "ours differs by 3" in answer.out + answer.err

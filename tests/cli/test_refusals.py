@@ -1,0 +1,261 @@
+"""Bad input: one line on stderr, exit code 2, nothing left behind."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinybert_fast.testing.tiny_models import WORDS, tiny_classifier, tiny_encoder
+from tinybert_fast.training import run_folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny_classifier(tmp_path_factory.mktemp("teacher"), num_hidden_layers=4)
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def csv(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_missing_file(cli, files, out):
+    answer = cli("finetune", files / "encoder", "--train", "nowhere.csv", "-o", out)
+    assert "nowhere.csv does not exist" in answer.line
+    assert not out.exists()
+
+
+def test_missing_model(cli, files, out):
+    answer = cli("finetune", out / "bert", "--train", files / "train.csv", "-o", out)
+    assert "expected a Transformers model folder" in answer.line
+
+
+def test_missing_corpus(cli, files, out):
+    answer = cli("distill", files / "encoder", "--corpus", out / "no.txt", "-o", out, "--matches",
+                 "0:0,4:4")  # fmt: skip
+    assert "no.txt" in answer.line
+    assert not out.exists()
+
+
+def test_missing_column(cli, files, out):
+    answer = cli(
+        "finetune", files / "encoder", "--train", files / "train.csv", "--text", "body", "-o", out
+    )
+    assert "no column 'body'; it has 'sentence', 'label'" in answer.line
+    assert not out.exists()
+
+
+def test_empty_text(cli, files, out, tmp_path):
+    bad = csv(tmp_path / "bad.csv", "text,label\na film,good\n ,bad\n")
+    answer = cli("finetune", files / "encoder", "--train", bad, "-o", out)
+    assert "bad.csv: row 2" in answer.line
+    assert "is empty" in answer.line
+
+
+def test_label_never_seen_in_training(cli, files, teacher, out, tmp_path):
+    odd = csv(tmp_path / "odd.csv", "text,label\na film,good\na film,so-so\n")
+    train = ("finetune", files / "encoder", "--train", files / "train.csv", "-o", out)
+    for answer in (cli("evaluate", teacher, odd), cli(*train, "--dev", odd)):
+        assert "row 2 has the label 'so-so', never seen in training" in answer.line
+        assert "'bad', 'good'" in answer.line
+
+
+def test_different_vocabularies(cli, files, teacher, out, tmp_path):
+    task = ("distill", teacher, "--train", files / "train.csv", "-o", out)
+    fewer = tiny_encoder(tmp_path / "fewer", words=WORDS[:-1])
+    other = tiny_encoder(tmp_path / "other", words=(*WORDS[:-1], "!"))
+    for student in (fewer, other):
+        answer = cli(*task, "--student", student)
+        assert "word pieces" in answer.line
+        assert "give the student the teacher's vocabulary" in answer.line
+
+
+def test_different_head_counts(cli, files, out, tmp_path):
+    student = tiny_encoder(tmp_path / "student", num_attention_heads=4)
+    answer = cli(
+        "distill", files / "encoder", "--corpus", files / "corpus.txt", "--student", student,
+        "-o", out,
+    )  # fmt: skip
+    assert "give the student num_attention_heads=2" in answer.line
+
+
+def test_layers_that_do_not_divide(cli, files, out, tmp_path):
+    teacher = tiny_encoder(tmp_path / "teacher", num_hidden_layers=3)
+    answer = cli(
+        "distill", teacher, "--corpus", files / "corpus.txt", "--student", files / "student.json",
+        "-o", out,
+    )  # fmt: skip
+    assert "for instance 0:0,1:2,2:3" in answer.line
+
+
+@pytest.mark.parametrize("how", ["finetune", "distill"])
+def test_nan_loss_names_the_step(cli, files, teacher, out, how):
+    data = ("--train", files / "train.csv", "-o", out, "--batch-size", 8, "--warmup", 0)
+    if how == "finetune":
+        answer = cli(how, files / "encoder", *data, "--lr", 1e30)
+    else:
+        answer = cli(how, teacher, *data, "--student", files / "student.json",
+                     "--intermediate-lr", 1e30)  # fmt: skip
+    assert "NaN or infinite" in answer.line
+    assert "step " in answer.line
+    assert not (out / "config.json").exists()
+
+
+def test_nan_loss_keeps_the_last_good_checkpoint(cli, files, out, monkeypatch):
+    from tinybert_fast.training.common import RunTrainer
+
+    step = RunTrainer.compute_loss
+
+    def spoilt(self, *arguments, **more):
+        loss = step(self, *arguments, **more)
+        return loss * float("nan") if self.state.global_step == 5 else loss
+
+    monkeypatch.setattr(RunTrainer, "compute_loss", spoilt)
+    answer = cli(
+        "finetune", files / "encoder", "--train", files / "train.csv", "--dev", files / "dev.csv",
+        "-o", out, "--batch-size", 8, "--eval-steps", 2,
+    )  # fmt: skip
+    assert "at step 6 of" in answer.line
+    assert "checkpoint-4" in answer.line
+    assert (out / "checkpoints" / "train" / "checkpoint-4" / "model.safetensors").exists()
+
+
+def test_a_model_is_not_overwritten_unasked(cli, files, teacher, tmp_path):
+    held = tmp_path / "held"
+    shutil.copytree(teacher, held)
+    run = ("finetune", files / "encoder", "--train", files / "train.csv", "-o", held,
+           "--epochs", 1, "--batch-size", 16)  # fmt: skip
+    assert "already holds a model" in cli(*run).line
+    assert "--overwrite" in cli(*run).line
+    assert "--overwrite" in cli(*run, "--resume").line
+    assert "exclude each other" in cli(*run, "--resume", "--overwrite").line
+    assert cli(*run, "--overwrite").code == 0
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_interrupted_run_resumes_to_the_same_weights(cli, files, tmp_path, monkeypatch):
+    run = ("finetune", files / "encoder", "--train", files / "train.csv", "--dev",
+           files / "dev.csv", "--epochs", 2, "--batch-size", 8, "--eval-steps", 4)  # fmt: skip
+    assert cli(*run, "-o", tmp_path / "whole").code == 0
+
+    from tinybert_fast.training.common import RunTrainer
+
+    step = RunTrainer.training_step
+
+    def stop(self, *arguments, **more):
+        if self.state.global_step == 9:
+            raise Interrupted
+        return step(self, *arguments, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RunTrainer, "training_step", stop)
+        cli(*run, "-o", tmp_path / "cut")
+    assert "--resume" in cli(*run, "-o", tmp_path / "cut").line
+    other = cli(*run, "-o", tmp_path / "cut", "--resume", "--seed", 1)
+    assert "seed was 0, now 1" in other.line
+
+    last = tmp_path / "cut" / "checkpoints" / "train" / "checkpoint-8"
+    weights = (last / "model.safetensors").read_bytes()
+    (last / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    truncated = cli(*run, "-o", tmp_path / "cut", "--resume")
+    assert "model.safetensors is truncated" in truncated.line
+    assert "checkpoint-4" in truncated.line
+
+    (last / "model.safetensors").write_bytes(weights)
+    assert cli(*run, "-o", tmp_path / "cut", "--resume").code == 0
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert same[0] == same[1]
+
+
+def test_truncated_model(cli, files, teacher, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(teacher, cut)
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "truncated or damaged" in cli("evaluate", cut, files / "dev.csv").line
+
+
+def test_longer_text_than_positions_is_cut_and_counted(cli, teacher, tmp_path, caplog):
+    long = csv(tmp_path / "long.csv", f"text,label\n{'film ' * 80},good\na film,bad\n")
+    answer = cli("evaluate", teacher, long)
+    assert answer.code == 0, answer.err
+    assert "truncated 1 of 2 texts to 40 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ((), "got neither"),
+        (("--corpus", "a.txt", "--train", "b.csv"), "got both"),
+        (("--corpus", "a.txt", "--temperature", 2), "--temperature belongs to task distillation"),
+        (("--train", "b.csv", "--steps", 2), "--steps belongs to general distillation"),
+    ],
+    ids=["neither", "both", "task-option", "general-option"],
+)
+def test_general_or_task(cli, files, out, more, words):
+    assert words in cli("distill", files / "encoder", "-o", out, *more).line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch-size", 0), ("--epochs", 0), ("--seed", -1), ("--select-by", "bleu"),
+        ("--kind", "ranking"), ("--impl", "cuda"), ("--max-length", 1), ("--accumulation", 0),
+    ],
+)  # fmt: skip
+def test_values_without_a_meaning(cli, files, out, option, value):
+    answer = cli(
+        "finetune", files / "encoder", "--train", files / "train.csv", "--dev", files / "dev.csv",
+        "-o", out, option, value,
+    )  # fmt: skip
+    assert str(value) in answer.line
+    assert not (out / "config.json").exists()
+
+
+def test_parity_and_init_must_be_known(cli, files, out):
+    run = ("distill", files / "encoder", "--corpus", files / "corpus.txt", "--student",
+           files / "student.json", "-o", out)  # fmt: skip
+    assert "'exact'" in cli(*run, "--parity", "exact").line
+    assert "'svd'" in cli(*run, "--init", "svd").line
+    assert "'5-6'" in cli(*run, "--matches", "5-6").line
+
+
+def test_json_file_that_is_a_folder(cli, files, teacher, tmp_path):
+    assert "is a folder" in cli("evaluate", teacher, files / "dev.csv", "--json", tmp_path).line
+
+
+def test_disk_errors_leave_no_half_file(cli, files, teacher, tmp_path, monkeypatch):
+    (tmp_path / "result.json").write_text("old")
+
+    def full(*arguments):
+        raise PermissionError("no space for you")
+
+    monkeypatch.setattr(run_folder.os, "replace", full)
+    answer = cli("evaluate", teacher, files / "dev.csv", "--json", tmp_path / "result.json")
+    assert "no space" in answer.line
+    assert (tmp_path / "result.json").read_text() == "old"
+
+
+def test_verbose_shows_where_an_error_came_from(cli):
+    with pytest.raises(FileNotFoundError):
+        cli("--verbose", "evaluate", "nowhere", "no.csv")
+    assert "config.json" in cli("evaluate", ".", "no.csv").line
+
+
+def test_a_bug_is_not_bad_input(cli, files, teacher, monkeypatch):
+    def broken(*arguments, **more):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(torch, "inference_mode", broken)
+    monkeypatch.setattr("tinybert_fast.training.evaluate.predict", broken)
+    with pytest.raises(TypeError):
+        cli("evaluate", teacher, files / "dev.csv")
