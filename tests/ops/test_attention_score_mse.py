@@ -69,15 +69,15 @@ def test_auto_takes_the_cheaper_form(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_gram_of_equal_scores(seed, fast):
-    """Student = teacher: what is left of three large numbers is not negative, its gradient 0."""
+def test_gram_of_nearly_equal_scores(seed, fast):
+    """What is left of three large numbers is not negative, and its gradients are small."""
     q, k = leaves((50, 2, 8), (50, 2, 8), seed=seed)
+    teacher = (x.detach() * (1 + 1e-5 * normal(x.shape, 7)) for x in (q, k))
     layout = ops.SequenceLayout.from_lengths((50,))
-    options = {"layout": layout, "form": "gram", "impl": fast}
-    loss = ops.attention_score_mse(q, k, q.detach(), k.detach(), **options)
+    loss = ops.attention_score_mse(q, k, *teacher, layout=layout, form="gram", impl=fast)
     dq, dk = torch.autograd.grad(loss, (q, k))
     assert 0.0 <= loss.item() < 1e-5
-    assert max(dq.abs().max(), dk.abs().max()) < 1e-7
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-6
 
 
 def padded_operands(widths=(5, 7)):

@@ -16,6 +16,12 @@ def _json_file(path: Path | None) -> Path | None:
     return path
 
 
+def _not_negative(seed: int) -> int:
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}; expected 0 or more")
+    return seed
+
+
 Json = Annotated[
     Path | None,
     typer.Option(
@@ -56,7 +62,12 @@ Warmup = Annotated[
 ]
 WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)]
 Seed = Annotated[
-    int, typer.Option(help="Of new weights, batches and dropout.", rich_help_panel=TRAINING)
+    int,
+    typer.Option(
+        help="Of new weights, batches and dropout.",
+        rich_help_panel=TRAINING,
+        callback=_not_negative,
+    ),
 ]
 SelectBy = Annotated[
     str | None,

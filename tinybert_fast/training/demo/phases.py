@@ -59,6 +59,9 @@ def run_demo(
     for name in ("seeds", "threads"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; expected 1 or more")
+    if set(only) != {"score"}:  # before anything is written
+        texts.teacher_folder()
+        texts.reviews_file()
     demo = Demo(settings, Path(output).resolve(), overwrite, progress, say, machine or {})
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
