@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     full: Annotated[
-        bool, typer.Option("--full", help="The best result: up to an hour on two cores.")
+        bool, typer.Option("--full", help="The best result: about an hour on two cores.")
     ] = False,
     output_: Annotated[
         Path | None,
