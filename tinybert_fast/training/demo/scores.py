@@ -197,6 +197,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     if len(rates) > 1:
         rate += f", the best on dev of {', '.join(f'{r:g}' for r in rates)} in the first seed"
     said.append(f"Without a teacher: the same sentences, {epochs:g} epochs as well, {rate}.")
+    if settings["pca_alone"]:
+        said.append("From the PCA start alone: that learning rate as well, not chosen anew.")
     return [
         *said,
         f"Speed: batches of {SPEED_BATCH} without padding, {settings['threads']} threads, "
