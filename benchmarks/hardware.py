@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,8 @@ import torch
 import tinybert_fast
 
 Fact = str | int
+MATMUL = (2048, 768, 3072)  # tokens, BERT-base's width, its FFN's
+MATMUL_RUNS = 5
 
 
 def facts(device: torch.device) -> dict[str, Fact]:
@@ -45,6 +48,22 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """What the machine gives BERT's largest product, the ceiling of a step: GFLOP/s, the best of
+    MATMUL_RUNS of (2048, 768) by (768, 3072)."""
+    rows, inner, columns = MATMUL
+    x = torch.randn(rows, inner, device=device, dtype=dtype)
+    weight = torch.randn(columns, inner, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(MATMUL_RUNS):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2e-9 * rows * inner * columns / best
 
 
 def usable_cores() -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Case, Cases, Outcome, Setup
-from tinybert_fast.benchmarks.hardware import facts, has_bf16
+from tinybert_fast.benchmarks.hardware import facts, has_bf16, matmul_gflops
 from tinybert_fast.benchmarks.memory import peak_bytes
 from tinybert_fast.benchmarks.table import (
     COLUMNS,
@@ -130,6 +130,11 @@ def run_suite(
     rows: list[Row] = []
     try:
         common = {"suite": suite, **facts(setup.device)}
+        rates = {
+            name: _digits(matmul_gflops(setup.device, kind))
+            for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+            if name in dtypes
+        }
         for name, build in builders.items():
             for case in build(setup):
                 with _progress(f"{name} N={case.width}") as say:
@@ -138,6 +143,8 @@ def run_suite(
                 gc.collect()
     finally:
         torch.set_num_threads(before)
+    for row in rows:
+        row["matmul_gflops"] = rates[row["dtype"]]
     growth_exponents(rows)
     show(rows, console)
     if json_path is not None:

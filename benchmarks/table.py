@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from tinybert_fast.data.atomic import atomic_write
 
 Row = dict[str, Any]
 LONGEST = 3  # widths that a growth exponent is fitted to
@@ -45,6 +46,7 @@ COLUMNS = {
     "cores": "usable by the process",
     "threads": "used",
     "gpu": "model",
+    "matmul_gflops": "of one large matrix product in the row's dtype, measured in the same run",
     "bf16_hardware": "no: bf16 is emulated here, its times say nothing about hardware that has it",
     "tinybert_fast": "version",
     "torch": "version",
@@ -71,7 +73,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     check_csv(path)
     header, _, new = to_csv(rows).partition("\n")
     old = path.read_text(encoding="utf-8") if path.exists() else header + "\n"
-    _replace(path, old + ("" if old.endswith("\n") else "\n") + new)
+    atomic_write(path, old + ("" if old.endswith("\n") else "\n") + new)
 
 
 def check_csv(path: Path) -> None:
@@ -89,14 +91,7 @@ def check_csv(path: Path) -> None:
 def write_json(path: Path, suite: str, rows: list[Row]) -> None:
     """{"suite", "columns": {name: meaning}, "rows": [...]}, whole or not at all."""
     found = {"suite": suite, "columns": COLUMNS, "rows": rows}
-    _replace(path, json.dumps(found, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    atomic_write(path, json.dumps(found, indent=1) + "\n")
 
 
 def growth_exponents(rows: list[Row]) -> None:
@@ -138,6 +133,9 @@ def show(rows: list[Row], console: Any) -> None:
         f"{last['rounds']} interleaved rounds; x (a), x (b): times faster than baseline a, b "
         "(median of the rounds' ratios).",
     ]
+    rates = {row["dtype"]: row["matmul_gflops"] for row in rows}
+    each = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+    lines.append(f"One large matrix product in this run: {each}.")
     errors = [(row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"]]
     if errors:
         loss, gradient = (max(column) for column in zip(*errors, strict=True))

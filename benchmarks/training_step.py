@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tinybert_fast.benchmarks.batches import Batch
-from tinybert_fast.benchmarks.case import DTYPES, Outcome, autocast
+from tinybert_fast.benchmarks.case import Outcome, autocast
+from tinybert_fast.training.distill import bf16_linears
 
 OPTIMIZER = "adamw_fused"
 LEARNING_RATE = (
@@ -103,21 +104,12 @@ def sharing(model: nn.Module) -> Any:
 
 
 class Teacher:
-    """A frozen model as each dtype wants it.
-
-    In bf16 its linear layers are rounded once: the products are autocast's, which would round the
-    weights again in every forward.
-    """
+    """A frozen model as each dtype wants it: in bf16 as the product's `bf16_linears` has it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._models: dict[str, Any] = {"fp32": model.eval().requires_grad_(False)}
 
     def __call__(self, dtype: str) -> Any:
         if dtype not in self._models:
-            rounded = sharing(self._models["fp32"])
-            for module in rounded.modules():
-                if isinstance(module, nn.Linear):
-                    for name, p in list(module.named_parameters(recurse=False)):
-                        setattr(module, name, nn.Parameter(p.to(DTYPES[dtype]), False))
-            self._models[dtype] = rounded
+            self._models[dtype] = bf16_linears(sharing(self._models["fp32"]))
         return self._models[dtype]

@@ -13,7 +13,7 @@ from tinybert_fast.benchmarks.batches import IGNORED, bucket_counts, draw_batch,
 from tinybert_fast.benchmarks.case import Setup
 from tinybert_fast.benchmarks.cases import distill_step
 from tinybert_fast.benchmarks.memory import peak_bytes
-from tinybert_fast.benchmarks.training_step import set_dropout
+from tinybert_fast.benchmarks.training_step import Teacher, set_dropout
 from tinybert_fast.modules.capture import record_padded
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.losses import intermediate_terms
@@ -127,6 +127,18 @@ def test_commit_of_an_untracked_copy_is_none(monkeypatch, tmp_path):
         assert hardware.commit() == "none"
     finally:
         hardware.commit.cache_clear()
+
+
+def test_a_rounded_teacher_leaves_the_exact_one_as_it_is():
+    """Both share their frozen weights, which may not be rounded in place."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    before = model[0].weight.clone()
+    teacher = Teacher(model)
+    rounded = teacher("bf16")
+    assert (rounded[0].weight.dtype, rounded[1].weight.dtype) == (torch.bfloat16, torch.float32)
+    assert rounded[1].weight is model[1].weight
+    assert not rounded[0].weight.requires_grad
+    assert torch.equal(teacher("fp32")[0].weight, before)
 
 
 def test_set_dropout_reaches_every_place():

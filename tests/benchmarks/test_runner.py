@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tinybert_fast.benchmarks import run, runner, table
+from tinybert_fast.benchmarks import runner, table
 from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup
 from tinybert_fast.benchmarks.cases import attention_score_mse_memory, distill_step, mlm_step
 
@@ -213,11 +213,10 @@ def test_tuning_leaves_the_weights_alone():
 
 
 def test_step_suite_end_to_end(tmp_path, capsys):
-    """The script, every case, at sizes that take a second."""
+    """Every case, at sizes that take a second."""
     json_file, csv_file = tmp_path / "out" / "rows.json", tmp_path / "rows.csv"
-    arguments = ["--suite", "step", "--smoke", "--threads", "1", "--rounds", "2"]
-    arguments += ["--json", str(json_file), "--csv", str(csv_file)]
-    assert run.main(arguments) == 0
+    files = {"json_path": json_file, "csv_path": csv_file}
+    runner.run_suite("step", smoke=True, threads=1, rounds=2, **files)
     printed = capsys.readouterr().out
     for word in ("mlm_step", "distill_step_b16_n128", "distill_step_b4_n512", "adamw_fused inside"):
         assert word in printed
@@ -248,7 +247,7 @@ def test_step_suite_end_to_end(tmp_path, capsys):
     assert [row["case"] for row in read] == [row["case"] for row in rows]
     assert list(read[0]) == list(table.COLUMNS)
     assert read[0]["speedup_a"] == "1.0"
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_memory_suite_in_both_dtypes(capsys):
@@ -261,39 +260,36 @@ def test_memory_suite_in_both_dtypes(capsys):
     assert {row["bf16_hardware"] for row in rows} <= {"yes", "no"}
 
 
-def test_disagreement_is_exit_code_1_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_disagreement_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         attention_score_mse_memory.ops, "attention_score_mse", lambda q, k, p, r: (q * k).sum()
     )
     target = tmp_path / "rows.json"
-    assert run.main(["--suite", "memory", "--smoke", "--json", str(target)]) == 1
-    out, error = capsys.readouterr()
-    assert "No speed is reported" in error
-    assert "ms" not in out
+    with pytest.raises(runner.Disagreement, match="No speed is reported"):
+        runner.run_suite("memory", smoke=True, json_path=target)
+    assert "ms" not in capsys.readouterr().out
     assert not target.exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--suite", "ops"], "--suite 'ops' is not one of step, memory"),
-        (["--case", "pretrain"], "--case 'pretrain' matches none of mlm_step, distill_step_b16"),
-        (["--dtype", "fp16"], "--dtype 'fp16' is not one of fp32, bf16, both"),
-        (["--rounds", "0"], "--rounds 0: at least 1"),
-        (["--threads", "0"], "--threads 0: at least 1"),
-        (["--dropout", "1"], "--dropout 1.0: a probability in"),
-        (["--device", "tpu"], "--device 'tpu' is not one of auto, cpu, cuda"),
+        ({"suite": "ops"}, "--suite 'ops' is not one of step, memory"),
+        ({"cases": ["pretrain"]}, "--case 'pretrain' matches none of mlm_step, distill_step_b16"),
+        ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
+        ({"rounds": 0}, "--rounds 0: at least 1"),
+        ({"threads": 0}, "--threads 0: at least 1"),
+        ({"dropout": 1.0}, "--dropout 1.0: a probability in"),
+        ({"device": "tpu"}, "--device 'tpu' is not one of auto, cpu, cuda"),
     ],
     ids=str,
 )
-def test_bad_arguments_are_exit_code_2(arguments, says, capsys):
-    assert run.main(["--smoke", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert len(error.splitlines()) == 1
+def test_bad_arguments(arguments, says):
+    with pytest.raises(ValueError, match=f"^{says}"):
+        runner.run_suite(**{"smoke": True, **arguments})
 
 
-def test_csv_appends_and_refuses_other_columns(tmp_path, capsys):
+def test_csv_appends_and_refuses_other_columns(tmp_path):
     path = tmp_path / "results.csv"
     row = dict.fromkeys(table.COLUMNS, 1)
     table.write_csv(path, [row])
@@ -301,8 +297,8 @@ def test_csv_appends_and_refuses_other_columns(tmp_path, capsys):
     assert len(path.read_text().splitlines()) == 1 + 3
     path.write_text("who,when\n")
     # Said before anything is measured, not after.
-    assert run.main(["--smoke", "--csv", str(path)]) == 2
-    assert "has other columns" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has other columns"):
+        runner.run_suite(smoke=True, csv_path=path)
     assert path.read_text() == "who,when\n"
 
 

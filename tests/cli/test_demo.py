@@ -23,7 +23,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packages")
     tiny_encoder(folder / "teacher", hidden_size=32, num_hidden_layers=4, intermediate_size=64)
     tiny_config().to_json_file(folder / "student.json")
-    labelled = list(dict(sentiment_rows(120, seed=4)).items())
+    labelled = sentiment_rows(120, seed=4)
+    labelled += [(f"{text.capitalize()} !", label) for text, label in labelled[:9]]  # as they are
     words = [word for word in PLAIN if word.isalpha()]
     reviews = [
         f"The {words[i % len(words)]} was {words[i % 7]} and {i} more. "
@@ -85,12 +86,15 @@ def test_everything_and_then_nothing_again(run, tmp_path):
     assert "held-out accuracy" in answer.out
 
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    (folder / "times.json").write_text(json.dumps(dict.fromkeys(result["seconds"], 1000.0)))
     again = run("--seeds", 2)
     assert again.code == 0, again.err
     assert again.out.count("done before") >= 8
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == weights
     stored = json.loads((folder / "demo.json").read_text())
     assert stored["models"]["student"]["held_out"] == result["models"]["student"]["held_out"]
+    assert stored["seconds"].pop("score") < 1000  # measured again
+    assert set(stored["seconds"].values()) == {1000.0}
 
 
 def test_one_phase_after_the_other(run, tmp_path):
@@ -137,6 +141,57 @@ def test_other_settings_are_not_mixed(run, small, monkeypatch):
     assert run("--only", "data", "--overwrite").code == 0
 
 
+def test_what_came_from_another_teacher_is_made_again(run, small, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr(demo, "QUICK", replace(small[1], alone_lrs=(1e-3,), pca_alone=False))
+    assert run().code == 0
+    folder = tmp_path / "demo"
+    before = json.loads((folder / "student" / "seed-0" / "run.json").read_text())["settings"]
+    monkeypatch.setattr(demo, "QUICK", replace(demo.QUICK, teacher_lr=1e-3))
+    assert run("--only", "teacher", "--overwrite").code == 0
+    line = run("--only", "score").line
+    assert "the teacher changed since" in line
+    assert "run the phase student again" in line
+    (folder / "times.json").write_text(json.dumps({"student/seed-0": 1000.0}))
+    answer = run()
+    assert answer.code == 0, answer.err
+    assert "student/seed-0: the teacher changed since, so again: " in answer.out
+    for name in ("data", "teacher", "general", "alone/random-seed-0-lr-0.001"):
+        assert f"{name}: done before" in answer.out
+    after = json.loads((folder / "student" / "seed-0" / "run.json").read_text())["settings"]
+    assert {key for key in after if after[key] != before[key]} == {"teacher_weights"}
+    assert json.loads((folder / "demo.json").read_text())["seconds"]["student/seed-0"] < 1000
+
+
+def test_interrupted_data_are_written_again(run, small, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    write = texts.write_texts
+
+    def stop(*arguments):
+        raise KeyError("pulled the plug")
+
+    def stop_after(*arguments):
+        write(*arguments)
+        stop()
+
+    def interrupted(how, *more):
+        with monkeypatch.context() as patch:
+            patch.setattr(texts, "write_texts", how)
+            with pytest.raises(KeyError):
+                run("--only", "data", *more)
+
+    interrupted(stop)
+    interrupted(stop_after)
+    assert "data: done before" in run("--only", "data").out
+    monkeypatch.setattr(demo, "QUICK", replace(small[1], general_steps=5))
+    interrupted(stop, "--overwrite")
+    assert "run the phase data first" in run("--only", "teacher").line
+    assert "done before" not in run("--only", "data").out
+    assert json.loads((tmp_path / "demo" / "data" / "sizes.json").read_text())["sentences"] == 40
+
+
 def test_bad_options(run):
     assert "seeds is 0" in run("--seeds", 0).line
 
@@ -155,14 +210,13 @@ def test_no_sentence_is_in_two_places(small, monkeypatch, tmp_path):
     parts = {}
     for name in ("train", "dev", "held_out"):
         with (tmp_path / f"{name}.csv").open(newline="") as file:
-            parts[name] = {row["text"] for row in csv.DictReader(file)}
+            parts[name] = {texts._bare(row["text"]) for row in csv.DictReader(file)}
         assert len(parts[name]) == sizes[name] > 0
     labelled = set().union(*parts.values())
     assert len(labelled) == sum(map(len, parts.values()))
     plain = (tmp_path / "sentences.txt").read_text().splitlines()
     assert len(plain) == sizes["sentences"] == settings.general_steps * settings.general_batch_size
-    bare = {texts._bare(text) for text in labelled}
-    assert not bare & {texts._bare(text) for text in plain}
+    assert not labelled & {texts._bare(text) for text in plain}
 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     texts.write_texts(tmp_path, settings)  # the same split every time

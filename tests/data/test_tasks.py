@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from tinybert_fast.data import Task, encode_examples, load_examples, usable_length
+from tinybert_fast.data.tasks import class_order
 from tinybert_fast.testing.tiny_models import WORDS, tiny_config, tiny_tokenizer
 
 
@@ -204,11 +205,26 @@ def examples_of(labels, **columns):
 
 def test_task_orders_its_classes():
     assert Task.of(examples_of(["10", "9", "no", "9"])).labels == ("9", "10", "no")
-    assert Task.of(examples_of(["a", "b"]), known=("b", "a")).labels == ("b", "a")
-    assert Task.of(examples_of(["a", "b"]), known=("LABEL_0", "LABEL_1")).labels == ("a", "b")
+    assert Task.of(examples_of(["a", "b"]), ("b", "a")).labels == ("b", "a")
+    assert Task.of(examples_of(["a", "b"]), ("LABEL_0", "LABEL_1")).labels == ("a", "b")
+    assert Task.of(examples_of(["a", "b"]), ("b", "c"), ("c", "b", "a")).labels == ("b", "a")
     assert Task.of(examples_of([0.5, 1.0], text_pair=["b", "b"])) == Task(text_pair="text_pair")
     with pytest.raises(ValueError, match="one class only, 'a'"):
         Task.of(examples_of(["a", "a"]))
+
+
+def test_a_folder_orders_its_classes(tmp_path):
+    """MRPC's names: sorted, the positive class would come first and F1 be of the other one."""
+    names = ("not_equivalent", "equivalent")
+    columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [1, 0]}
+    features = {name: datasets.Value("string") for name in ("sentence1", "sentence2")}
+    features["label"] = datasets.ClassLabel(names=list(names))
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    made.save_to_disk(tmp_path / "mrpc")
+    task = Task.of(load_examples(tmp_path / "mrpc"), class_order(tmp_path / "mrpc"))
+    assert task.labels == names
+    assert class_order(tmp_path / "mrpc", "label") == names
+    assert class_order(write(tmp_path / "a.csv", "text,label\na,b\n")) == ()
 
 
 @pytest.mark.parametrize("task", [Task(labels=("b", "a", "c")), Task()])

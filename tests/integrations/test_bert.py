@@ -347,6 +347,19 @@ def test_gradient_checkpointing(cases, monkeypatch, reentrant, dropout):
         assert torch.equal(a.grad, b.grad), name
 
 
+def test_reentrant_checkpointing_over_frozen_embeddings(cases):
+    plain, fast = cases.pair("BertForMaskedLM")
+    batch = cases.batch("right")
+    batch |= labels_of("BertForMaskedLM", batch["attention_mask"])
+    for model in (plain, fast):
+        model.train().bert.embeddings.requires_grad_(False)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model(**batch).loss.backward()
+    for (name, a), (_, b) in zip(fast.named_parameters(), plain.named_parameters()):
+        if b.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=2e-5, atol=1e-6, msg=name)
+
+
 def test_dropout_follows_the_torch_seed_and_the_mode(cases):
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
     plain, fast = cases.pair("BertModel", **rates)
@@ -462,6 +475,41 @@ def test_calls_that_run_transformers(cases, caplog, reason, call):
     assert len(served_by_transformers(caplog, reason)) == 1
     with pytest.raises(ValueError, match=reason):
         fast(**batch, capture=tbf.Capture(hidden_states=(0,)))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "embeddings.word_embeddings",
+        "embeddings.dropout",
+        "encoder",
+        "encoder.layer.1.output.LayerNorm",
+        "encoder.layer.0.intermediate.intermediate_act_fn",
+    ],
+)
+def test_hooks_on_bypassed_modules_are_heard(cases, caplog, where):
+    _, fast = cases.pair("BertModel")
+    heard = []
+    fast.get_submodule(where).register_forward_hook(lambda *_: heard.append(where))
+    fast(**cases.batch("right"))
+    assert heard
+    assert len(served_by_transformers(caplog, "hook")) == 1
+
+
+def test_a_replaced_layer_norm_runs_transformers(cases, caplog):
+    class Other(torch.nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    plain, fast = cases.pair("BertModel")
+    batch = cases.batch("right")
+    for model in (plain, fast):
+        old = model.encoder.layer[0].output.LayerNorm
+        new = Other(old.normalized_shape, eps=old.eps)
+        new.load_state_dict(old.state_dict())
+        model.encoder.layer[0].output.LayerNorm = new
+    assert torch.equal(fast(**batch).last_hidden_state, plain(**batch).last_hidden_state)
+    assert len(served_by_transformers(caplog, "LayerNorm was replaced")) == 1
 
 
 def test_models_that_run_transformers(cases, caplog):

@@ -48,6 +48,16 @@ def test_auto_takes_the_fastest_that_can_serve(limits):
     assert choose("auto", limits, X) == ("native", "native")
 
 
+def test_automatic_says_what_auto_takes(limits, monkeypatch):
+    assert dispatch.automatic(limits, X) == ("triton", None)
+    monkeypatch.setitem(dispatch.FROM_ENVIRONMENT, "an_op", "torch")
+    assert dispatch.automatic(limits, X) == ("torch", None)
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "torch", "it is out")
+    chosen, why = dispatch.automatic(limits, X)
+    assert chosen is None
+    assert "it is out" in why
+
+
 def test_a_named_implementation_never_falls_back(limits):
     for name in dispatch.FASTEST_FIRST:
         assert choose(name, limits, X) == (name, name)

@@ -35,6 +35,7 @@ def test_any_mask_packs_and_pads_back(mask):
     first = [next((i for i, (c, _) in enumerate(places) if c == b), -1) for b in range(batch)]
     assert layout.first_rows.tolist() == first
     assert layout.is_full == bool(mask.all())
+    assert layout.starts_padded == any(mask[b].any() and not mask[b, 0] for b in range(batch))
     kinds = {"cu_seqlens": torch.int32, "sequences": torch.int32, "positions": torch.int32,
              "rows": torch.int64, "columns": torch.int64, "first_rows": torch.int64}  # fmt: skip
     assert {name: getattr(layout, name).dtype for name in kinds} == kinds
@@ -55,7 +56,7 @@ def test_lengths_are_right_padded_masks(lengths, extra):
 
 
 def assert_same(a, b):
-    for name in ("batch_size", "width", "lengths"):
+    for name in ("batch_size", "width", "lengths", "max_length", "starts_padded"):
         assert getattr(a, name) == getattr(b, name)
     for name in ("cu_seqlens", "rows", "sequences", "positions"):
         assert torch.equal(getattr(a, name), getattr(b, name))

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -149,6 +150,22 @@ def test_without_a_dev_file_the_last_weights_are_kept(made, tmp_path):
     assert_same_weights(tmp_path / "out", checkpoints_in(tmp_path / "out/checkpoints/train")[-1])
 
 
+def test_the_positive_class_of_a_folder_is_its_second(made, tmp_path):
+    """F1 is of class 1: MRPC's is `equivalent`, which the alphabet puts first."""
+    names = ["not_equivalent", "equivalent"]
+    rows = [(text, int(label == "good")) for text, label in sentiment_rows(40)]
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    columns = dict(zip(features, map(list, zip(*rows))))
+    folder = tmp_path / "mrpc"
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(folder)
+    metrics = finetune(
+        made / "encoder", folder, folder, tmp_path / "out", epochs=1, max_length=16, progress=False
+    )
+    assert metrics["labels"] == names
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
+    assert config.id2label == dict(enumerate(names))
+
+
 # ---- resume --------------------------------------------------------------------------------------
 
 
@@ -176,10 +193,41 @@ def test_resumed_equals_uninterrupted(made, tmp_path, accelerate, stop, options)
     assert parts["best_step"] == whole["best_step"]
 
 
-def test_resuming_a_finished_run_returns_its_metrics(made, tmp_path):
+def test_seconds_before_an_interruption_count(made, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path / "out", callbacks=[StopAt(11)])
+    file = tmp_path / "out" / "run.json"
+    kept = json.loads(file.read_text())
+    assert 0 < kept["seconds"]["train"] < 1000
+    file.write_text(json.dumps({**kept, "seconds": {"train": 1000}}))
+    metrics = run(made, tmp_path / "out", resume=True)
+    assert 1000 < metrics["train_seconds"] < 2000
+    assert metrics["train_loss"] is None  # Trainer's covers the steps since the restart alone
+    assert "train loss" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_resuming_wants_the_same_weights(made, tmp_path):
+    encoder = tiny_encoder(tmp_path / "encoder")
+    files = encoder, made / "train.csv", None, tmp_path / "out"
+    options = {"epochs": 1, "max_length": 16, "progress": False}
+    metrics = finetune(*files, **options)
+    with pytest.raises(ValueError, match="accelerate was True, now False"):
+        finetune(*files, **options, resume=True, accelerate=False)
+    with pytest.raises(ValueError, match="impl was 'auto', now 'reference'"):
+        finetune(*files, **options, resume=True, impl="reference")
+    assert finetune(*files, **options, resume=True) == metrics
+    tiny_encoder(encoder, seed=1)
+    with pytest.raises(ValueError, match="model_weights was "):
+        finetune(*files, **options, resume=True)
+
+
+def test_resuming_a_finished_run_returns_its_metrics(made, tmp_path, monkeypatch):
     metrics = run(made, tmp_path / "out", epochs=1, accelerate=False)
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    assert run(made, tmp_path / "out", epochs=1, accelerate=False, resume=True) == metrics
+    with monkeypatch.context() as patch:  # at once
+        for name in ("encode_examples", "load_classifier"):
+            patch.delattr(f"tinybert_fast.training.finetune.{name}")
+        assert run(made, tmp_path / "out", epochs=1, accelerate=False, resume=True) == metrics
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="epochs was 1, now 2"):
         run(made, tmp_path / "out", epochs=2, accelerate=False, resume=True)
@@ -303,8 +351,9 @@ def test_refusals_leave_nothing_behind(made, tmp_path):
         finetune(made / "encoder", made / "train.csv", made / "dev2.csv", out)
     with pytest.raises(ValueError, match="select_by is 'f2'; this task has accuracy"):
         run(made, out, select_by="f2")
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        run(made, out, batch_size=0, accelerate=False)
+    for name in ("batch_size", "eval_steps", "max_length"):
+        with pytest.raises(ValueError, match=f"{name} is 0; expected"):
+            run(made, out, **{name: 0}, accelerate=False)
     unseen = tmp_path / "unseen.csv"
     unseen.write_text("text,label\na film,good\na film,fair\n")
     with pytest.raises(ValueError, match=r"unseen.csv: row 2 has the label 'fair', never seen"):

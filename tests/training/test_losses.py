@@ -172,15 +172,19 @@ def test_real_tokens_alone_count(pair, name, read_student, read_teacher):
 
 
 def test_padding_makes_the_difference(pair):
-    """The two parities agree on full rows and differ on padded ones, by as much as is padded."""
+    """The two parities agree on full rows and differ on padded ones, in every term."""
     student, teacher = pair
     projection = HiddenProjection(24, 32).double()
     for name, same in (("full", True), ("right", False)):
         batch = batch_of(name)
-        official = official_terms(student, teacher, projection, batch)
-        paper = paper_terms(student, teacher, projection, batch)
-        assert torch.allclose(official["hidden_1"], paper["hidden_1"], rtol=1e-9) is same
-        assert torch.allclose(official["attention_1"], paper["attention_1"], rtol=1e-9) is same
+        layout = SequenceLayout.from_mask(batch["attention_mask"])
+        pair = captures(student, teacher, batch, recorded, recorded)
+        paper, official = (
+            intermediate_terms(*pair, MATCHES, projection, layout=layout, parity=parity)
+            for parity in ("paper", "official")
+        )
+        for term, value in paper.items():
+            assert torch.allclose(official[term], value, rtol=1e-9) is same, term
 
 
 def test_no_gradient_reaches_the_teacher(pair):
@@ -228,8 +232,9 @@ def test_refusals(pair):
     with pytest.raises(ValueError, match="recorded packed"):
         intermediate_terms(ours, theirs, MATCHES, projection, parity="official")
     ours, theirs = captures(student, teacher, batch, recorded, recorded)
-    with pytest.raises(ValueError, match="pass layout="):
-        intermediate_terms(ours, theirs, MATCHES, projection)
+    for parity in ("paper", "official"):
+        with pytest.raises(ValueError, match="pass layout="):
+            intermediate_terms(ours, theirs, MATCHES, projection, parity=parity)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -1,12 +1,14 @@
 """General and task distillation end to end on tiny models: learnt, written, resumed, refused."""
 
 import csv
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -25,7 +27,7 @@ from tinybert_fast.testing.tiny_models import (
     tiny_encoder,
     tiny_tokenizer,
 )
-from tinybert_fast.training import run_folder
+from tinybert_fast.training import general_distillation, run_folder, task_distillation
 from tinybert_fast.training.finetune import finetune
 from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.recipes import distill_general, distill_task
@@ -304,6 +306,48 @@ def test_task_resume_ends_with_the_same_bits(made, tmp_path, stop):
     assert resumed["prediction"]["losses"] == whole["prediction"]["losses"]
 
 
+@pytest.mark.parametrize("recipe", ["general", "task"])
+def test_resuming_wants_the_same_weights(made, tmp_path, monkeypatch, recipe):
+    """And answers without a model or a text in memory if the run is finished."""
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+
+    def make(seed=0):
+        (tiny_classifier if recipe == "task" else tiny_encoder)(teacher, seed=seed, **TEACHER)
+        tiny_encoder(student, seed=seed)
+
+    def run(**options):
+        options = {"max_length": 16, "progress": False, **options}
+        if recipe == "general":
+            options |= {"steps": 1}
+            return distill_general(
+                teacher, student, made / "corpus.txt", tmp_path / "out", **options
+            )
+        options |= {"intermediate_epochs": 0, "prediction_epochs": 1}
+        return distill_task(teacher, student, made / "train.csv", None, tmp_path / "out", **options)
+
+    make()
+    metrics = run()
+    module = {"general": general_distillation, "task": task_distillation}[recipe]
+    with monkeypatch.context() as patch:
+        for name in ("load_encoder", "load_classifier", "encode_lines", "encode_examples"):
+            patch.delattr(module, name, raising=False)
+        assert run(resume=True) == metrics
+    with pytest.raises(ValueError, match=r"accelerate was True, now False; impl was 'auto'"):
+        run(resume=True, accelerate=False, impl="reference")
+    make(seed=1)
+    with pytest.raises(ValueError, match=r"teacher_weights was .*; student_weights was "):
+        run(resume=True)
+
+
+def test_a_terminal_sees_the_corpus_being_encoded(made, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, _environ={})
+    monkeypatch.setattr("tinybert_fast.data.progress.Console", lambda **_: terminal)
+    general(made, tmp_path / "out", steps=1, progress=True)
+    for words in ("reading the corpus", "encoding the corpus"):
+        assert words in screen.getvalue()
+
+
 def test_students_may_be_named_in_every_way(made, tmp_path):
     """A config file, a folder with a config alone, a preset that takes over the vocabulary."""
     (tmp_path / "config.json").write_text(STUDENT.to_json_string())
@@ -354,6 +398,11 @@ def test_vocabularies_must_be_the_same(made, tmp_path):
         (general, {"init": "svd"}, ValueError, "random, layers, pca"),
         (general, {"parity": "official", "batch_size": 100}, ValueError, "90 texts do not fill"),
         (general, {"batch_size": 0}, ValueError, "batch_size is 0"),
+        (general, {"steps": 0}, ValueError, "steps is 0; expected 1 or more"),
+        (general, {"steps": -5}, ValueError, "steps is -5; expected 1 or more"),
+        (general, {"checkpoint_steps": 0}, ValueError, "checkpoint_steps is 0"),
+        (task, {"eval_steps": -5}, ValueError, "eval_steps is -5; expected 1 or more"),
+        (task, {"max_length": 0}, ValueError, "max_length is 0; expected at least 3"),
         (task, {"select_by": "loss"}, ValueError, "selected by accuracy, f1, matthews"),
         (task, {"intermediate_epochs": -1}, ValueError, "0 or more"),
         (task, {"temperature": 0.0}, ValueError, "temperature .*more than 0, got 0"),

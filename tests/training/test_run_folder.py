@@ -1,6 +1,9 @@
 """The output folder: what it refuses, what a resumed run finds, what a damaged checkpoint says."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +11,9 @@ from safetensors.torch import save_file
 
 from tinybert_fast.testing.tiny_models import tiny_classifier, tiny_tokenizer
 from tinybert_fast.training.loading import load_classifier
+from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.report import panels_of, plot, table
-from tinybert_fast.training.run_folder import RunFolder, atomic_write, examples_digest
+from tinybert_fast.training.run_folder import RunFolder, examples_digest, weights_digest
 
 SETTINGS = {"lr": 1e-4, "labels": ("a", "b")}
 
@@ -90,6 +94,39 @@ def test_an_interrupted_save_leaves_the_old_model(tmp_path, monkeypatch):
     assert all(file.read_bytes() == content for file, content in files.items())
 
 
+def test_a_crash_between_two_files_leaves_no_model(tmp_path, monkeypatch):
+    path = tiny_classifier(tmp_path / "run")
+    model = load_classifier(path)
+    run = RunFolder(path, overwrite=True)
+    run.begin(SETTINGS)
+    replace = os.replace
+
+    def pull_the_plug(source, target):
+        if Path(target).name == "config.json":
+            raise OSError("gone")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", pull_the_plug)
+    with pytest.raises(OSError, match="gone"):
+        run.save_model(model)
+    assert not (path / "config.json").exists()  # the old one, beside new weights
+
+
+def test_what_the_old_model_alone_had_goes(tmp_path):
+    path = tiny_classifier(tmp_path / "run")
+    projection = HiddenProjection(2, 3)
+    for folder in (path, path / "intermediate"):
+        projection.save(folder)
+    run = RunFolder(path, overwrite=True)
+    run.begin(SETTINGS)
+    assert not (path / "intermediate").exists()
+    assert (path / "projection.safetensors").exists()  # the old model is whole so far
+    run.save_model(load_classifier(path))
+    assert not (path / "projection.safetensors").exists()
+    run.save_model(load_classifier(path), projection=projection)
+    assert (path / "projection.safetensors").exists()
+
+
 def test_resume_finds_the_last_checkpoint_of_its_stage(tmp_path):
     run = begun(tmp_path / "run")
     for step in (9, 10, 100):
@@ -105,13 +142,15 @@ def test_resume_finds_the_last_checkpoint_of_its_stage(tmp_path):
     assert again.last_checkpoint("stage_b").endswith("checkpoint-7")
     assert again.last_checkpoint("stage_c") is None
     assert again.recorded("stage_a") == {"steps": 100}
-    assert not again.finished
+    assert not again.finished(SETTINGS)
 
 
 def test_resume_wants_the_same_settings(tmp_path):
     begun(tmp_path / "run")
     with pytest.raises(ValueError, match=r"other settings \(lr was 0.0001, now 0.1\)"):
         RunFolder(tmp_path / "run", resume=True).begin({**SETTINGS, "lr": 0.1})
+    with pytest.raises(ValueError, match=r"other settings \(lr was 0.0001, now 0.1\)"):
+        RunFolder(tmp_path / "run", resume=True).finished({**SETTINGS, "lr": 0.1})
 
 
 def test_a_finished_run_says_so(tmp_path):
@@ -121,7 +160,7 @@ def test_a_finished_run_says_so(tmp_path):
     run.finish()
     assert not run.checkpoints().exists()
     again = RunFolder(tmp_path / "run", resume=True)
-    assert again.finished
+    assert again.finished(SETTINGS)
     assert again.metrics() == {"accuracy": 0.5}
 
 
@@ -173,15 +212,6 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    file = tmp_path / "a.json"
-    atomic_write(file, "old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        atomic_write(file, "new")
-    assert file.read_text() == "old"
-
-
 def test_digest_sees_texts_labels_and_order():
     import datasets
 
@@ -191,6 +221,17 @@ def test_digest_sees_texts_labels_and_order():
     one = digest(text=["a", "b"], label=["x", "y"])
     assert one == digest(label=["x", "y"], text=["a", "b"])
     assert len({one, digest(text=["b", "a"], label=["x", "y"]), digest(text=["a", "b"])}) == 3
+
+
+def test_digest_sees_weights_and_projection(tmp_path):
+    model = tiny_classifier(tmp_path / "model")
+    digest = weights_digest(model)
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert weights_digest(copy) == digest
+    HiddenProjection(2, 3).save(copy)
+    other = weights_digest(tiny_classifier(tmp_path / "other", seed=1))
+    assert len({digest, weights_digest(copy), other}) == 3
+    assert weights_digest("google-bert/bert-base-uncased") is None
 
 
 # ---- the report ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``python -m tinybert_fast.cli`` is ``tinybert-fast``."""
+"""``python -m tinybert_fast.cli`` and ``torchrun -m tinybert_fast.cli`` are ``tinybert-fast``."""
 
 from tinybert_fast.cli.main import main
 

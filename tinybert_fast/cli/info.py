@@ -31,7 +31,7 @@ def info(json_file: options.Json = None) -> None:
     rows = []
     for op, of in found["ops"].items():
         cells = ["yes" if of[name]["runs"] else "no" for name in names]
-        rows.append((op, *cells, of["auto"]))
+        rows.append((op, *cells, of["auto"] or "nothing"))
     output.show(("operator", *names, "auto takes"), rows)
     reasons: dict[str, list[str]] = {}
     for op, of in found["ops"].items():
@@ -43,6 +43,9 @@ def info(json_file: options.Json = None) -> None:
     for reason, ops in reasons.items():
         everywhere = len(ops) == len(rows)
         output.say(f"no {reason}" + ("" if everywhere else f" [{', '.join(ops)}]"))
+    for of in found["ops"].values():
+        if of["auto_why_not"]:
+            output.say(of["auto_why_not"])
     if found["chosen"]:
         output.say(f"TINYBERT_FAST_IMPL: {found['chosen']}")
     output.write_json("info", found, json_file)
@@ -60,8 +63,7 @@ def _facts() -> dict[str, Any]:
     ops: dict[str, Any] = {}
     for op, limits in sorted(dispatch.OPS.items()):
         ops[op] = {name: _state(dispatch, limits, name, probe) for name in MEANING}
-        order = (name for name in dispatch.FASTEST_FIRST if ops[op][name]["runs"])
-        ops[op]["auto"] = _from_environment(dispatch, limits) or next(order)
+        ops[op]["auto"], ops[op]["auto_why_not"] = dispatch.automatic(limits, probe)
     machine = {k: v for k, v in facts(device).items() if k not in ("commit", "date")}
     return {"machine": machine, "ops": ops, "chosen": dispatch.FROM_ENVIRONMENT}
 
@@ -75,11 +77,3 @@ def _state(dispatch: Any, limits: Any, name: str, probe: Any) -> dict[str, Any]:
         if why is None and probe.device.type not in limit.devices:
             why = f"not for {probe.device.type}"
     return {"runs": why is None, "why_not": why}
-
-
-def _from_environment(dispatch: Any, limits: Any) -> str | None:
-    named = dispatch.FROM_ENVIRONMENT.get(limits.op)
-    bare = dispatch.FROM_ENVIRONMENT.get("")
-    if named is None and bare and bare != "auto" and getattr(limits, bare) is not None:
-        named = bare
-    return None if named == "auto" else named

@@ -32,7 +32,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _stop(message: str) -> None:
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
-
-
-if __name__ == "__main__":  # torchrun -m tinybert_fast.cli.main
-    main()

@@ -27,7 +27,7 @@ def report(
 def write_json(command: str, result: Mapping[str, Any], file: Path | None) -> None:
     if file is None:
         return
-    from tinybert_fast.training.run_folder import atomic_write
+    from tinybert_fast.data.atomic import atomic_write
 
     whole = {"command": command, "tinybert_fast": __version__, **result}
     atomic_write(file, json.dumps(whole, indent=2) + "\n")

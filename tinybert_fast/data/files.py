@@ -91,7 +91,13 @@ def _read_jsonl(path: Path) -> dict[str, list]:
     return columns
 
 
-def _read_folder(path: Path) -> dict[str, list]:
+def class_names(path: Path) -> dict[str, tuple[str, ...]]:
+    """Column -> its classes in the order of their ids, where a `datasets` folder says so."""
+    features = _load_folder(path).features if path.is_dir() else {}
+    return {name: tuple(f.names) for name, f in features.items() if isinstance(f, ClassLabel)}
+
+
+def _load_folder(path: Path) -> Dataset:
     try:
         data = load_from_disk(str(path))
     except FileNotFoundError:
@@ -101,6 +107,11 @@ def _read_folder(path: Path) -> dict[str, list]:
             f"{path} holds the splits {some(list(data))}; "
             f"name one, such as {path / next(iter(data))}"
         )
+    return data
+
+
+def _read_folder(path: Path) -> dict[str, list]:
+    data = _load_folder(path)
     columns = {}
     for name, feature in data.features.items():
         columns[name] = list(data[name])

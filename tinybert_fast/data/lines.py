@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +10,9 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 from datasets.arrow_writer import ArrowWriter
+
+from tinybert_fast.data.atomic import replacing
+from tinybert_fast.data.progress import shown
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +62,10 @@ class Lines:
                         f"{path} is not UTF-8 (after line {row}: {error.reason}); convert it"
                     ) from error
 
-    def survey(self) -> tuple[int, str]:
+    def survey(self, progress: bool = False) -> tuple[int, str]:
         """(lines that hold text, a hash of them); refuses a corpus without any."""
         digest, count = hashlib.sha256(), 0
-        for line in self:
+        for line in shown(self, "reading the corpus", on=progress):
             digest.update(line.encode() + b"\n")
             count += 1
         if not count:
@@ -88,11 +90,12 @@ def encode_lines(lines: Iterable[str], tokenizer, max_length: int, file: Path) -
                 "length": Value("int32"),
             }
         )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
         count = truncated = 0
         lines = iter(lines)
-        with ArrowWriter(path=str(partial), features=features) as writer:
+        with (
+            replacing(file) as partial,
+            ArrowWriter(path=str(partial), features=features) as writer,
+        ):
             while block := list(islice(lines, ENCODE_LINES)):
                 whole = tokenizer(block, return_attention_mask=False, verbose=False)["input_ids"]
                 long = [i for i, ids in enumerate(whole) if len(ids) > max_length]
@@ -111,7 +114,6 @@ def encode_lines(lines: Iterable[str], tokenizer, max_length: int, file: Path) -
                 )
                 count, truncated = count + len(block), truncated + len(long)
             writer.finalize()
-        os.replace(partial, file)
         if truncated:
             log.warning("truncated %d of %d texts to %d tokens", truncated, count, max_length)
     return Dataset.from_file(str(file))

@@ -15,8 +15,8 @@ from typing import Any
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import List as ListOf
 
-from tinybert_fast.data.columns import label_column, labels_of, text_columns, texts_of
-from tinybert_fast.data.files import read_columns, some
+from tinybert_fast.data.columns import LABELS, label_column, labels_of, text_columns, texts_of
+from tinybert_fast.data.files import class_names, read_columns, some
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ class Task:
     labels: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, examples: Dataset, known: Sequence[str] = ()) -> "Task":
-        """The task that loaded training examples pose. `known` keeps its order if it is the same
-        set of classes.
+    def of(cls, examples: Dataset, *orders: Sequence[str]) -> "Task":
+        """The task that loaded training examples pose. Classes come in the first of the `orders`
+        that has them all, else sorted.
         """
         pair = "text_pair" if "text_pair" in examples.column_names else None
         if examples.features["label"].dtype != "string":
@@ -47,8 +47,8 @@ class Task:
                 f"the training examples hold one class only, {next(iter(found))!r}; "
                 "expected two or more: check the label column, or pass kind='regression'"
             )
-        labels = tuple(known) if found == set(known) else tuple(sorted(found, key=_natural))
-        return cls(text_pair=pair, labels=labels)
+        order = next((o for o in orders if found <= set(o)), sorted(found, key=_natural))
+        return cls(text_pair=pair, labels=tuple(name for name in order if name in found))
 
     @classmethod
     def of_model(cls, config, text_pair: bool = False) -> "Task":
@@ -132,6 +132,14 @@ def load_examples(
         data["label"], dtype = labels_of(path, label, columns[label], kind)
         features["label"] = Value(dtype)
     return Dataset.from_dict(data, features=Features(features))
+
+
+def class_order(path: str | Path, label: str | None = None) -> tuple[str, ...]:
+    """The classes of a `datasets` folder in the order of their ids, which F1 depends on (id 1 is
+    its positive class); () for other files, which keep no order.
+    """
+    names = class_names(Path(path))
+    return names.get(label or next((name for name in LABELS if name in names), ""), ())
 
 
 def usable_length(max_length: int, config) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import modeling_utils
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
@@ -40,9 +41,11 @@ from tinybert_fast.ops.layout import SequenceLayout
 logger = logging.getLogger(__name__)
 
 # These compute the same attention; any other name is the user's own and is left to run.
-EQUIVALENT_ATTENTION = {None, "eager", "sdpa", "flex_attention", "tinybert_fast"}
+EQUIVALENT_ATTENTION = {None, "eager", "sdpa", "flex_attention"}
 # Keywords that reach BertModel.forward and change nothing in an encoder.
 INERT_KEYWORDS = {"use_cache", "num_items_in_batch", "return_dict"}
+# Where Transformers defines the hooks that it registers itself.
+OWN_HOOKS = {output_capturing.__name__, modeling_utils.__name__}
 
 
 @dataclass
@@ -407,27 +410,34 @@ def _unserved(bert: Any, mask: Any, crossed: bool, kwargs: dict[str, Any]) -> st
         type(table) is not nn.Embedding for table in tables
     ):
         return "its embeddings were replaced"
-    parts = [embeddings]
     for layer in bert.encoder.layer:
         if type(layer) is not bert_modules.BertLayer:
             return f"a layer is a {type(layer).__name__}, not a BertLayer"
-        attention = layer.attention
-        heads = attention.self
+        heads = layer.attention.self
         if type(heads) is not bert_modules.BertSelfAttention:
             return f"a layer's attention is a {type(heads).__name__}"
-        parts += (layer, attention, heads, attention.output, layer.intermediate, layer.output)
-    for part in parts:
-        if (part._forward_hooks or part._forward_pre_hooks) and _hooked(part):
-            return f"a hook was registered on a {type(part).__name__}"
+    norms = [embeddings.LayerNorm]
+    for layer in bert.encoder.layer:
+        norms += (layer.attention.output.LayerNorm, layer.output.LayerNorm)
+    for norm in norms:
+        if type(norm) is not nn.LayerNorm or norm.bias is None:
+            return f"a LayerNorm was replaced by a {type(norm).__name__}"
+    for part in (embeddings, bert.encoder):
+        for module in part.modules():
+            # Linear layers with hooks are called; the encoder reads every other module's tensors.
+            if not isinstance(module, nn.Linear) and _hooked(module):
+                return f"a hook was registered on a {type(module).__name__}"
     return None
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody waits for this module to be called, Transformers' own recorders aside."""
+    """Whether somebody waits for this module to be called, Transformers' own hooks aside: its
+    recorders, and the one that makes embeddings require gradients, as encode() does itself.
+    """
     if module._forward_pre_hooks:
         return True
     return any(
-        getattr(hook, "__module__", None) != output_capturing.__name__
+        getattr(hook, "__module__", None) not in OWN_HOOKS
         for hook in module._forward_hooks.values()
     )
 
@@ -462,10 +472,8 @@ def _plan(
     if compiled:  # one graph for any number of tokens
         for tensor in (layout.rows, layout.columns, layout.sequences, layout.positions):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    if bert.pooler is not None and not layout.is_full:
-        first = layout.columns.index_select(0, layout.first_rows[layout.first_rows >= 0])
-        if first.any():
-            return layout, "a sequence starts with padding, which BERT's pooler would read"
+    if bert.pooler is not None and layout.starts_padded:
+        return layout, "a sequence starts with padding, which BERT's pooler would read"
     return layout, None
 
 

@@ -48,7 +48,7 @@ def encode(
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
     capture.start(len(layers), layout)
-    seed = torch.randint(2**63 - 1, (2,), device=layout.rows.device) if _drops(bert) else None
+    seed = _draw_seed(layout.rows.device) if _drops(bert) else None
     hidden = embed(
         bert.embeddings,
         layout,
@@ -68,6 +68,8 @@ def encode(
         )
         if _checkpointed(layer):
             run = partial(layer._gradient_checkpointing_func, run)
+            if not hidden.requires_grad:  # a reentrant checkpoint would cut the layer's gradients
+                hidden.requires_grad_()
         # Recorded here, outside the checkpointed function: once per forward, and with a graph.
         if attended:
             hidden, capture.queries[m], capture.keys[m] = run(hidden)
@@ -206,6 +208,14 @@ def is_erf_gelu(activation: Any) -> bool:
     if type(activation) is nn.GELU:
         return activation.approximate == "none"
     return type(activation).__name__ == "GELUActivation"
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    """int64 (2,) from torch's generator, another on each process: Trainers seed all ranks alike."""
+    seed = torch.randint(2**62, (2,), device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed[1] += torch.distributed.get_rank()
+    return seed
 
 
 def _rows(ids: Tensor, layout: SequenceLayout) -> Tensor:

@@ -138,6 +138,14 @@ def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[st
     return one, one
 
 
+def automatic(limits: Limits, tensor: Tensor) -> tuple[str | None, str | None]:
+    """What ``impl="auto"`` takes here for operands like ``tensor``; or None and why it raises."""
+    try:
+        return _choose_one("auto", limits, tensor, {}), None
+    except ValueError as error:
+        return None, str(error)
+
+
 def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]) -> str:
     if impl == "auto":
         named = FROM_ENVIRONMENT.get(limits.op)

@@ -23,6 +23,7 @@ class SequenceLayout:
         batch_size: B, sequences in the batch, empty ones included.
         width: N, positions of a padded row.
         lengths: valid tokens of each sequence, on the host; max_length: the longest.
+        starts_padded: whether a sequence that has tokens has padding in column 0.
         cu_seqlens: int32 (B + 1,), exclusive running sum of the lengths.
         rows: int64 (T,), flat index ``b * N + n`` of each valid token, increasing.
         sequences: int32 (T,), the sequence b that a token belongs to.
@@ -34,6 +35,7 @@ class SequenceLayout:
     width: int
     lengths: tuple[int, ...]
     max_length: int
+    starts_padded: bool
     cu_seqlens: Tensor
     rows: Tensor
     sequences: Tensor
@@ -48,10 +50,11 @@ class SequenceLayout:
                 f"{tuple(mask.shape)}. Reduce a 3-D or 4-D attention mask to (batch, width) first"
             )
         mask = mask.detach() != 0
-        lengths = mask.sum(1).tolist()
+        lengths, firsts = torch.stack([mask.sum(1), mask[:, :1].sum(1)]).tolist()
+        starts_padded = any(n and not first for n, first in zip(lengths, firsts, strict=True))
         # The count is known by now, so this one does not wait for the device.
         rows = torch.nonzero_static(mask.flatten(), size=sum(lengths)).flatten()
-        return cls._build(mask.shape[1], lengths, rows)
+        return cls._build(mask.shape[1], lengths, rows, starts_padded)
 
     @classmethod
     def from_lengths(
@@ -67,7 +70,7 @@ class SequenceLayout:
             [torch.arange(n) + start for n, start in zip(lengths, starts, strict=True)]
             or [torch.empty(0, dtype=torch.int64)]
         )
-        return cls._build(width, lengths, rows.to(device))
+        return cls._build(width, lengths, rows.to(device, non_blocking=True))
 
     @classmethod
     def full(
@@ -78,7 +81,9 @@ class SequenceLayout:
         return cls._build(width, [width] * batch_size, rows)
 
     @classmethod
-    def _build(cls, width: int, lengths: list[int], rows: Tensor) -> SequenceLayout:
+    def _build(
+        cls, width: int, lengths: list[int], rows: Tensor, starts_padded: bool = False
+    ) -> SequenceLayout:
         counts = torch.tensor([0, *lengths], dtype=torch.int32)
         cu_seqlens = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
         sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
@@ -88,6 +93,7 @@ class SequenceLayout:
             width=width,
             lengths=tuple(lengths),
             max_length=max(lengths, default=0),
+            starts_padded=starts_padded,
             cu_seqlens=cu_seqlens,
             rows=rows,
             sequences=sequences.int(),

@@ -87,13 +87,21 @@ def attention_keep(
 def hidden_keep(
     seed: Tensor, site: int, sequences: Tensor, positions: Tensor, columns: int, dropout_p: float
 ) -> Tensor:
-    """Which hidden cells are kept: bool (rows, columns); a call covers 16 columns of a row."""
-    column = torch.arange(columns, device=seed.device)[None, :]
+    """Which hidden cells are kept: bool (rows, columns)."""
+    cells = hidden_bytes(seed, site, sequences, positions, columns)
+    return cells.short() >= threshold(dropout_p)  # 256 is no uint8
+
+
+def hidden_bytes(
+    seed: Tensor, site: int, sequences: Tensor, positions: Tensor, columns: int
+) -> Tensor:
+    """The random byte of each hidden cell: uint8 (rows, columns); a call covers 16 columns."""
+    group = torch.arange((columns + 15) // 16, device=seed.device)[None, :]
     sequence, position = sequences.long()[:, None], positions.long()[:, None]
-    group = (column >> 4) + 0 * position
-    counter = (group, position + 0 * group, torch.zeros_like(group), sequence + 0 * group)
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, site_key(seed, site))))
-    return _byte(words, (column & 15) + 0 * position) >= threshold(dropout_p)
+    counter = torch.broadcast_tensors(group, position, torch.zeros_like(group), sequence)
+    words = torch.stack(philox(counter, site_key(seed, site)), -1)  # (rows, groups, 4)
+    bytes_ = words[..., None] >> torch.arange(0, 32, 8, device=seed.device) & 0xFF
+    return bytes_.flatten(1)[:, :columns].to(torch.uint8)
 
 
 def _byte(words: Tensor, byte: Tensor) -> Tensor:

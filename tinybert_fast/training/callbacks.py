@@ -3,6 +3,7 @@
 import logging
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from tinybert_fast.training.report import HIDDEN
-from tinybert_fast.training.run_folder import checkpoints_in
+from tinybert_fast.training.run_folder import RunFolder, checkpoints_in
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,21 @@ class SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class KeepSeconds(TrainerCallback):
+    """With each checkpoint of a stage, the seconds that led to it go to run.json."""
+
+    def __init__(self, run: RunFolder, stage: str, resumed: bool) -> None:
+        self.run, self.stage = run, stage
+        self.before = run.recorded("seconds", {}).get(stage, 0.0) if resumed else 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._start = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        seconds = round(self.before + time.perf_counter() - self._start, 3)
+        self.run.record(seconds={**self.run.recorded("seconds", {}), self.stage: seconds})
 
 
 class ProgressBar(TrainerCallback):

@@ -2,6 +2,8 @@
 resumes exactly.
 """
 
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
 from tinybert_fast.training.loading import quiet
+
+log = logging.getLogger(__name__)
 
 
 def training_arguments(
@@ -46,13 +50,13 @@ def training_arguments(
     `batch_size` is per device and micro-batch. `warmup` below 1 is a share of all steps. A
     checkpoint follows every evaluation: each epoch, or every `eval_steps` steps; with `select_by`
     (a dev metric, or "loss") the best one is loaded at the end. `more` goes to TrainingArguments as
-    it is and wins.
+    it is and wins. Without torchrun one GPU is used.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected 0 or more")
-    for name, value in (("batch_size", batch_size), ("accumulation", accumulation)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected 1 or more")
+    at_least_one(
+        batch_size=batch_size, accumulation=accumulation, eval_steps=eval_steps, log_steps=log_steps
+    )
     if max_steps <= 0 and epochs <= 0:
         raise ValueError(f"epochs is {epochs}; expected more than 0")
     when = "epoch" if eval_steps is None else "steps"
@@ -86,7 +90,23 @@ def training_arguments(
         "disable_tqdm": True,
         "report_to": "none",  # RunTrainer adds TensorBoard with the folder of the run
     }
-    return TrainingArguments(**{**fields, **more})
+    arguments = TrainingArguments(**{**fields, **more})
+    gpus = arguments.n_gpu  # resolves the devices
+    if gpus > 1:
+        _one_gpu_of(gpus)
+        arguments._n_gpu = 1  # several are nn.DataParallel's, which does not split a batch's layout
+    return arguments
+
+
+def at_least_one(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected 1 or more")
+
+
+@cache  # said once
+def _one_gpu_of(gpus: int) -> None:
+    log.warning("using one of %d GPUs; torchrun uses all of them", gpus)
 
 
 class RunTrainer(transformers.Trainer):

@@ -94,14 +94,17 @@ def predict(model: Any, batch: dict[str, Tensor], layout: SequenceLayout | None 
 
 
 def bf16_linears(teacher: nn.Module) -> nn.Module:
-    """Keep the weights of linear layers in bf16, in place, for a teacher that runs under autocast.
+    """Keep the weights of linear layers in bf16, for a teacher that runs under autocast.
 
     The products are those of autocast on fp32 weights; only, autocast does not cache weights that
-    need no gradient, so it would round them anew in every forward.
+    need no gradient, so it would round them anew in every forward. The layers get new Parameters:
+    what shares the old ones keeps them.
     """
     for module in teacher.modules():
         if isinstance(module, nn.Linear):
-            module.to(torch.bfloat16)
+            for name, p in list(module.named_parameters(recurse=False)):
+                rounded = p.detach().to(torch.bfloat16)
+                setattr(module, name, nn.Parameter(rounded, requires_grad=p.requires_grad))
     return teacher
 
 

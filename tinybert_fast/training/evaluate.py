@@ -2,15 +2,12 @@
 
 import json
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import DataLoader
 
 from tinybert_fast import integrations
@@ -22,9 +19,10 @@ from tinybert_fast.data import (
     sort_by_length,
     usable_length,
 )
+from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.data.progress import shown
 from tinybert_fast.training.loading import load_classifier, load_tokenizer
 from tinybert_fast.training.metrics import score
-from tinybert_fast.training.run_folder import atomic_write
 
 
 def evaluate(
@@ -93,7 +91,7 @@ def predict(
     longest_first, order = sort_by_length(encoded)
     loader = DataLoader(longest_first, batch_size=batch_size, collate_fn=LengthCollator(tokenizer))
     parts = []
-    for batch in _shown(loader, len(loader), progress):
+    for batch in shown(loader, "evaluating", len(loader), progress):
         batch.pop("labels", None)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
@@ -102,13 +100,6 @@ def predict(
     in_order = np.empty_like(logits)
     in_order[order] = logits
     return in_order
-
-
-def _shown(batches: Iterable, total: int, progress: bool) -> Iterable:
-    console = Console(stderr=True)
-    if not progress or not console.is_terminal:
-        return batches
-    return track(batches, "evaluating", total=total, console=console, transient=True)
 
 
 def _write_predictions(path: Path, labels, logits: np.ndarray, task: Task) -> None:

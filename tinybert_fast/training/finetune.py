@@ -15,6 +15,7 @@ from tinybert_fast.data import (
     sort_by_length,
     usable_length,
 )
+from tinybert_fast.data.tasks import class_order
 from tinybert_fast.training.common import RunTrainer, training_arguments
 from tinybert_fast.training.loading import (
     check_model_path,
@@ -23,8 +24,10 @@ from tinybert_fast.training.loading import (
     load_tokenizer,
 )
 from tinybert_fast.training.metrics import check_metric, compute_metrics, metric_names
+from tinybert_fast.training.recipe_parts import facts, parameters, usage
+from tinybert_fast.training.recipe_parts import train as train_stage
 from tinybert_fast.training.report import panels_of, table
-from tinybert_fast.training.run_folder import RunFolder, examples_digest
+from tinybert_fast.training.run_folder import RunFolder, examples_digest, weights_digest
 
 
 def finetune(
@@ -68,23 +71,10 @@ def finetune(
     columns = (text, text_pair, label)
     train = load_examples(train_file, *columns, kind=kind)
     config = load_config(model_path)
-    task = Task.of(train, known=tuple((config.id2label or {}).values()))
+    task = Task.of(train, tuple((config.id2label or {}).values()), class_order(train_file, label))
     dev = None if dev_file is None else load_dev(dev_file, task, *columns)
     select_by = check_metric(select_by, task)
-
-    tokenizer = load_tokenizer(model_path)
     max_length = usable_length(max_length, config)
-    encoded = encode_examples(train, tokenizer, task, max_length, str(train_file))
-    encoded_dev = None
-    if dev is not None:
-        encoded_dev, _ = sort_by_length(
-            encode_examples(dev, tokenizer, task, max_length, str(dev_file))
-        )
-    set_seed(seed)  # of the new head
-    model = load_classifier(model_path, task)
-    if accelerate:
-        integrations.accelerate(model, impl=impl)
-
     recipe: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -105,16 +95,31 @@ def finetune(
     )
     settings = {
         "model": str(model_path),
+        "model_weights": weights_digest(model_path),
         "train": examples_digest(train),
         "dev": None if dev is None else examples_digest(dev),
         "labels": task.labels,
         "max_length": max_length,
+        "accelerate": accelerate,
+        "impl": impl,
         "processes": arguments.world_size,
         **recipe,
     }
-    run.begin(settings)
-    if run.finished:
+    if run.finished(settings):
         return run.metrics()
+
+    tokenizer = load_tokenizer(model_path)
+    encoded = encode_examples(train, tokenizer, task, max_length, str(train_file))
+    encoded_dev = None
+    if dev is not None:
+        encoded_dev, _ = sort_by_length(
+            encode_examples(dev, tokenizer, task, max_length, str(dev_file))
+        )
+    set_seed(seed)  # of the new head
+    model = load_classifier(model_path, task)
+    if accelerate:
+        integrations.accelerate(model, impl=impl)
+    run.begin(settings)
 
     trainer = RunTrainer(
         model=model,
@@ -129,16 +134,14 @@ def finetune(
         title="fine-tuning",
         progress=progress,
     )
-    outcome = trainer.train(resume_from_checkpoint=run.last_checkpoint())
+    outcome = train_stage(trainer, run)
     panels = panels_of(trainer.state.log_history)
     metrics: dict[str, Any] = {
         "task": "regression" if task.regression else "classification",
         "labels": list(task.labels) if task.labels else None,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters(model),
         "train_examples": len(train),
-        "steps": trainer.state.global_step,
-        "train_loss": outcome.training_loss,
-        "train_seconds": outcome.metrics["train_runtime"],
+        **outcome,
     }
     if encoded_dev is not None:
         scores = trainer.evaluate(metric_key_prefix="final")  # of the checkpoint that was chosen
@@ -176,19 +179,9 @@ def report_sections(
 ) -> dict[str, str]:
     """report.md of a classification model: results, classes, settings, how to load it."""
     results = [(f"dev {name}", value) for name, value in metrics.get("dev", {}).items()]
-    facts = [
-        (name.replace("_", " "), value)
-        for name, value in metrics.items()
-        if name not in ("dev", "labels")
-    ]
-    sections = {"Result": table(("what", "value"), results + facts)}
+    sections = {"Result": table(("what", "value"), results + facts(metrics))}
     if metrics.get("labels"):
         sections["Classes"] = ", ".join(f"`{label}`" for label in metrics["labels"])
     sections["Settings"] = table(("setting", "value"), settings.items())
-    sections["Use it"] = (
-        "```python\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
-        f'model = AutoModelForSequenceClassification.from_pretrained("{run.path}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{run.path}")\n```\n\n'
-        f"Logs: `tensorboard --logdir {run.logs().parent}`"
-    )
+    sections["Use it"] = usage(run.path, "AutoModelForSequenceClassification")
     return sections

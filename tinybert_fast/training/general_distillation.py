@@ -7,7 +7,8 @@ from typing import Any
 from transformers import BertConfig, TrainerCallback
 
 from tinybert_fast.data.lines import Lines, encode_lines
-from tinybert_fast.training.common import training_arguments
+from tinybert_fast.data.progress import shown
+from tinybert_fast.training.common import at_least_one, training_arguments
 from tinybert_fast.training.distill import DistillationTrainer
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
@@ -26,11 +27,12 @@ from tinybert_fast.training.recipe_parts import (
     parameters,
     prepare,
     student_settings,
+    train,
     usable,
     usage,
 )
 from tinybert_fast.training.report import table
-from tinybert_fast.training.run_folder import RunFolder
+from tinybert_fast.training.run_folder import RunFolder, weights_digest
 from tinybert_fast.training.students import Student, matches_for
 
 
@@ -78,6 +80,7 @@ def distill_general(
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
     check_parity(parity)
+    at_least_one(steps=steps, checkpoint_steps=checkpoint_steps)
     teacher_config = load_config(teacher)
     chosen = Student.of(student, teacher_config)
     tokenizer = load_tokenizer(teacher)
@@ -85,16 +88,12 @@ def distill_general(
     matches = matches_for(matches, chosen.config, teacher_config)
     max_length = usable(max_length, chosen.config, teacher_config)
     lines = Lines.of(corpus)
-    sentences, digest = lines.survey()
+    sentences, digest = lines.survey(progress and run.main)
     check_batches(sentences, batch_size, parity)
-
-    guide = load_encoder(teacher)
-    pupil, projection = chosen.build(guide, matches, init=init, shared=shared_projection, seed=seed)
-    prepare(pupil, guide, parity=parity, accelerate=accelerate, impl=impl, bf16=bf16)
 
     recipe: dict[str, Any] = {
         "epochs": epochs,
-        "max_steps": steps or -1,
+        "max_steps": -1 if steps is None else steps,
         "lr": lr,
         "batch_size": batch_size,
         "accumulation": accumulation,
@@ -115,21 +114,31 @@ def distill_general(
     )
     settings = {
         "teacher": str(teacher),
+        "teacher_weights": weights_digest(teacher),
         **student_settings(chosen, init),
         "corpus": digest,
         "max_length": max_length,
         "matches": str(matches),
         "shared_projection": shared_projection,
         "parity": parity,
+        "accelerate": accelerate,
+        "impl": impl,
         "processes": arguments.world_size,
         **recipe,
     }
-    run.begin(settings)
-    if run.finished:
+    if run.finished(settings):
         return run.metrics()
+
+    guide = load_encoder(teacher)
+    pupil, projection = chosen.build(guide, matches, init=init, shared=shared_projection, seed=seed)
+    prepare(pupil, guide, parity=parity, accelerate=accelerate, impl=impl, bf16=bf16)
+    run.begin(settings)
     with arguments.main_process_first(local=False):
         encoded = encode_lines(
-            lines, tokenizer, max_length, run.checkpoints() / f"corpus-{digest}-{max_length}.arrow"
+            shown(lines, "encoding the corpus", sentences, progress and run.main),
+            tokenizer,
+            max_length,
+            run.checkpoints() / f"corpus-{digest}-{max_length}.arrow",
         )
     trainer = DistillationTrainer(
         pupil,
@@ -147,21 +156,17 @@ def distill_general(
         title="general distillation",
         progress=progress,
     )
-    outcome = trainer.train(resume_from_checkpoint=run.last_checkpoint("general"))
+    outcome = train(trainer, run, "general")
     history = trainer.state.log_history
     metrics: dict[str, Any] = {
         "task": "general distillation",
         "parameters": parameters(pupil),
         "teacher_parameters": parameters(guide),
         "sentences": sentences,
-        "steps": trainer.state.global_step,
-        "train_loss": outcome.training_loss,
-        "train_seconds": outcome.metrics["train_runtime"],
+        **outcome,
         "losses": first_and_last(history),
     }
-    if run.main:
-        projection.save(run.path)
-    run.save_model(pupil, tokenizer)
+    run.save_model(pupil, tokenizer, projection=projection)
     run.write_metrics(metrics)
     sections = {
         "Result": table(("what", "value"), facts(metrics)),

@@ -53,14 +53,14 @@ def intermediate_terms(
                 "parity='official' counts padding, but states were recorded packed; "
                 "record_padded() them"
             )
-        if official or capture.layout is not None:
+        if capture.layout is not None:
             return states
         if layout is None:
             raise ValueError(
                 "padded states were recorded, and no layout says which tokens are real; pass "
                 "layout="
             )
-        return layout.pack(states)
+        return states if official else layout.pack(states)
 
     for m, g in matches.hidden:
         ours, theirs = pick(student.hidden[m], student), pick(teacher.hidden[g], teacher)

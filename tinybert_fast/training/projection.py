@@ -7,13 +7,14 @@ beside the model (``projection.safetensors``), never inside its weights.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from tinybert_fast.data.atomic import atomic_write
 
 FILE_NAME = "projection.safetensors"
 # Where a folder may hold one: our file first, then the kinds that the TinyBERT authors released.
@@ -79,16 +80,10 @@ class HiddenProjection(nn.Module):
 
     def save(self, folder: str | Path) -> Path:
         """Write ``projection.safetensors`` into ``folder``: whole or not at all."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()},
-            str(part),
-        )
-        os.replace(part, path)
+        atomic_write(path, save({k: t.cpu().contiguous() for k, t in self.state_dict().items()}))
         return path
 
     def load(self, folder: str | Path) -> HiddenProjection:

@@ -8,9 +8,12 @@ from transformers import BertConfig
 
 from tinybert_fast import integrations
 from tinybert_fast.data import LengthCollator, usable_length
+from tinybert_fast.training.callbacks import KeepSeconds
+from tinybert_fast.training.common import RunTrainer
 from tinybert_fast.training.distill import Stage, bf16_linears
 from tinybert_fast.training.losses import PARITIES, Parity
 from tinybert_fast.training.report import Panels, panels_of, table
+from tinybert_fast.training.run_folder import RunFolder, weights_digest
 from tinybert_fast.training.students import Student
 
 
@@ -76,7 +79,24 @@ def student_settings(chosen: Student, init: str | None) -> dict[str, Any]:
     if chosen.folder is None:
         settings["init"] = init or "random"
         settings["student_config"] = chosen.config.to_diff_dict()
+    else:
+        settings["student_weights"] = weights_digest(chosen.folder)
     return settings
+
+
+def train(trainer: RunTrainer, run: RunFolder, stage: str = "train") -> dict[str, Any]:
+    """Trains a stage, from its last checkpoint on if there is one. {"steps", "train_loss",
+    "train_seconds"}: of the whole stage; no loss after a restart, from which Trainer counts anew.
+    """
+    checkpoint = run.last_checkpoint(stage)
+    clock = KeepSeconds(run, stage, resumed=checkpoint is not None)
+    trainer.add_callback(clock)
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": outcome.training_loss if checkpoint is None else None,
+        "train_seconds": clock.before + outcome.metrics["train_runtime"],
+    }
 
 
 def parameters(model: Any) -> int:

@@ -1,6 +1,7 @@
 """The output folder of a training run: what may be written there, and how a run is found again.
 
     config.json, model.safetensors, tokenizer files     the model, a plain Transformers folder
+    projection.safetensors  intermediate/               of distillation
     metrics.json  report.md  curves.png
     run.json                                            settings, and what the run has finished
     checkpoints/<stage>/checkpoint-N                    removed at the end unless asked for
@@ -18,17 +19,23 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.training.loading import quiet
+from tinybert_fast.training.projection import FILE_NAME as PROJECTION
+from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.report import Panels, plot
 
 RUN = "run.json"
 METRICS = "metrics.json"
 REPORT = "report.md"
 CURVES = "curves.png"
+INTERMEDIATE: Final = "intermediate"  # the student of the first stage of task distillation
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+HASH_BYTES = 1 << 20  # of a file read at a time
 CHECKPOINT_FILES = {  # name -> pattern: sharded weights and several processes number theirs
     "trainer_state.json": "trainer_state.json",
     "model.safetensors": "model*.safetensors",
@@ -76,26 +83,29 @@ class RunFolder:
 
     # ---- the run ---------------------------------------------------------------------------------
 
-    @property
-    def finished(self) -> bool:
-        """True when a resumed run has nothing left to do: its answer is `metrics()`."""
+    def finished(self, settings: Mapping[str, Any]) -> bool:
+        """True when a resumed run has nothing left to do: its answer is `metrics()`.
+
+        `settings`: what decides the weights; JSON values. Raises ValueError if the run was begun
+        with others.
+        """
+        if self.resuming:
+            self._compare(_as_json(settings))
         return self.resuming and bool(self.recorded("finished"))
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Creates the folder, or goes on in it. `settings`: what decides the weights; JSON values.
+        """Creates the folder, or goes on in it: see `finished`.
 
-        Raises ValueError if a resumed run was begun with other settings. Call it when every input
-        has been read (nothing is left behind by a bad one) and after TrainingArguments (they start
-        torchrun's group).
+        Call it when every input has been read (nothing is left behind by a bad one) and after
+        TrainingArguments (they start torchrun's group).
         """
-        wanted = json.loads(json.dumps(settings))  # tuples become lists, as they are on disk
         if self.resuming:
-            self._compare(wanted)
+            self._compare(_as_json(settings))
         else:
-            self._run = {"settings": wanted, "finished": False}
+            self._run = {"settings": _as_json(settings), "finished": False}
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
-                for name in ("checkpoints", "logs"):
+                for name in ("checkpoints", "logs", INTERMEDIATE):
                     shutil.rmtree(self.path / name, ignore_errors=True)
                 for name in (METRICS, REPORT, CURVES):
                     (self.path / name).unlink(missing_ok=True)
@@ -155,20 +165,33 @@ class RunFolder:
 
     # ---- results ---------------------------------------------------------------------------------
 
-    def save_model(self, model, tokenizer=None, name: str | None = None) -> Path:
-        """`save_pretrained` of both into the folder (or its sub-folder `name`), by rename."""
+    def save_model(
+        self,
+        model,
+        tokenizer=None,
+        name: str | None = None,
+        projection: HiddenProjection | None = None,
+    ) -> Path:
+        """All of them into the folder (or its sub-folder `name`), by rename. What is replaced loses
+        its config.json first, so that old and new files together are never taken for a model.
+        """
         target = self.path if name is None else self.path / name
         if self.main:
             target.mkdir(parents=True, exist_ok=True)
-            partial = target / ".partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            with quiet():
-                model.save_pretrained(partial)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(partial)
-            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, target / file.name)
-            partial.rmdir()
+            partial = target / f".{os.getpid()}.partial"
+            try:
+                with quiet():
+                    model.save_pretrained(partial)
+                    if tokenizer is not None:
+                        tokenizer.save_pretrained(partial)
+                if projection is not None:
+                    projection.save(partial)
+                for old in ("config.json", PROJECTION):
+                    (target / old).unlink(missing_ok=True)
+                for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                    os.replace(file, target / file.name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         _barrier()
         return target
 
@@ -240,14 +263,6 @@ def _fault(file: Path) -> str | None:
     return None
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
-
-
 def examples_digest(examples) -> str:
     """Short hash of a dataset's texts and labels: tells a resumed run that its data is the same."""
     digest = hashlib.sha256()
@@ -256,6 +271,24 @@ def examples_digest(examples) -> str:
         for value in examples[column]:
             digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
+
+
+def weights_digest(model: str | Path) -> str | None:
+    """Short hash of a model folder's weights, its projection included: tells a resumed run that it
+    starts from the same ones. None for a name of the hub.
+    """
+    digest = hashlib.sha256()
+    files = {file for pattern in WEIGHTS for file in Path(model).glob(pattern)}
+    for path in sorted(files):
+        with path.open("rb") as file:
+            while block := file.read(HASH_BYTES):
+                digest.update(block)
+    return digest.hexdigest()[:16] if files else None
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are read back: tuples become lists."""
+    return json.loads(json.dumps(settings))
 
 
 def _read_json(path: Path) -> dict:

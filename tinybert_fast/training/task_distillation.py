@@ -11,15 +11,14 @@ from transformers import BertConfig, TrainerCallback
 
 from tinybert_fast.data import Task, encode_examples, load_examples, sort_by_length
 from tinybert_fast.training import evaluate
-from tinybert_fast.training.common import training_arguments
+from tinybert_fast.training.common import at_least_one, training_arguments
 from tinybert_fast.training.distill import DistillationTrainer, Stage
 from tinybert_fast.training.finetune import load_dev
 from tinybert_fast.training.initialise import How
-from tinybert_fast.training.loading import load_classifier, load_tokenizer
+from tinybert_fast.training.loading import load_classifier, load_config, load_tokenizer
 from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.metrics import compute_metrics, metric_for, metric_names, score
-from tinybert_fast.training.projection import FILE_NAME as PROJECTION
 from tinybert_fast.training.recipe_parts import (
     check_batches,
     check_parity,
@@ -32,15 +31,20 @@ from tinybert_fast.training.recipe_parts import (
     parameters,
     prepare,
     student_settings,
+    train,
     usable,
     usage,
 )
 from tinybert_fast.training.report import Panels, table
-from tinybert_fast.training.run_folder import RunFolder, examples_digest
+from tinybert_fast.training.run_folder import (
+    INTERMEDIATE,
+    RunFolder,
+    examples_digest,
+    weights_digest,
+)
 from tinybert_fast.training.students import Student, matches_for
 
 SINGLE_LENGTH, PAIR_LENGTH = 64, 128  # tokens of an input in the paper
-INTERMEDIATE: Stage = "intermediate"
 PREDICTION: Stage = "prediction"
 STAGES = (INTERMEDIATE, PREDICTION)
 
@@ -107,40 +111,26 @@ def distill_task(
         raise ValueError(
             f"the temperature divides the logits: expected more than 0, got {temperature}"
         )
-    guide = load_classifier(teacher)
-    chosen = Student.of(student, guide.config)
+    at_least_one(eval_steps=eval_steps, checkpoint_steps=checkpoint_steps)
+    config = load_config(teacher)
+    chosen = Student.of(student, config)
     tokenizer = load_tokenizer(teacher)
-    chosen.check(teacher, guide.config, tokenizer)
-    matches = matches_for(matches, chosen.config, guide.config)
+    chosen.check(teacher, config, tokenizer)
+    matches = matches_for(matches, chosen.config, config)
     data = _read(
-        guide.config, train_file, dev_file, augmented, text=text, text_pair=text_pair, label=label
+        config, train_file, dev_file, augmented, text=text, text_pair=text_pair, label=label
     )
     task = data.task
     if augmented_prediction is None:
         augmented_prediction = not task.regression
     select_by = _metric(select_by, task)
-    max_length = usable(
-        max_length or (PAIR_LENGTH if task.text_pair else SINGLE_LENGTH),
-        *(chosen.config, guide.config),
-    )
-    encoded = {
-        name: encode_examples(examples, tokenizer, task, max_length, str(file))
-        for name, examples, file in (
-            ("train", data.train, train_file),
-            ("dev", data.dev, dev_file),
-            ("augmented", data.augmented, augmented),
-        )
-        if examples is not None
-    }
-    texts = {INTERMEDIATE: encoded.get("augmented", encoded["train"]), PREDICTION: encoded["train"]}
-    if augmented_prediction:
-        texts[PREDICTION] = texts[INTERMEDIATE]
-    for examples in texts.values():
-        check_batches(len(examples), batch_size, parity)
-    dev = sort_by_length(encoded["dev"])[0] if "dev" in encoded else None
-    pupil, projection = chosen.build(
-        guide, matches, task=task, init=init, shared=shared_projection, seed=seed
-    )
+    if max_length is None:
+        max_length = PAIR_LENGTH if task.text_pair else SINGLE_LENGTH
+    max_length = usable(max_length, chosen.config, config)
+    first = "augmented" if "augmented" in data.parts else "train"
+    sources = {INTERMEDIATE: first, PREDICTION: first if augmented_prediction else "train"}
+    for name in sources.values():
+        check_batches(len(data.parts[name]), batch_size, parity)
 
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -158,9 +148,10 @@ def distill_task(
         },
         PREDICTION: {"epochs": prediction_epochs, "lr": prediction_lr, "warmup": warmup},
     }
-    steps = int(prediction_epochs * len(texts[PREDICTION]) / (batch_size * accumulation))
+    rows = len(data.parts[sources[PREDICTION]])
+    steps = int(prediction_epochs * rows / (batch_size * accumulation))
     looks: dict[str, Any] = {"evaluate": False}
-    if dev is not None:
+    if "dev" in data.parts:
         looks = {"eval_steps": max(1, min(eval_steps, steps)), "select_by": select_by}
     arguments = {}
     if intermediate_epochs:
@@ -184,6 +175,7 @@ def distill_task(
     )
     settings = {
         "teacher": str(teacher),
+        "teacher_weights": weights_digest(teacher),
         **student_settings(chosen, init),
         **data.digests(),
         "augmented_prediction": augmented_prediction,
@@ -192,6 +184,8 @@ def distill_task(
         "shared_projection": shared_projection,
         "parity": parity,
         "temperature": temperature,
+        "accelerate": accelerate,
+        "impl": impl,
         "processes": arguments[PREDICTION].world_size,
         **common,
         **{
@@ -201,16 +195,27 @@ def distill_task(
         },
         **looks,
     }
-    run.begin(settings)
-    if run.finished:
+    if run.finished(settings):
         return run.metrics()
+
+    guide = load_classifier(teacher)
+    encoded = {
+        name: encode_examples(examples, tokenizer, task, max_length, str(data.files[name]))
+        for name, examples in data.parts.items()
+    }
+    texts = {stage: encoded[name] for stage, name in sources.items()}
+    dev = sort_by_length(encoded["dev"])[0] if "dev" in encoded else None
+    pupil, projection = chosen.build(
+        guide, matches, task=task, init=init, shared=shared_projection, seed=seed
+    )
+    run.begin(settings)
 
     metrics: dict[str, Any] = {
         "task": f"{'regression' if task.regression else 'classification'}, distilled",
         "labels": list(task.labels) if task.labels else None,
         "parameters": parameters(pupil),
         "teacher_parameters": parameters(guide),
-        "train_examples": len(data.train),
+        "train_examples": len(data.parts["train"]),
     }
     if dev is not None:
         guide.to(arguments[PREDICTION].device)
@@ -242,13 +247,11 @@ def distill_task(
                 title=INTERMEDIATE,
                 **shown,
             )
-            outcome = trainer.train(resume_from_checkpoint=run.last_checkpoint(INTERMEDIATE))
-            if run.main:
-                projection.save(run.path / INTERMEDIATE)
-            run.save_model(pupil, tokenizer, INTERMEDIATE)
-            done = _outcome(trainer, outcome)
-            run.record(**{INTERMEDIATE: {**done, "history": trainer.state.log_history}})
-            done = run.recorded(INTERMEDIATE)
+            done = train(trainer, run, INTERMEDIATE)
+            history = trainer.state.log_history
+            run.save_model(pupil, tokenizer, INTERMEDIATE, projection)
+            done |= {"losses": first_and_last(history), "history": history}
+            run.record(**{INTERMEDIATE: done})
         else:
             pupil = load_classifier(run.path / INTERMEDIATE, task)
             prepare(pupil, **how)
@@ -268,17 +271,15 @@ def distill_task(
         title=PREDICTION,
         **shown,
     )
-    outcome = trainer.train(resume_from_checkpoint=run.last_checkpoint(PREDICTION))
+    outcome = train(trainer, run, PREDICTION)
     history = trainer.state.log_history
     panels |= loss_panels(history, PREDICTION)
-    metrics[PREDICTION] = _outcome(trainer, outcome)
+    metrics[PREDICTION] = {**outcome, "losses": first_and_last(history)}
     if dev is not None:
         best = trainer.state.best_global_step
         log = next(e for e in history if e.get("step") == best and f"eval_{select_by}" in e)
         metrics["selected_by"], metrics["best_step"] = select_by, best
         metrics["dev"] = {name: log[f"eval_{name}"] for name in metric_names(task)}
-    if run.main:
-        (run.path / PROJECTION).unlink(missing_ok=True)  # of a model that this one replaces
     run.save_model(pupil, tokenizer)
     run.write_metrics(metrics)
     run.write_report("Task distillation", _sections(run.path, metrics, settings), panels)
@@ -289,13 +290,11 @@ def distill_task(
 @dataclass(frozen=True)
 class _Data:
     task: Task
-    train: Dataset
-    dev: Dataset | None
-    augmented: Dataset | None
+    files: dict[str, str | Path | None]  # of "train", "dev", "augmented"
+    parts: dict[str, Dataset]  # where there is a file
 
     def digests(self) -> dict[str, str | None]:
-        parts = {"train": self.train, "dev": self.dev, "augmented": self.augmented}
-        return {k: None if part is None else examples_digest(part) for k, part in parts.items()}
+        return {k: examples_digest(self.parts[k]) if k in self.parts else None for k in self.files}
 
 
 def _read(
@@ -310,18 +309,21 @@ def _read(
 ) -> _Data:
     """The files, held to the teacher's task: classes or scores, single texts or pairs."""
     kind = "regression" if Task.of_model(config).regression else "classification"
-    train = load_examples(train_file, text, text_pair, label, kind=kind, require_label=False)
-    task = Task.of_model(config, text_pair="text_pair" in train.column_names)
-    dev = None if dev_file is None else load_dev(dev_file, task, text, text_pair, label)
-    augmented = None
+    first = load_examples(train_file, text, text_pair, label, kind=kind, require_label=False)
+    task = Task.of_model(config, text_pair="text_pair" in first.column_names)
+    parts = {"train": first}
+    if dev_file is not None:
+        parts["dev"] = load_dev(dev_file, task, text, text_pair, label)
     if augmented_file is not None:
         augmented = load_examples(augmented_file, text, text_pair, kind=kind, require_label=False)
+        parts["augmented"] = augmented
         if ("text_pair" in augmented.column_names) != (task.text_pair is not None):
             wanted = "pairs" if task.text_pair else "single texts"
             raise ValueError(
                 f"{train_file} holds {wanted} and {augmented_file} does not; name the columns"
             )
-    return _Data(task, train, dev, augmented)
+    files = {"train": train_file, "dev": dev_file, "augmented": augmented_file}
+    return _Data(task, files, parts)
 
 
 def _metric(name: str | None, task: Task) -> str:
@@ -329,15 +331,6 @@ def _metric(name: str | None, task: Task) -> str:
     if name is not None and name not in known:
         raise ValueError(f"select_by is {name!r}; a student is selected by {', '.join(known)}")
     return name or metric_for(task)
-
-
-def _outcome(trainer: DistillationTrainer, outcome: Any) -> dict[str, Any]:
-    return {
-        "steps": trainer.state.global_step,
-        "train_loss": outcome.training_loss,
-        "train_seconds": outcome.metrics["train_runtime"],
-        "losses": first_and_last(trainer.state.log_history),
-    }
 
 
 def _sections(path: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:

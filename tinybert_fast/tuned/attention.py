@@ -41,10 +41,11 @@ def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, 
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     lse = q.new_zeros(q.shape[:2], dtype=_wide(q))
     source = random.generator(seed, site) if dropout_p > 0.0 else None
-    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], dropout_p > 0.0):
+    blocked = not _fused_on_cpu(q, dropout_p, block_mask)
+    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], blocked):
         queries, keys, values = (heads_of(x, rows, length) for x in (q, k, v))  # (b, H, n, D)
         mask = _additive_mask(length, direction, block_mask, sequences, queries)
-        if dropout_p == 0.0 and q.device.type == "cpu" and block_mask is None:
+        if not blocked:
             o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
                 queries, keys, values, attn_mask=mask, scale=scale
             )
@@ -52,7 +53,7 @@ def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, 
         else:
             o = _blocked_forward(queries, keys, values, mask, scale, dropout_p, source)
         put(out, rows, o)
-    return out, lse, torch.empty(0, dtype=torch.int64, device=q.device)
+    return out, lse, torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
 def backward(
@@ -67,10 +68,11 @@ def backward(
         )
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     source = random.generator(seed, site) if dropout_p > 0.0 else None
-    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], dropout_p > 0.0):
+    blocked = not _fused_on_cpu(q, dropout_p, block_mask)
+    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], blocked):
         queries, keys, values, do = (heads_of(x, rows, length) for x in (q, k, v, grad))
         mask = _additive_mask(length, direction, block_mask, sequences, queries)
-        if dropout_p == 0.0 and q.device.type == "cpu" and block_mask is None:
+        if not blocked:
             o = heads_of(out, rows, length)
             log_sum = heads_of(lse[..., None], rows, length)[..., 0]  # (b, H, n)
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -194,6 +196,10 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
         return torch.softmax(scores, -1)
     probabilities = torch.softmax(scores.add_(mask), -1)
     return probabilities.masked_fill_((mask == -torch.inf).all(-1, keepdim=True), 0.0)
+
+
+def _fused_on_cpu(q: Tensor, dropout_p: float, block_mask: Tensor | None) -> bool:
+    return q.device.type == "cpu" and dropout_p == 0.0 and block_mask is None
 
 
 def _fused_on_gpu(q: Tensor, direction: str, block_mask: Tensor | None) -> bool:

@@ -21,19 +21,34 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tinybert_fast.data import load_examples
+from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.data.lines import Lines
 from tinybert_fast.training.demo import scores, texts
 from tinybert_fast.training.demo.settings import DemoSettings
 from tinybert_fast.training.finetune import finetune
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
 from tinybert_fast.training.recipes import distill_general, distill_task
-from tinybert_fast.training.run_folder import METRICS, RUN, RunFolder, atomic_write
+from tinybert_fast.training.run_folder import (
+    METRICS,
+    RUN,
+    RunFolder,
+    examples_digest,
+    weights_digest,
+)
 from tinybert_fast.training.students import Student, matches_for
 
 log = logging.getLogger(__name__)
 
 PHASES = ("data", "teacher", "general", "student", "alone", "score")
 TIMES = "times.json"
+MADE_FROM = {  # key of a run's settings -> what it is a hash of
+    "corpus": "the unlabelled sentences",
+    "train": "the training sentences",
+    "teacher_weights": "the teacher",
+    "student_weights": "the generally distilled student",
+}
 
 
 def run_demo(
@@ -48,8 +63,9 @@ def run_demo(
 ) -> dict[str, Any] | None:
     """Runs the phases in order (or `only` some) and returns the result, None without `score`.
 
-    What is complete in `output` is kept and what was interrupted goes on, unless `overwrite`.
-    `say` gets one line at the start of each phase; `machine` is noted in the result.
+    What is complete in `output` is kept and what was interrupted goes on, unless `overwrite`; what
+    was made from a model or texts that have changed since is made anew. `say` gets one line at the
+    start of each phase; `machine` is noted in the result.
     """
     unknown = set(only) - set(PHASES)
     if unknown:
@@ -110,9 +126,10 @@ class Demo:
             )
         self.say("data: splitting labelled sentences and reviews")
         with self._timed("data"):
-            texts.write_texts(self.path / "data", self.settings)
+            (self.path / "data" / "sizes.json").unlink(missing_ok=True)  # the last to be written
             settings = json.dumps(self._data_settings(), indent=2)
             atomic_write(self.path / "data" / "settings.json", settings + "\n")
+            texts.write_texts(self.path / "data", self.settings)
 
     def teacher(self) -> None:
         s, sizes = self.settings, self.sizes
@@ -262,20 +279,26 @@ class Demo:
         return self._read("data/sizes.json")
 
     def _phase(self, name: str, what: str, train: Callable[[dict], Any]) -> None:
-        """One training run in the folder `name`: skipped if complete, resumed if interrupted."""
-        done = self._finished(name) and not self.overwrite
+        """One training run in the folder `name`: skipped if complete, resumed if interrupted, and
+        begun again if what it was made from is another now.
+        """
+        changed = None if self.overwrite else self._changed(name)
+        again = self.overwrite or changed is not None
+        done = self._finished(name) and not again
+        if changed:
+            what = f"{changed} changed since, so again: {what}"
         self.say(f"{name}: {'done before' if done else what}")
         common = {
             "output": self.path / name,
-            "overwrite": self.overwrite,
-            "resume": not self.overwrite,
+            "overwrite": again,
+            "resume": not again,
             "progress": self.progress,
             "callbacks": [KeepHistory(self.path / name)],
         }
         if done:
             train(common)  # compares the settings and returns at once
             return
-        with self._timed(name):
+        with self._timed(name, resumed=not again and (self.path / name / RUN).exists()):
             train(common)
 
     def _task_options(self) -> dict[str, Any]:
@@ -290,11 +313,35 @@ class Demo:
             self._read(f"{name}/{RUN}").get("finished")
         )
 
+    def _changed(self, name: str) -> str | None:
+        """What the run in the folder `name` was made from and is another now, told by its hash."""
+        made_from = self._read(f"{name}/{RUN}").get("settings")
+        if made_from is None:
+            return None
+        phase, data = name.split("/")[0], self.path / "data"
+        now: dict[str, str | None] = {}
+        if phase == "general":
+            now["corpus"] = Lines.of(data / "sentences.txt").survey()[1]
+        else:
+            now["train"] = examples_digest(load_examples(data / "train.csv"))
+        if phase == "student":
+            now["teacher_weights"] = weights_digest(self.path / "teacher")
+            now["student_weights"] = weights_digest(self.path / "general")
+        different = (key for key in now if key in made_from and made_from[key] != now[key])
+        return MADE_FROM.get(next(different, ""))
+
     def _need(self, *names: str) -> None:
         for name in names:
+            phase = name.split("/")[0]
             if not self._finished(name):
                 raise FileNotFoundError(
-                    f"{self.path / name} is not complete; run the phase {name.split('/')[0]} first"
+                    f"{self.path / name} is not complete; run the phase {phase} first"
+                )
+            changed = self._changed(name)
+            if changed:
+                raise ValueError(
+                    f"{changed} changed since {self.path / name} was made; run the phase {phase} "
+                    "again"
                 )
 
     def _dev(self, name: str) -> float:
@@ -308,14 +355,14 @@ class Demo:
             return {}
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds of this phase to those of its interrupted runs."""
+    def _timed(self, name: str, resumed: bool = False) -> Iterator[None]:
+        """Keeps the seconds of this phase, those before an interruption included."""
         start = time.perf_counter()
         try:
             yield
         finally:
             times = self._read(TIMES)
-            before = 0.0 if self.overwrite else times.get(name, 0.0)
+            before = times.get(name, 0.0) if resumed else 0.0
             times[name] = round(before + time.perf_counter() - start, 1)
             atomic_write(self.path / TIMES, json.dumps(times, indent=2) + "\n")
 

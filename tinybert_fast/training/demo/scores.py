@@ -13,13 +13,14 @@ import torch
 
 from tinybert_fast import integrations
 from tinybert_fast.data import LengthCollator, Task, encode_examples, load_examples, sort_by_length
+from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.training.demo.settings import DemoSettings
 from tinybert_fast.training.evaluate import predict
 from tinybert_fast.training.loading import load_classifier, load_tokenizer
 from tinybert_fast.training.metrics import score
 from tinybert_fast.training.recipe_parts import parameters
 from tinybert_fast.training.report import Panels, plot, table
-from tinybert_fast.training.run_folder import METRICS, atomic_write
+from tinybert_fast.training.run_folder import METRICS
 
 RESULT = "demo.json"
 REPORT = "report.md"

