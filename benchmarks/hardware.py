@@ -47,6 +47,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bf16 products run as instructions; without them a CPU computes them much slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN's answer is yes from AVX-512 on
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

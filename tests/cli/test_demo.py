@@ -62,7 +62,7 @@ def run(cli, small, monkeypatch, tmp_path):
     monkeypatch.setattr(texts, "teacher_folder", lambda: folder / "teacher")
     monkeypatch.setattr(texts, "reviews_file", lambda: folder / "reviews.csv")
     monkeypatch.setattr(demo, "QUICK", settings)
-    return lambda *more: cli("demo", "-o", tmp_path / "demo", "--threads", 1, *more)
+    return lambda *more: cli("demo", "-o", tmp_path / "demo", "--threads", 1, "--fp32", *more)
 
 
 def test_everything_and_then_nothing_again(run, tmp_path):
@@ -139,6 +139,19 @@ def test_other_settings_are_not_mixed(run, small, monkeypatch):
     monkeypatch.setattr(demo, "QUICK", replace(small[1], general_steps=5))
     assert "--overwrite" in run("--only", "data").line
     assert run("--only", "data", "--overwrite").code == 0
+
+
+def test_the_report_tells_the_settings_that_the_models_were_trained_with(run, small, monkeypatch):
+    from dataclasses import replace
+
+    short = replace(small[1], alone_lrs=(1e-3,), pca_alone=False, general_steps=2)
+    monkeypatch.setattr(demo, "QUICK", short)
+    answer = run("--bf16")
+    assert answer.code == 0, answer.err
+    assert "Trained in bf16 autocast" in answer.out
+    assert "bf16 was True, now False" in run("--only", "score").line
+    monkeypatch.setattr(demo, "QUICK", replace(short, prediction_epochs=2))
+    assert "epochs" in run("--bf16", "--only", "score", "--overwrite").line
 
 
 def test_what_came_from_another_teacher_is_made_again(run, small, tmp_path, monkeypatch):

@@ -17,6 +17,20 @@ def test_the_old_file_stays_when_writing_fails(tmp_path, monkeypatch):
     assert [path.name for path in file.parent.iterdir()] == ["a.json"]
 
 
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    link.symlink_to(target)
+    atomic_write(link, "through")
+    assert link.is_symlink()
+    assert target.read_text() == "through"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic_write(pipe, "down")
+    assert os.read(reader, 9) == b"down"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
 def test_two_processes_do_not_share_a_half_written_file(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
     with replacing(file) as mine:

@@ -357,6 +357,7 @@ def test_reentrant_checkpointing_over_frozen_embeddings(cases):
         model(**batch).loss.backward()
     for (name, a), (_, b) in zip(fast.named_parameters(), plain.named_parameters()):
         if b.requires_grad:
+            assert b.grad is not None, name
             torch.testing.assert_close(a.grad, b.grad, rtol=2e-5, atol=1e-6, msg=name)
 
 
@@ -496,20 +497,74 @@ def test_hooks_on_bypassed_modules_are_heard(cases, caplog, where):
     assert len(served_by_transformers(caplog, "hook")) == 1
 
 
-def test_a_replaced_layer_norm_runs_transformers(cases, caplog):
-    class Other(torch.nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x) * 2
+@pytest.mark.parametrize("where", ["encoder.layer.1", "encoder.layer.0.output"])
+def test_backward_hooks_on_bypassed_modules_are_heard(cases, caplog, where):
+    _, fast = cases.pair("BertModel")
+    heard = []
+    fast.get_submodule(where).register_full_backward_hook(lambda *_: heard.append(where))
+    fast(**cases.batch("right")).last_hidden_state.sum().backward()
+    assert heard
+    assert len(served_by_transformers(caplog, "hook")) == 1
 
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "embeddings",
+        "embeddings.dropout",
+        "encoder",
+        "encoder.layer.1",
+        "encoder.layer.1.attention",
+        "encoder.layer.0.attention.self",
+        "encoder.layer.1.attention.output",
+        "encoder.layer.1.intermediate",
+        "encoder.layer.0.output",
+        "encoder.layer.0.output.LayerNorm",
+    ],
+)
+def test_a_replaced_module_runs_transformers(cases, caplog, where):
     plain, fast = cases.pair("BertModel")
-    batch = cases.batch("right")
     for model in (plain, fast):
-        old = model.encoder.layer[0].output.LayerNorm
-        new = Other(old.normalized_shape, eps=old.eps)
-        new.load_state_dict(old.state_dict())
-        model.encoder.layer[0].output.LayerNorm = new
+        module = model.get_submodule(where)
+        module.__class__ = twice_as_much(type(module))
+    batch = cases.batch("right")
     assert torch.equal(fast(**batch).last_hidden_state, plain(**batch).last_hidden_state)
-    assert len(served_by_transformers(caplog, "LayerNorm was replaced")) == 1
+    assert len(served_by_transformers(caplog, "was replaced")) == 1
+
+
+def twice_as_much(cls):
+    """A module that packed rows would miss if they only read its tensors."""
+
+    def forward(self, *args, **kwargs):
+        out = cls.forward(self, *args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return out * 2
+        if isinstance(out, tuple):
+            return (out[0] * 2, *out[1:])
+        out.last_hidden_state = out.last_hidden_state * 2
+        return out
+
+    return type("Twice", (cls,), {"forward": forward})
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+@pytest.mark.parametrize(
+    "where", ["", ".predictions", ".predictions.transform", ".predictions.transform.LayerNorm"]
+)
+def test_a_changed_masked_lm_head_runs_transformers(cases, caplog, name, where):
+    plain, fast = cases.pair(name)
+    batch = cases.batch("right")
+    batch |= labels_of(name, batch["attention_mask"])
+    heard = []
+    for model in (plain.train(), fast.train()):
+        head = model.get_submodule("cls" + where)
+        head.register_forward_hook(lambda *_: heard.append(where))
+        head.register_full_backward_hook(lambda *_: heard.append(where))
+    torch.testing.assert_close(fast(**batch).loss, plain(**batch).loss)
+    assert len(heard) == 2
+    fast(**batch).loss.backward()
+    assert len(heard) == 4
+    assert len(served_by_transformers(caplog, "own head: a hook")) == 1
 
 
 def test_models_that_run_transformers(cases, caplog):

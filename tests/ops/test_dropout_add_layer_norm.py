@@ -107,7 +107,7 @@ def test_refuses():
         with pytest.raises(ValueError, match=rf"{name} must have shape \(3,\).*got \(2, 3\)"):
             op(x, residual=x, **{"bias": c, "weight": c, "ln_bias": c, **bad})
     for rate in (0.001, 0.999, 1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match="between 1/512 and 1 - 1/512"):
+        with pytest.raises(ValueError, match="above 1/512 and below 1 - 1/512"):
             op(x, c, x, c, c, dropout_p=rate, seed=seed)
     for wrong in (None, seed.int(), seed[:1]):
         with pytest.raises(ValueError, match=r"needs seed, an int64 tensor of shape \(2,\); got"):

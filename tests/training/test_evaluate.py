@@ -9,7 +9,7 @@ import torch
 from tinybert_fast.data import Task, encode_examples, load_examples
 from tinybert_fast.testing.tiny_models import sentiment_file, tiny_classifier, tiny_encoder
 from tinybert_fast.training.evaluate import evaluate, predict
-from tinybert_fast.training.loading import load_classifier, load_tokenizer
+from tinybert_fast.training.loading import load_classifier, load_encoder, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +89,10 @@ def test_long_texts_are_cut_to_the_positions(made, tmp_path, caplog):
     (tmp_path / "a.csv").write_text(f"text,label\n{'very ' * 60},good\ngood,good\n")
     evaluate(made / "model", tmp_path / "a.csv", accelerate=False, progress=False)
     assert "truncated 1 of 2 texts to 40 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("load", [load_classifier, load_encoder])
+def test_a_checkpoint_in_bf16_loads_as_fp32(tmp_path, load):
+    folder = tiny_classifier(tmp_path / "model")
+    load_classifier(folder).bfloat16().save_pretrained(folder)
+    assert {p.dtype for p in load(folder).parameters()} == {torch.float32}

@@ -46,6 +46,11 @@ def test_refuses_what_it_would_destroy(tmp_path):
         RunFolder(model)
     with pytest.raises(FileExistsError, match="did not train, so there is nothing to resume"):
         RunFolder(model, resume=True)
+    for name in ("logs", "checkpoints", "report.md"):
+        theirs = tmp_path / f"project-{name}" / name / "best.pt"
+        theirs.mkdir(parents=True)
+        with pytest.raises(FileExistsError, match=rf"holds {name}, which no run left there"):
+            RunFolder(theirs.parents[1], resume=True)
     begun(tmp_path / "run")
     with pytest.raises(FileExistsError, match=r"unfinished run; .*--resume.*--overwrite"):
         RunFolder(tmp_path / "run")

@@ -42,6 +42,14 @@ def demo(
         typer.Option(help="Seeds of task distillation and of the students without a teacher."),
     ] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--fp32",
+            help="Train under bfloat16 autocast, or not (default: where the hardware has it).",
+            show_default=False,
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,13 +70,14 @@ def demo(
     """
     import torch
 
-    from tinybert_fast.benchmarks.hardware import facts
+    from tinybert_fast.benchmarks.hardware import facts, has_bf16
     from tinybert_fast.training.demo import FULL, QUICK, run_demo
     from tinybert_fast.training.demo.scores import MODEL_COLUMNS, model_rows, remarks
 
-    settings = replace(FULL if full else QUICK, seeds=seeds, threads=threads)
-    folder = output_ or Path("runs/demo-full" if full else "runs/demo")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = has_bf16(device) if bf16 is None else bf16
+    settings = replace(FULL if full else QUICK, seeds=seeds, threads=threads, bf16=bf16)
+    folder = output_ or Path("runs/demo-full" if full else "runs/demo")
     result = run_demo(
         settings,
         folder,

@@ -2,7 +2,7 @@
 
 No Parameter moves: state_dict, optimizer and checkpoints stay as they are. The swapped classes run
 `modules.encode` on the real tokens and pad what they return; rows of padding are zeros where
-Transformers leaves values that mean nothing. What packed rows cannot serve (see `_unserved`) runs
+Transformers leaves values that mean nothing. What packed rows cannot serve (see unserved.py) runs
 Transformers' own forward and says so once.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import modeling_utils
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
@@ -32,20 +31,15 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.utils import can_return_tuple, output_capturing
 
+from tinybert_fast.integrations.unserved import head_changed, unserved
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.modules.encoder import encode
 from tinybert_fast.modules.heads import IGNORED, first_tokens, masked_lm_loss, predict
+from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.dispatch import FASTEST_FIRST, Impl
 from tinybert_fast.ops.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)
-
-# These compute the same attention; any other name is the user's own and is left to run.
-EQUIVALENT_ATTENTION = {None, "eager", "sdpa", "flex_attention"}
-# Keywords that reach BertModel.forward and change nothing in an encoder.
-INERT_KEYWORDS = {"use_cache", "num_items_in_batch", "return_dict"}
-# Where Transformers defines the hooks that it registers itself.
-OWN_HOOKS = {output_capturing.__name__, modeling_utils.__name__}
 
 
 @dataclass
@@ -189,10 +183,15 @@ class AcceleratedHead(Accelerated):
     """A class whose head reads packed rows."""
 
     bert: Any
+    fast_head: type | None = None  # the class of a masked-LM head, whose tensors are read
 
     def encode_packed(self, **inputs: Any) -> Packed | None:
         """Calls ``self.bert``, so that its hooks run. None: Transformers' own head has to run."""
         if not isinstance(self.bert, AcceleratedBertModel):
+            return None
+        changed = head_changed(self)
+        if changed is not None:
+            say_once(f"{type(self).__name__} runs Transformers' own head: {changed}")
             return None
         return self.bert(packed=True, return_dict=True, **inputs)
 
@@ -201,6 +200,8 @@ class AcceleratedHead(Accelerated):
 class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
     """With labels in training mode, the head runs on labelled rows alone and there are no logits
     (training_logits=True gives them)."""
+
+    fast_head = bert_modules.BertOnlyMLMHead
 
     @can_return_tuple
     def forward(
@@ -236,6 +237,8 @@ class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
 class AcceleratedBertForPreTraining(AcceleratedHead, BertForPreTraining):
     """With both labels in training mode, the vocabulary head runs on labelled rows alone and there
     are no prediction_logits (training_logits=True gives them)."""
+
+    fast_head = bert_modules.BertPreTrainingHeads
 
     @can_return_tuple
     def forward(
@@ -340,6 +343,10 @@ def accelerate(model: Any, *, impl: Impl = "auto", training_logits: bool = False
             f"impl={impl!r} is not one of auto, {', '.join(FASTEST_FIRST)}, "
             "nor a (forward, backward) pair of them"
         )
+    for name in names:
+        reason = None if name == "auto" else dispatch.absent(name)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run here: {reason}")
     found = [m for m in model.modules() if isinstance(m, Accelerated) or type(m) in FAST_CLASSES]
     if not any(isinstance(m, BertModel) for m in found):
         raise ValueError(
@@ -380,68 +387,6 @@ def say_once(message: str) -> None:
     _warn(message)
 
 
-def _unserved(bert: Any, mask: Any, crossed: bool, kwargs: dict[str, Any]) -> str | None:
-    """Why Transformers' own forward has to run, or None."""
-    config = bert.config
-    if config.is_decoder:
-        return "config.is_decoder makes it a decoder"
-    if crossed:
-        return "cross-attention was asked for"
-    if kwargs.get("output_attentions", config.output_attentions):
-        return "output_attentions asks for probabilities that packed attention never holds"
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        what = f"{mask.dim()}-D mask" if isinstance(mask, Tensor) else type(mask).__name__
-        return f"a {what} is not a key-padding mask of shape (batch, width)"
-    if kwargs.get("is_causal", getattr(config, "is_causal", None)):
-        return "is_causal was asked for"
-    implementation = config._attn_implementation
-    if implementation not in EQUIVALENT_ATTENTION and "flash" not in implementation:
-        return f"attn_implementation={implementation!r} is not one of Transformers' own"
-    for name, value in kwargs.items():
-        if value is not None and name not in INERT_KEYWORDS and not name.startswith("output_"):
-            return f"the keyword {name!r} is not known here"
-    embeddings = bert.embeddings
-    tables = (
-        embeddings.word_embeddings,
-        embeddings.position_embeddings,
-        embeddings.token_type_embeddings,
-    )
-    if type(embeddings) is not bert_modules.BertEmbeddings or any(
-        type(table) is not nn.Embedding for table in tables
-    ):
-        return "its embeddings were replaced"
-    for layer in bert.encoder.layer:
-        if type(layer) is not bert_modules.BertLayer:
-            return f"a layer is a {type(layer).__name__}, not a BertLayer"
-        heads = layer.attention.self
-        if type(heads) is not bert_modules.BertSelfAttention:
-            return f"a layer's attention is a {type(heads).__name__}"
-    norms = [embeddings.LayerNorm]
-    for layer in bert.encoder.layer:
-        norms += (layer.attention.output.LayerNorm, layer.output.LayerNorm)
-    for norm in norms:
-        if type(norm) is not nn.LayerNorm or norm.bias is None:
-            return f"a LayerNorm was replaced by a {type(norm).__name__}"
-    for part in (embeddings, bert.encoder):
-        for module in part.modules():
-            # Linear layers with hooks are called; the encoder reads every other module's tensors.
-            if not isinstance(module, nn.Linear) and _hooked(module):
-                return f"a hook was registered on a {type(module).__name__}"
-    return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether somebody waits for this module to be called, Transformers' own hooks aside: its
-    recorders, and the one that makes embeddings require gradients, as encode() does itself.
-    """
-    if module._forward_pre_hooks:
-        return True
-    return any(
-        getattr(hook, "__module__", None) not in OWN_HOOKS
-        for hook in module._forward_hooks.values()
-    )
-
-
 @torch.compiler.disable
 def _plan(
     bert: Any,
@@ -456,7 +401,7 @@ def _plan(
 
     All that is read on the host is read here: once per forward, outside compiled code.
     """
-    reason = _unserved(bert, mask, crossed, kwargs)
+    reason = unserved(bert, mask, crossed, kwargs)
     if reason is not None:
         return layout, reason
     batch, width = inputs.shape[:2]

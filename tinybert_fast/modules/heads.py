@@ -57,6 +57,4 @@ def _transform(transform: Any, hidden: Tensor, impl: Any) -> Tensor:
         hidden = ops.bias_gelu(F.linear(hidden, dense.weight), dense.bias, impl=impl)
     else:
         hidden = transform.transform_act_fn(dense(hidden))
-    if type(norm) is not torch.nn.LayerNorm or norm._forward_hooks or norm._forward_pre_hooks:
-        return norm(hidden)
     return ops.layer_norm(hidden, norm.weight, norm.bias, eps=norm.eps, impl=impl)

@@ -96,8 +96,9 @@ def attention(
         scale: D**-0.5 by default.
         direction: "both", "causal" (a token sees itself and what precedes it) or "anti_causal".
         dropout_p, seed, site: rate, int64 (2,) seed of the step, and the number of this place in
-            the model; 0 or 1/512..1 - 1/512. The ``torch`` implementation draws from torch's own
-            generator, every other one drops the cells of ``reference/philox.py``.
+            the model; the rate is 0 or above 1/512 and below 1 - 1/512. The ``torch``
+            implementation draws from torch's own generator, every other one drops the cells of
+            ``reference/philox.py``.
         block_mask: bool (N, N) or (B, N, N) in token ranks, True where attention is allowed.
 
     Returns:

@@ -138,6 +138,13 @@ def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[st
     return one, one
 
 
+def absent(impl: str) -> str | None:
+    """Why no op can run ``impl`` in this process, or None."""
+    if all(getattr(limits, impl) is None for limits in OPS.values()):
+        return UNAVAILABLE[impl] or f"no op has a {impl} implementation yet"
+    return UNAVAILABLE[impl]
+
+
 def automatic(limits: Limits, tensor: Tensor) -> tuple[str | None, str | None]:
     """What ``impl="auto"`` takes here for operands like ``tensor``; or None and why it raises."""
     try:

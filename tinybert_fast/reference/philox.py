@@ -51,10 +51,10 @@ def site_key(seed: Tensor, site: int) -> tuple[Tensor, Tensor]:
 
 def threshold(dropout_p: float) -> int:
     """Bytes below it are dropped. ValueError for a rate that 8 bits cannot express."""
-    if not SMALLEST_RATE <= dropout_p <= 1 - SMALLEST_RATE:
+    if not SMALLEST_RATE < dropout_p < 1 - SMALLEST_RATE:  # those two would round to 0 and 1
         raise ValueError(
-            f"dropout_p={dropout_p} cannot be expressed in 8 bits; use 0 or a rate between "
-            f"1/512 and 1 - 1/512"
+            f"dropout_p={dropout_p} cannot be expressed in 8 bits; use 0 or a rate above 1/512 and "
+            "below 1 - 1/512"
         )
     return round(LEVELS * dropout_p)
 
@@ -87,21 +87,13 @@ def attention_keep(
 def hidden_keep(
     seed: Tensor, site: int, sequences: Tensor, positions: Tensor, columns: int, dropout_p: float
 ) -> Tensor:
-    """Which hidden cells are kept: bool (rows, columns)."""
-    cells = hidden_bytes(seed, site, sequences, positions, columns)
-    return cells.short() >= threshold(dropout_p)  # 256 is no uint8
-
-
-def hidden_bytes(
-    seed: Tensor, site: int, sequences: Tensor, positions: Tensor, columns: int
-) -> Tensor:
-    """The random byte of each hidden cell: uint8 (rows, columns); a call covers 16 columns."""
+    """Which hidden cells are kept: bool (rows, columns); a call covers 16 columns of a row."""
     group = torch.arange((columns + 15) // 16, device=seed.device)[None, :]
     sequence, position = sequences.long()[:, None], positions.long()[:, None]
     counter = torch.broadcast_tensors(group, position, torch.zeros_like(group), sequence)
     words = torch.stack(philox(counter, site_key(seed, site)), -1)  # (rows, groups, 4)
-    bytes_ = words[..., None] >> torch.arange(0, 32, 8, device=seed.device) & 0xFF
-    return bytes_.flatten(1)[:, :columns].to(torch.uint8)
+    cells = words[..., None] >> torch.arange(0, 32, 8, device=seed.device) & 0xFF
+    return cells.flatten(1)[:, :columns] >= threshold(dropout_p)
 
 
 def _byte(words: Tensor, byte: Tensor) -> Tensor:

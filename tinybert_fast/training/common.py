@@ -3,6 +3,7 @@ resumes exactly.
 """
 
 import logging
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def training_arguments(
     at_least_one(
         batch_size=batch_size, accumulation=accumulation, eval_steps=eval_steps, log_steps=log_steps
     )
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr is {lr}; expected a number above 0")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
     if max_steps <= 0 and epochs <= 0:
         raise ValueError(f"epochs is {epochs}; expected more than 0")
     when = "epoch" if eval_steps is None else "steps"

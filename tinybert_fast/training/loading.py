@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -53,6 +54,7 @@ def load_classifier(path: str | Path, task: Task | None = None):
         path,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        dtype=torch.float32,  # what trains is fp32 whatever was saved: small updates round away
         **fields,
     )
     new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
@@ -75,7 +77,7 @@ def load_classifier(path: str | Path, task: Task | None = None):
 
 def load_encoder(path: str | Path):
     """AutoModel: the encoder alone, whatever heads were saved with it. A pooler may be missing."""
-    model, info = _load(AutoModel, path, output_loading_info=True)
+    model, info = _load(AutoModel, path, output_loading_info=True, dtype=torch.float32)
     lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if lost:
         raise ValueError(

@@ -34,6 +34,8 @@ METRICS = "metrics.json"
 REPORT = "report.md"
 CURVES = "curves.png"
 INTERMEDIATE: Final = "intermediate"  # the student of the first stage of task distillation
+FOLDERS = ("checkpoints", "logs", INTERMEDIATE)
+FILES = (METRICS, REPORT, CURVES)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 HASH_BYTES = 1 << 20  # of a file read at a time
 CHECKPOINT_FILES = {  # name -> pattern: sharded weights and several processes number theirs
@@ -80,6 +82,12 @@ class RunFolder:
                 f"{self.path} holds an unfinished run; go on with it (--resume) "
                 "or start again (--overwrite)"
             )
+        others = [name for name in (*FOLDERS, *FILES) if (self.path / name).exists()]
+        if others:
+            raise FileExistsError(
+                f"{self.path} holds {', '.join(others)}, which no run left there; "
+                "choose another folder, or let them be replaced (--overwrite)"
+            )
 
     # ---- the run ---------------------------------------------------------------------------------
 
@@ -105,9 +113,9 @@ class RunFolder:
             self._run = {"settings": _as_json(settings), "finished": False}
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
-                for name in ("checkpoints", "logs", INTERMEDIATE):
+                for name in FOLDERS:
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in (METRICS, REPORT, CURVES):
+                for name in FILES:
                     (self.path / name).unlink(missing_ok=True)
             self._write_run()
         _barrier()

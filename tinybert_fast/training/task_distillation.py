@@ -208,7 +208,6 @@ def distill_task(
     pupil, projection = chosen.build(
         guide, matches, task=task, init=init, shared=shared_projection, seed=seed
     )
-    run.begin(settings)
 
     metrics: dict[str, Any] = {
         "task": f"{'regression' if task.regression else 'classification'}, distilled",
@@ -224,6 +223,7 @@ def distill_task(
         metrics["teacher_dev"] = score(logits, np.asarray(dev["label"]), task)
     how: dict[str, Any] = {"parity": parity, "accelerate": accelerate, "impl": impl}
     prepare(pupil, guide, bf16=bf16, **how)
+    run.begin(settings)
     shown: dict[str, Any] = {
         "parity": parity,
         "data_collator": collator_for(tokenizer, parity, max_length),

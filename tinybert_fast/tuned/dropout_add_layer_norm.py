@@ -19,7 +19,7 @@ def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequ
     total = x.to(wide) if bias is None else torch.add(x, bias).to(wide)
     cells = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0.0:
-        cells = random.hidden_cells(seed, site, sequences, positions, x.shape[-1])
+        cells = random.hidden_cells(x.shape, seed, site)
         keep = random.keep_mask(cells, dropout_p, wide)
         total = torch.addcmul(residual.to(wide), total, keep, value=keep_scale(dropout_p))
     else:

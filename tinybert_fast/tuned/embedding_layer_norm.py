@@ -24,7 +24,7 @@ def forward(
     )
     cells = torch.empty(0, dtype=torch.uint8, device=word.device)
     if dropout_p > 0.0:
-        cells = random.hidden_cells(seed, site, sequences, positions, y.shape[-1])
+        cells = random.hidden_cells(y.shape, seed, site)
         y = y.mul_(random.keep_mask(cells, dropout_p, wide)).mul_(keep_scale(dropout_p))
     return y.to(word.dtype), total.to(word.dtype), mean, rstd, cells
 

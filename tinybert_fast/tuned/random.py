@@ -1,8 +1,6 @@
-"""Dropout masks, 8 bits a cell, at the rates of reference/philox.py.
+"""Dropout masks from torch's own generator, 8 bits a cell, at the rates of reference/philox.py.
 
-On a CPU they come from torch's own generator, which is 20 times faster there than Philox in tensor
-arithmetic. On a GPU hidden cells take the bytes of reference/philox.py, so no seed is read on the
-host.
+Philox in tensor arithmetic takes 20 times as long on a CPU, and hundreds of launches on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from tinybert_fast.reference.philox import hidden_bytes, threshold
+from tinybert_fast.reference.philox import threshold
 
 MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
@@ -35,13 +33,12 @@ def draw_bytes(
     return words.view(torch.uint8)[:count].view(shape)
 
 
-def hidden_cells(
-    seed: Tensor, site: int, sequences: Tensor, positions: Tensor, columns: int
-) -> Tensor:
-    """Random uint8 (rows, columns), a function of (seed, site)."""
-    if seed.device.type == "cpu":
-        return draw_bytes((len(positions), columns), generator(seed, site), seed.device)
-    return hidden_bytes(seed, site, sequences, positions, columns)
+def hidden_cells(shape: torch.Size, seed: Tensor, site: int) -> Tensor:
+    """Random uint8 (rows, columns): a function of (seed, site) on a CPU; on a GPU the next of the
+    device's generator, so that no seed is read on the host.
+    """
+    source = generator(seed, site) if seed.device.type == "cpu" else None
+    return draw_bytes(shape, source, seed.device)
 
 
 def keep_mask(cells: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,8 @@ def run_demo(
     for name in ("seeds", "threads"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; expected 1 or more")
-    if set(only) != {"score"}:  # before anything is written
-        texts.teacher_folder()
-        texts.reviews_file()
+    texts.teacher_folder()  # before anything is written
+    texts.reviews_file()
     demo = Demo(settings, Path(output).resolve(), overwrite, progress, say, machine or {})
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
@@ -163,6 +162,7 @@ class Demo:
                 batch_size=s.general_batch_size,
                 lr=s.general_lr,
                 max_length=s.max_length,
+                bf16=s.bf16,
                 **common,
             ),
         )
@@ -208,6 +208,10 @@ class Demo:
         self._need(*(f"alone/{Alone('random', 0, lr).name}" for lr in s.alone_lrs))
         chosen = self.chosen_alone()
         self._need(*(f"alone/{run.name}" for run in chosen))
+        # Complete, as all are: each compares its settings with today's, and returns.
+        same = replace(self, overwrite=False, say=lambda line: None)
+        for phase in (same.teacher, same.general, same.student, same.alone):
+            phase()
         self.say("score: held-out accuracy and speed")
         groups = {
             "teacher": ["teacher"],
@@ -302,7 +306,8 @@ class Demo:
             train(common)
 
     def _task_options(self) -> dict[str, Any]:
-        return {"batch_size": self.settings.batch_size, "max_length": self.settings.max_length}
+        s = self.settings
+        return {"batch_size": s.batch_size, "max_length": s.max_length, "bf16": s.bf16}
 
     def _data_settings(self) -> dict[str, Any]:
         s = self.settings

@@ -202,8 +202,9 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         said.append("From the PCA start alone: that learning rate as well, not chosen anew.")
     return [
         *said,
-        f"Speed: batches of {SPEED_BATCH} without padding, {settings['threads']} threads, "
-        "tokenising left out.",
+        f"Trained in {'bf16 autocast' if settings['bf16'] else 'fp32'}, scored in fp32. Speed: "
+        f"batches of {SPEED_BATCH} without padding, {settings['threads']} threads, tokenising left "
+        "out.",
     ]
 
 

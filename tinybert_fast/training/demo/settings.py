@@ -33,6 +33,7 @@ class DemoSettings:
     # For all of them.
     seeds: int = 1
     threads: int = 2
+    bf16: bool = False  # autocast while training
     batch_size: int = 32
     max_length: int = 64
     eval_steps: int = 100
