@@ -1,4 +1,8 @@
-"""gelu(x + bias) with PyTorch's fused gelu; the backward adds the bias again, nothing is kept."""
+"""gelu(x + bias) with PyTorch's fused gelu; the backward adds the bias again, nothing is kept.
+
+The bias is rounded to x's dtype, as F.linear under autocast does: on a CPU a sum of bf16 and fp32
+and the fp32 gelu after it take 5 times as long as both in bf16 (which computes in fp32 inside).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,12 @@ aten = torch.ops.aten
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
     """x (rows, C) -> y in x's dtype."""
-    return aten.gelu(x + bias).to(x.dtype)
+    return aten.gelu(x + bias.to(x.dtype))
 
 
 def backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and bias."""
-    dx = aten.gelu_backward(grad, (x + bias).to(grad.dtype))
+    dx = aten.gelu_backward(grad, (x + bias.to(x.dtype)).to(grad.dtype))
     return dx.to(x.dtype), dx.sum(0, dtype=torch.promote_types(dx.dtype, torch.float32)).to(
         bias.dtype
     )

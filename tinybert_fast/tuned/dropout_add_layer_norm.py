@@ -16,7 +16,7 @@ aten = torch.ops.aten
 def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):
     """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), cells (uint8)."""
     wide = torch.promote_types(residual.dtype, torch.float32)
-    total = x.to(wide) if bias is None else torch.add(x, bias).to(wide)
+    total = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
     cells = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0.0:
         cells = random.hidden_cells(x.shape, seed, site)
