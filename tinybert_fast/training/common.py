@@ -58,8 +58,8 @@ def training_arguments(
     at_least_one(
         batch_size=batch_size, accumulation=accumulation, eval_steps=eval_steps, log_steps=log_steps
     )
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr is {lr}; expected a number above 0")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr}; expected a number of 0 or more")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
     if max_steps <= 0 and epochs <= 0:
