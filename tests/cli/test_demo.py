@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -131,8 +132,6 @@ def test_interrupted_demo_goes_on(run, tmp_path, monkeypatch):
 
 
 def test_other_settings_are_not_mixed(run, small, monkeypatch):
-    from dataclasses import replace
-
     assert run("--only", "data", "--only", "teacher").code == 0
     monkeypatch.setattr(demo, "QUICK", replace(small[1], teacher_lr=1e-3))
     assert "lr was 5e-05, now 0.001" in run("--only", "teacher").line
@@ -142,8 +141,6 @@ def test_other_settings_are_not_mixed(run, small, monkeypatch):
 
 
 def test_the_report_tells_the_settings_that_the_models_were_trained_with(run, small, monkeypatch):
-    from dataclasses import replace
-
     short = replace(small[1], alone_lrs=(1e-3,), pca_alone=False, general_steps=2)
     monkeypatch.setattr(demo, "QUICK", short)
     answer = run("--bf16")
@@ -155,8 +152,6 @@ def test_the_report_tells_the_settings_that_the_models_were_trained_with(run, sm
 
 
 def test_what_came_from_another_teacher_is_made_again(run, small, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setattr(demo, "QUICK", replace(small[1], alone_lrs=(1e-3,), pca_alone=False))
     assert run().code == 0
     folder = tmp_path / "demo"
@@ -178,8 +173,6 @@ def test_what_came_from_another_teacher_is_made_again(run, small, tmp_path, monk
 
 
 def test_interrupted_data_are_written_again(run, small, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     write = texts.write_texts
 
     def stop(*arguments):

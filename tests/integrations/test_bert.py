@@ -532,6 +532,15 @@ def test_a_replaced_module_runs_transformers(cases, caplog, where):
     assert len(served_by_transformers(caplog, "was replaced")) == 1
 
 
+def test_a_layer_norm_without_bias_runs_transformers(cases, caplog):
+    plain, fast = cases.pair("BertModel")
+    for model in (plain, fast):
+        model.encoder.layer[0].output.LayerNorm.register_parameter("bias", None)
+    batch = cases.batch("right")
+    assert torch.equal(fast(**batch).last_hidden_state, plain(**batch).last_hidden_state)
+    assert len(served_by_transformers(caplog, "a LayerNorm has no bias")) == 1
+
+
 def twice_as_much(cls):
     """A module that packed rows would miss if they only read its tensors."""
 

@@ -23,6 +23,25 @@ def test_matches_reference(shape, dtype, fast, device):
     assert_within_budget(bias_gelu(shape, dtype=dtype, device=device), fast)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_bias_as_under_autocast(dtype, fast, device):
+    """No worse than twice F.linear's way, which rounds the bias; its gradient stays fp32."""
+    x, bias, grad = (torch.randn(s, device=device) for s in ((64, 312), (312,), (64, 312)))
+    x, grad = x.to(dtype), grad.to(dtype)
+
+    def run(function, *operands):
+        leaves = [t.clone().requires_grad_() for t in operands]
+        y = function(*leaves)
+        return (y, *torch.autograd.grad(y, leaves, grad.to(y.dtype)))
+
+    exact = run(lambda x, b: F.gelu(x + b), x.double(), bias.double())
+    usual = run(lambda x, b: F.gelu(x + b.to(dtype)), x, bias)
+    ours = run(lambda x, b: ops.bias_gelu(x, b, impl=fast), x, bias)
+    assert [t.dtype for t in ours] == [dtype, dtype, torch.float32]
+    for a, b, c in zip(ours, usual, exact, strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm()
+
+
 def test_reference_is_the_definition():
     x, bias = bias_gelu((4, 7), dtype=torch.float64).operands
     torch.testing.assert_close(ops.bias_gelu(x, bias, impl="reference"), F.gelu(x + bias))

@@ -188,6 +188,14 @@ def test_every_op_is_listed():
     assert set(FACTORIES) == set(dispatch.OPS)
 
 
+def test_what_no_op_has_is_absent(monkeypatch):
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "native", None)
+    assert dispatch.absent("native") == "no op has a native implementation"
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "native", "nobody compiled it")
+    assert dispatch.absent("native") == "nobody compiled it"
+    assert dispatch.absent("torch") is dispatch.absent("reference") is None
+
+
 @ON_CPU
 def test_reasons_of_this_process():
     why = dispatch._probe()

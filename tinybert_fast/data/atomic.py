@@ -9,9 +9,11 @@ from pathlib import Path
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, renamed to `path` at the end and removed after an error.
+    Of a link the target is replaced.
 
     Each process has its own, so that two of them never rename each other's half-written file.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -22,11 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the whole new one. A link's target is written, and a device
-    (/dev/stdout) is written to.
-    """
+    """A reader sees the old file or the whole new one. A device (/dev/stdout) is written to."""
     data = content.encode() if isinstance(content, str) else content
-    path = path.resolve()
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(data)
         return

@@ -35,8 +35,7 @@ from tinybert_fast.integrations.unserved import head_changed, unserved
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.modules.encoder import encode
 from tinybert_fast.modules.heads import IGNORED, first_tokens, masked_lm_loss, predict
-from tinybert_fast.ops import dispatch
-from tinybert_fast.ops.dispatch import FASTEST_FIRST, Impl
+from tinybert_fast.ops.dispatch import FASTEST_FIRST, Impl, absent
 from tinybert_fast.ops.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)
@@ -344,7 +343,7 @@ def accelerate(model: Any, *, impl: Impl = "auto", training_logits: bool = False
             "nor a (forward, backward) pair of them"
         )
     for name in names:
-        reason = None if name == "auto" else dispatch.absent(name)
+        reason = None if name == "auto" else absent(name)
         if reason is not None:
             raise ValueError(f"impl={impl!r} cannot run here: {reason}")
     found = [m for m in model.modules() if isinstance(m, Accelerated) or type(m) in FAST_CLASSES]

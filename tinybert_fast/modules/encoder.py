@@ -11,7 +11,7 @@ Every dropout place has its own site number, 4 m + place, under one seed per for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -195,20 +195,17 @@ def _output(block: Any, x: Tensor, residual: Tensor, site: int, **common: Any) -
 
 def is_plain(dense: nn.Module) -> bool:
     """True if a layer is its weight and bias alone; adapters and hooks need it to be called."""
-    return (
-        type(dense) is nn.Linear and dense.bias is not None and next(hooks_of(dense), None) is None
-    )
+    return type(dense) is nn.Linear and dense.bias is not None and not hooks_of(dense)
 
 
-def hooks_of(module: nn.Module) -> Iterator[Callable]:
+def hooks_of(module: nn.Module) -> list[Callable]:
     """Whoever waits for this module to be called."""
-    for hooks in (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    ):
-        yield from hooks.values()
+    return [
+        *module._forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+    ]
 
 
 def is_erf_gelu(activation: Any) -> bool:

@@ -140,8 +140,8 @@ def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[st
 
 def absent(impl: str) -> str | None:
     """Why no op can run ``impl`` in this process, or None."""
-    if all(getattr(limits, impl) is None for limits in OPS.values()):
-        return UNAVAILABLE[impl] or f"no op has a {impl} implementation yet"
+    if UNAVAILABLE[impl] is None and all(getattr(op, impl) is None for op in OPS.values()):
+        return f"no op has a {impl} implementation"
     return UNAVAILABLE[impl]
 
 

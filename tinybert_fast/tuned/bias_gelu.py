@@ -1,7 +1,7 @@
 """gelu(x + bias) with PyTorch's fused gelu; the backward adds the bias again, nothing is kept.
 
 The bias is rounded to x's dtype, as F.linear under autocast does: on a CPU a sum of bf16 and fp32
-and the fp32 gelu after it take 5 times as long as both in bf16 (which computes in fp32 inside).
+and the fp32 gelu after it take 4 times as long as both in bf16 (gelu computes in fp32 inside).
 """
 
 from __future__ import annotations
