@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Case, Cases, Outcome, Setup
+from tinybert_fast.benchmarks.breakdown import Breakdown, breakdown
+from tinybert_fast.benchmarks.breakdown import show as show_breakdown
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Outcome, Setup
 from tinybert_fast.benchmarks.hardware import facts, has_bf16, matmul_gflops
 from tinybert_fast.benchmarks.memory import peak_bytes
 from tinybert_fast.benchmarks.table import (
@@ -81,6 +83,7 @@ def run_suite(
     device: str = "auto",
     seed: int = 0,
     smoke: bool = False,
+    profile: bool = False,
     json_path: str | Path | None = None,
     csv_path: str | Path | None = None,
     console: Any = None,
@@ -96,6 +99,7 @@ def run_suite(
         dropout: while timed. Values are always checked at 0.
         device: "auto" takes a GPU if there is one.
         smoke: tiny models, seconds: shows that it works, its times mean nothing.
+        profile: also show, and write to ``json_path``, where the time of our runs goes.
         json_path: file to write; csv_path: file to append to.
         console: a rich Console for the table (stdout by default); progress goes to stderr.
 
@@ -128,6 +132,7 @@ def run_suite(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     rows: list[Row] = []
+    profiles: list[Breakdown] = []
     try:
         common = {"suite": suite, **facts(setup.device)}
         rates = {
@@ -139,6 +144,9 @@ def run_suite(
             for case in build(setup):
                 with _progress(f"{name} N={case.width}") as say:
                     rows += measure(case, dtypes, rounds, warm_up, setup.device, common, say)
+                    if profile:
+                        say("profile")
+                        profiles += profile_ours(case, dtypes, setup.device)
                 del case
                 gc.collect()
     finally:
@@ -147,8 +155,11 @@ def run_suite(
         row["matmul_gflops"] = rates[row["dtype"]]
     growth_exponents(rows)
     show(rows, console)
+    for found in profiles:
+        title = f"{found['case']} N={found['width']}, {found['provider']} {found['dtype']}"
+        show_breakdown(found, title, rates[found["dtype"]], console)
     if json_path is not None:
-        write_json(Path(json_path), suite, rows)
+        write_json(Path(json_path), suite, rows, profiles)
     if csv_path is not None:
         write_csv(Path(csv_path), rows)
     return rows
@@ -218,6 +229,22 @@ def measure(
         )
         rows.append(row)
     return rows
+
+
+def profile_ours(case: Case, dtypes: tuple[str, ...], device: torch.device) -> list[Breakdown]:
+    """Of one run of each of our providers, in each dtype."""
+    return [
+        {
+            "case": case.name,
+            "width": case.width,
+            "provider": provider.name,
+            "dtype": dtype,
+            **breakdown(partial(provider.run, dtype), device),
+        }
+        for dtype in dtypes
+        for provider in case.providers
+        if provider.role == OURS
+    ]
 
 
 class Clock:

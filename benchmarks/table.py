@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,14 @@ def check_csv(path: Path) -> None:
             )
 
 
-def write_json(path: Path, suite: str, rows: list[Row]) -> None:
-    """{"suite", "columns": {name: meaning}, "rows": [...]}, whole or not at all."""
-    found = {"suite": suite, "columns": COLUMNS, "rows": rows}
+def write_json(
+    path: Path, suite: str, rows: list[Row], profiles: Sequence[dict[str, Any]] = ()
+) -> None:
+    """{"suite", "columns": {name: meaning}, "rows": [...]}, and "profiles" if there are any; whole
+    or not at all."""
+    found: dict[str, Any] = {"suite": suite, "columns": COLUMNS, "rows": rows}
+    if profiles:
+        found["profiles"] = profiles
     atomic_write(path, json.dumps(found, indent=1) + "\n")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tinybert_fast.benchmarks import runner, table
+from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown
 from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup
 from tinybert_fast.benchmarks.cases import attention_score_mse_memory, distill_step, mlm_step
 
@@ -248,6 +249,29 @@ def test_step_suite_end_to_end(tmp_path, capsys):
     assert list(read[0]) == list(table.COLUMNS)
     assert read[0]["speedup_a"] == "1.0"
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_profile_of_our_runs(tmp_path, capsys):
+    target = tmp_path / "rows.json"
+    runner.run_suite(
+        "step", cases=["mlm"], smoke=True, threads=1, rounds=1, profile=True, json_path=target
+    )
+    (found,) = json.loads(target.read_text())["profiles"]
+    assert (found["case"], found["provider"], found["dtype"]) == ("mlm_step", "ours", "fp32")
+    times = {o["name"]: o["ms"] for o in found["operators"]}
+    assert list(times.values()) == sorted(times.values(), reverse=True)
+    assert {"tinybert_fast::attention_fwd", "aten::_fused_adamw_"} <= times.keys()
+    assert found["products_ms"] == pytest.approx(sum(times.get(n, 0) for n in MATRIX_PRODUCTS))
+    printed = capsys.readouterr().out
+    assert "mlm_step N=16, ours fp32: operators by own time" in printed
+    assert f"Matrix products: {found['products_gflop']:.0f} GFLOP in" in printed
+
+
+def test_products_are_counted_in_operations():
+    x, w, b = torch.ones(64, 32), torch.ones(32, 16), torch.ones(16)
+    found = breakdown(lambda: torch.addmm(b, x, w).relu(), CPU)
+    assert found["products_gflop"] == pytest.approx(2 * 64 * 32 * 16 / 1e9)
+    assert {o["name"]: o["calls"] for o in found["operators"]}["aten::addmm"] == 1
 
 
 def test_memory_suite_in_both_dtypes(capsys):

@@ -39,6 +39,9 @@ def bench(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Tiny sizes, seconds: shows that it works.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also show where the time of our runs goes.")
+    ] = False,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append the rows to FILE.")
     ] = None,
@@ -58,6 +61,7 @@ def bench(
             device=device,
             seed=seed,
             smoke=smoke,
+            profile=profile,
             json_path=json_file,
             csv_path=csv,
         )
