@@ -6,6 +6,7 @@ The forward keeps the sum, its statistics and, with dropout, the random byte of 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tinybert_fast.reference.philox import keep_scale
 from tinybert_fast.tuned import random
@@ -16,18 +17,25 @@ aten = torch.ops.aten
 def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):
     """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), cells (uint8)."""
     wide = torch.promote_types(residual.dtype, torch.float32)
-    total = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
+    total = x.to(wide)
+    if bias is not None:
+        total = _add(total, bias, x)
     cells = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0.0:
         cells = random.hidden_cells(x.shape, seed, site)
         keep = random.keep_mask(cells, dropout_p, wide)
         total = torch.addcmul(residual.to(wide), total, keep, value=keep_scale(dropout_p))
     else:
-        total = total + residual
+        total = _add(total, residual, x)
     y, mean, rstd = aten.native_layer_norm(
         total, x.shape[-1:], weight.to(wide), ln_bias.to(wide), eps
     )
     return y.to(residual.dtype), total.to(residual.dtype), mean, rstd, cells
+
+
+def _add(total: Tensor, more: Tensor, x: Tensor) -> Tensor:
+    """total + more, in place unless total is still the caller's x."""
+    return total + more if total is x else total.add_(more)
 
 
 def backward(grad, total, mean, rstd, cells, weight, dropout_p, with_bias):
