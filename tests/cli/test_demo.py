@@ -45,8 +45,10 @@ def small(tmp_path_factory):
         teacher_epochs=1,
         general_steps=4,
         general_batch_size=8,
+        augmented_sentences=8,
         intermediate_epochs=1,
         prediction_epochs=1,
+        alone_epochs=2,
         alone_lrs=(1e-3, 1e-4),
         batch_size=16,
         max_length=16,
@@ -84,6 +86,8 @@ def test_everything_and_then_nothing_again(run, tmp_path):
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     report = (folder / "report.md").read_text()
     assert "held-out accuracy" in report
+    assert f"Task distillation: {result['data']['train'] + 8} sentences, those of train" in report
+    assert "the labelled sentences, 2 epochs" in report
     assert "held-out accuracy" in answer.out
 
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
@@ -172,6 +176,19 @@ def test_what_came_from_another_teacher_is_made_again(run, small, tmp_path, monk
     assert json.loads((folder / "demo.json").read_text())["seconds"]["student/seed-0"] < 1000
 
 
+def test_other_unlabelled_sentences_make_the_students_again(run, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "QUICK", replace(small[1], alone_lrs=(1e-3,), pca_alone=False))
+    assert run().code == 0
+    monkeypatch.setattr(demo, "QUICK", replace(demo.QUICK, augmented_sentences=4))
+    assert "--overwrite" in run("--only", "data").line
+    assert run("--only", "data", "--overwrite").code == 0
+    answer = run()
+    assert answer.code == 0, answer.err
+    assert "student/seed-0: the unlabelled sentences changed since, so again: " in answer.out
+    for name in ("teacher", "general", "alone/random-seed-0-lr-0.001"):
+        assert f"{name}: done before" in answer.out
+
+
 def test_interrupted_data_are_written_again(run, small, tmp_path, monkeypatch):
     write = texts.write_texts
 
@@ -223,6 +240,11 @@ def test_no_sentence_is_in_two_places(small, monkeypatch, tmp_path):
     plain = (tmp_path / "sentences.txt").read_text().splitlines()
     assert len(plain) == sizes["sentences"] == settings.general_steps * settings.general_batch_size
     assert not labelled & {texts._bare(text) for text in plain}
+    with (tmp_path / "augmented.csv").open(newline="") as file:
+        augmented = [row["text"] for row in csv.DictReader(file)]
+    assert len(augmented) == sizes["augmented"]
+    assert {texts._bare(text) for text in augmented[: sizes["train"]]} == parts["train"]
+    assert augmented[sizes["train"] :] == plain[: settings.augmented_sentences]
 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     texts.write_texts(tmp_path, settings)  # the same split every time

@@ -46,6 +46,7 @@ TIMES = "times.json"
 MADE_FROM = {  # key of a run's settings -> what it is a hash of
     "corpus": "the unlabelled sentences",
     "train": "the training sentences",
+    "augmented": "the unlabelled sentences",
     "teacher_weights": "the teacher",
     "student_weights": "the generally distilled student",
 }
@@ -173,7 +174,8 @@ class Demo:
         for seed in range(s.seeds):
             self._phase(
                 f"student/seed-{seed}",
-                f"task distillation, {s.intermediate_epochs:g} + {s.prediction_epochs:g} epochs",
+                f"{self.sizes['augmented']:,} sentences, {s.intermediate_epochs:g} + "
+                f"{s.prediction_epochs:g} epochs",
                 partial(self._distil, seed),
             )
 
@@ -184,6 +186,7 @@ class Demo:
             self.path / "general",
             self.path / "data/train.csv",
             self.path / "data/dev.csv",
+            augmented=self.path / "data/augmented.csv",
             matches=s.matches,
             intermediate_epochs=s.intermediate_epochs,
             intermediate_lr=s.intermediate_lr,
@@ -311,7 +314,11 @@ class Demo:
 
     def _data_settings(self) -> dict[str, Any]:
         s = self.settings
-        return {"sentences": s.general_steps * s.general_batch_size, "rows": s.rows}
+        return {
+            "sentences": s.general_steps * s.general_batch_size,
+            "augmented_sentences": s.augmented_sentences,
+            "rows": s.rows,
+        }
 
     def _finished(self, name: str) -> bool:
         return (self.path / name / RUN).exists() and bool(
@@ -330,6 +337,8 @@ class Demo:
         else:
             now["train"] = examples_digest(load_examples(data / "train.csv"))
         if phase == "student":
+            augmented = load_examples(data / "augmented.csv", require_label=False)
+            now["augmented"] = examples_digest(augmented)
             now["teacher_weights"] = weights_digest(self.path / "teacher")
             now["student_weights"] = weights_digest(self.path / "general")
         different = (key for key in now if key in made_from and made_from[key] != now[key])

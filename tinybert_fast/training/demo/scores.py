@@ -193,11 +193,16 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         f"of an accuracy is about {sampling:.1f} points); checkpoints and learning rates were "
         f"chosen on {data['dev']:,} others; training: {data['train']:,}."
     )
-    epochs = settings["intermediate_epochs"] + settings["prediction_epochs"]
+    said.append(
+        f"Task distillation: {data['augmented']:,} sentences, those of train and unlabelled ones, "
+        f"{settings['intermediate_epochs']:g} + {settings['prediction_epochs']:g} epochs."
+    )
     rate = f"learning rate {result['alone_lr']:g}"
     if len(rates) > 1:
         rate += f", the best on dev of {', '.join(f'{r:g}' for r in rates)} in the first seed"
-    said.append(f"Without a teacher: the same sentences, {epochs:g} epochs as well, {rate}.")
+    said.append(
+        f"Without a teacher: the labelled sentences, {settings['alone_epochs']:g} epochs, {rate}."
+    )
     if settings["pca_alone"]:
         said.append("From the PCA start alone: that learning rate as well, not chosen anew.")
     return [

@@ -10,10 +10,10 @@ FOUR_OF_SIX = LayerMatches.parse("0:0,1:2,2:3,3:5,4:6")
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Everything that decides the demo's figures. Epochs are over the training sentences."""
+    """Everything that decides the demo's figures."""
 
     name: str
-    # The teacher: MiniLM, fine-tuned on the task.
+    # The teacher: MiniLM, fine-tuned on the training sentences.
     teacher_epochs: float = 3.0
     teacher_lr: float = 5e-5
     # General distillation: from MiniLM before fine-tuning; each step sees new sentences.
@@ -22,12 +22,16 @@ class DemoSettings:
     general_steps: int = 1500
     general_batch_size: int = 64
     general_lr: float = 5e-4
-    # Task distillation, both stages. Without a teacher: the same number of epochs.
-    intermediate_epochs: float = 4.0
+    # Task distillation, both stages: the training sentences and so many unlabelled ones, which the
+    # fine-tuned teacher explains as well as any.
+    augmented_sentences: int = 20_000
+    intermediate_epochs: float = 1.0
     intermediate_lr: float = 3e-4
     intermediate_schedule: str = "linear"
-    prediction_epochs: float = 3.0
+    prediction_epochs: float = 1.0
     prediction_lr: float = 1e-4
+    # Without a teacher: the training sentences.
+    alone_epochs: float = 7.0
     alone_lrs: tuple[float, ...] = (5e-5, 1e-4, 3e-4)  # the best on dev in the first seed is taken
     pca_alone: bool = True  # also train a student from PCA initialisation without a teacher
     # For all of them.
@@ -39,10 +43,6 @@ class DemoSettings:
     eval_steps: int = 100
     speed_rounds: int = 3
     rows: int | None = None  # of the labelled sentences; all by default
-
-    @property
-    def alone_epochs(self) -> float:
-        return self.intermediate_epochs + self.prediction_epochs
 
 
 FULL = DemoSettings("full")

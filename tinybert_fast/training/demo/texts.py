@@ -50,10 +50,12 @@ def reviews_file() -> Path:
 
 
 def write_texts(folder: Path, settings: DemoSettings) -> dict[str, int]:
-    """train.csv, dev.csv, held_out.csv (text, label) and sentences.txt; returns their sizes.
+    """train.csv, dev.csv, held_out.csv (text, label), sentences.txt and augmented.csv (text);
+    returns their sizes.
 
     The split is fixed; no sentence is in it twice. The unlabelled sentences come from IMDB reviews,
     in an order drawn once, as many as general distillation takes; none of them is a labelled one.
+    The augmented texts are those of train and the first of the unlabelled ones.
     """
     labelled, reviews = _read(reviews_file())
     random.Random(SPLIT_SEED).shuffle(labelled)
@@ -69,12 +71,18 @@ def write_texts(folder: Path, settings: DemoSettings) -> dict[str, int]:
         "train": labelled[dev:],
     }
     for name, rows in parts.items():
-        _write_csv(folder / f"{name}.csv", rows)
+        _write_csv(folder / f"{name}.csv", ("text", "label"), rows)
 
     wanted = settings.general_steps * settings.general_batch_size
     sentences = _unlabelled(reviews, {_bare(text) for text, _ in labelled}, wanted)
     atomic_write(folder / "sentences.txt", "\n".join(sentences) + "\n")
-    sizes = {**{name: len(rows) for name, rows in parts.items()}, "sentences": len(sentences)}
+    augmented = [text for text, _ in parts["train"]] + sentences[: settings.augmented_sentences]
+    _write_csv(folder / "augmented.csv", ("text",), ((text,) for text in augmented))
+    sizes = {
+        **{name: len(rows) for name, rows in parts.items()},
+        "sentences": len(sentences),
+        "augmented": len(augmented),
+    }
     atomic_write(folder / "sizes.json", json.dumps(sizes, indent=2) + "\n")
     return sizes
 
@@ -125,9 +133,9 @@ def _bare(text: str) -> str:
     return "".join(filter(str.isalnum, text.lower()))
 
 
-def _write_csv(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+def _write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *rows])
+        csv.writer(file).writerows([columns, *rows])
 
 
 def _in_package(package: str, inside: str) -> Path | None:
