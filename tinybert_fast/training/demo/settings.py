@@ -24,8 +24,8 @@ class DemoSettings:
     general_lr: float = 5e-4
     # Task distillation, both stages: the training sentences and so many unlabelled ones, which the
     # fine-tuned teacher explains as well as any.
-    augmented_sentences: int = 20_000
-    intermediate_epochs: float = 1.0
+    augmented_sentences: int = 45_000
+    intermediate_epochs: float = 0.5
     intermediate_lr: float = 3e-4
     intermediate_schedule: str = "linear"
     prediction_epochs: float = 1.0
@@ -40,7 +40,7 @@ class DemoSettings:
     bf16: bool = False  # autocast while training
     batch_size: int = 32
     max_length: int = 64
-    eval_steps: int = 100
+    eval_steps: int = 200
     speed_rounds: int = 3
     rows: int | None = None  # of the labelled sentences; all by default
 
