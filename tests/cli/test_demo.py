@@ -86,7 +86,7 @@ def test_everything_and_then_nothing_again(run, tmp_path):
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     report = (folder / "report.md").read_text()
     assert "held-out accuracy" in report
-    assert f"Task distillation: {result['data']['train'] + 8} sentences, those of train" in report
+    assert f"{result['data']['train'] + 8} sentences, 8 of them unlabelled, 1 + 1 epochs" in report
     assert "the labelled sentences, 2 epochs" in report
     assert "held-out accuracy" in answer.out
 

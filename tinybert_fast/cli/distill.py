@@ -153,7 +153,9 @@ def distill(
     ] = 100,
     select_by: Annotated[
         str | None,
-        typer.Option(metavar="METRIC", help="Chooses the checkpoint.", rich_help_panel=TASK),
+        typer.Option(
+            metavar="METRIC", help="Chooses the checkpoint on dev; or loss.", rich_help_panel=TASK
+        ),
     ] = None,
     # ---- both
     batch_size: Annotated[

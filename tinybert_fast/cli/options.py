@@ -73,7 +73,7 @@ SelectBy = Annotated[
     str | None,
     typer.Option(
         metavar="METRIC",
-        help="Dev metric that chooses the checkpoint: accuracy, f1, matthews; pearson, spearman.",
+        help="What chooses the checkpoint on dev: accuracy, f1, matthews; pearson, spearman; loss.",
         rich_help_panel=TRAINING,
     ),
 ]

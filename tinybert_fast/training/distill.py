@@ -54,7 +54,7 @@ class Distillation(nn.Module):
         ``layout``: of the batch, where the caller has it.
         """
         if not isinstance(lesson, Capture):
-            logits = predict(self.student, batch, layout)
+            logits = classify(self.student, batch, layout).logits
             term = prediction_loss(logits, lesson, temperature=self.temperature, parity=self.parity)
             return {"prediction": term}
         assert self.matches is not None
@@ -87,10 +87,13 @@ def record(
             encoder(**batch)
 
 
-def predict(model: Any, batch: dict[str, Tensor], layout: SequenceLayout | None = None) -> Tensor:
-    """Logits (B, K) of a sequence classification model."""
-    more = {"layout": layout} if is_accelerated(model) else {}
-    return model(**batch, **more).logits
+def classify(
+    model: Any, batch: dict[str, Tensor], layout: SequenceLayout | None = None, **more: Any
+) -> Any:
+    """What a sequence classification model answers: logits (B, K), a loss if labels are given."""
+    if is_accelerated(model):
+        more["layout"] = layout
+    return model(**batch, **more)
 
 
 def bf16_linears(teacher: nn.Module) -> nn.Module:
@@ -218,7 +221,7 @@ class DistillationTrainer(RunTrainer):
         """
         with self.accelerator.autocast():
             if self.stage == "prediction":
-                return predict(self.teacher, batch, layout)
+                return classify(self.teacher, batch, layout).logits
             capture = self.model.matches.teacher_capture()
             record(self.teacher, batch, capture, layout)
             return capture
@@ -254,12 +257,15 @@ class DistillationTrainer(RunTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The student alone, against gold labels: the teacher has nothing to add to a dev score."""
+        """The student alone, against gold labels: the teacher has nothing to add to a dev score.
+        Its loss on them is the one that a fine-tuned classifier minimises.
+        """
         inputs = self._prepare_inputs(inputs)
         batch, layout = _split(inputs)
+        labels = inputs.get("labels")
         with torch.no_grad(), self.accelerator.autocast():
-            logits = predict(self.student, batch, layout)
-        return None, logits.float(), inputs.get("labels")
+            answer = classify(self.student, batch, layout, labels=labels)
+        return None if labels is None else answer.loss, answer.logits.float(), labels
 
     # ---- checkpoints: a plain student folder, and the projection beside it ----
 

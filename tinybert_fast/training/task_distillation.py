@@ -18,7 +18,7 @@ from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_classifier, load_config, load_tokenizer
 from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
-from tinybert_fast.training.metrics import compute_metrics, metric_for, metric_names, score
+from tinybert_fast.training.metrics import check_metric, compute_metrics, metric_names, score
 from tinybert_fast.training.recipe_parts import (
     check_batches,
     check_parity,
@@ -95,7 +95,9 @@ def distill_task(
     Stage A, `intermediate`: embedding, hidden-state and attention losses at a constant rate; its
     student stays in `output/intermediate`. 0 epochs leave it out. Stage B, `prediction`: the
     teacher's logits alone, never gold labels (one output: its score, by mean squared error); the
-    student that is best on `dev_file`, looked at every `eval_steps` steps, is kept.
+    student that is best on `dev_file`, looked at every `eval_steps` steps, is kept (`select_by`: a
+    metric of the task, accuracy by default; or "loss", which a small dev set tells apart more
+    finely).
 
     `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
     texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
@@ -123,7 +125,7 @@ def distill_task(
     task = data.task
     if augmented_prediction is None:
         augmented_prediction = not task.regression
-    select_by = _metric(select_by, task)
+    select_by = check_metric(select_by, task)
     if max_length is None:
         max_length = PAIR_LENGTH if task.text_pair else SINGLE_LENGTH
     max_length = usable(max_length, chosen.config, config)
@@ -280,6 +282,7 @@ def distill_task(
         log = next(e for e in history if e.get("step") == best and f"eval_{select_by}" in e)
         metrics["selected_by"], metrics["best_step"] = select_by, best
         metrics["dev"] = {name: log[f"eval_{name}"] for name in metric_names(task)}
+        metrics["dev_loss"] = log["eval_loss"]
     run.save_model(pupil, tokenizer)
     run.write_metrics(metrics)
     run.write_report("Task distillation", _sections(run.path, metrics, settings), panels)
@@ -324,13 +327,6 @@ def _read(
             )
     files = {"train": train_file, "dev": dev_file, "augmented": augmented_file}
     return _Data(task, files, parts)
-
-
-def _metric(name: str | None, task: Task) -> str:
-    known = metric_names(task)
-    if name is not None and name not in known:
-        raise ValueError(f"select_by is {name!r}; a student is selected by {', '.join(known)}")
-    return name or metric_for(task)
 
 
 def _sections(path: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:

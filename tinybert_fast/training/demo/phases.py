@@ -194,6 +194,7 @@ class Demo:
             prediction_epochs=s.prediction_epochs,
             prediction_lr=s.prediction_lr,
             eval_steps=s.eval_steps,
+            select_by=s.select_students_by,
             seed=seed,
             **self._task_options(),
             **common,

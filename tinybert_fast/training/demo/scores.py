@@ -190,11 +190,13 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     sampling = 100 * (0.8 * 0.2 / data["held_out"]) ** 0.5
     said.append(
         f"Held out: {data['held_out']:,} sentences, used for this table alone (one standard error "
-        f"of an accuracy is about {sampling:.1f} points); checkpoints and learning rates were "
-        f"chosen on {data['dev']:,} others; training: {data['train']:,}."
+        f"of an accuracy is about {sampling:.1f} points); checkpoints (of distilled students by "
+        f"{settings['select_students_by']}, of others by accuracy) and learning rates were chosen "
+        f"on {data['dev']:,} others; training: {data['train']:,}."
     )
     said.append(
-        f"Task distillation: {data['augmented']:,} sentences, those of train and unlabelled ones, "
+        f"Task distillation: {data['augmented']:,} sentences, "
+        f"{data['augmented'] - data['train']:,} of them unlabelled, "
         f"{settings['intermediate_epochs']:g} + {settings['prediction_epochs']:g} epochs."
     )
     rate = f"learning rate {result['alone_lr']:g}"

@@ -30,6 +30,7 @@ class DemoSettings:
     intermediate_schedule: str = "linear"
     prediction_epochs: float = 1.0
     prediction_lr: float = 1e-4
+    select_students_by: str = "loss"  # on dev, whose accuracy jumps by more than checkpoints differ
     # Without a teacher: the training sentences.
     alone_epochs: float = 7.0
     alone_lrs: tuple[float, ...] = (5e-5, 1e-4, 3e-4)  # the best on dev in the first seed is taken
@@ -52,9 +53,11 @@ QUICK = replace(
     rows=6000,
     teacher_epochs=1.0,
     general_steps=120,
+    augmented_sentences=0,
     intermediate_epochs=1.0,
-    prediction_epochs=1.0,
+    alone_epochs=2.0,
     alone_lrs=(3e-4,),
     pca_alone=False,
+    eval_steps=100,
     speed_rounds=2,
 )
