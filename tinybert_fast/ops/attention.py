@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -19,7 +23,24 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.attention import attention as reference
 
-LIMITS = Limits("attention", torch=Limit(FLOATS_AND_DOUBLE))
+WIDEST_HEAD = 128  # of the Triton kernels
+
+
+def _refuses(
+    width: int = 1, scale: float | None = None, masked: bool = False, **others: Any
+) -> str | None:
+    if width > WIDEST_HEAD:
+        return f"heads of {width} numbers are wider than {WIDEST_HEAD}"
+    if scale is not None and not scale > 0:
+        return f"scale={scale} is not positive"
+    return "it takes no block mask" if masked else None
+
+
+LIMITS = Limits(
+    "attention",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
+)
 DIRECTIONS = ("both", "causal", "anti_causal")
 
 _CALL = (
@@ -40,12 +61,14 @@ _forward = define(
         q.new_empty(2, dtype=torch.int64),
     ),
     torch="tinybert_fast.tuned.attention:forward",
+    triton="tinybert_fast.kernels.attention:forward",
 )
 _backward = define(
     "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rng,"
     f" {_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)",
     fake=lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     torch="tinybert_fast.tuned.attention:backward",
+    triton="tinybert_fast.kernels.attention:backward",
 )
 
 
@@ -108,7 +131,8 @@ def attention(
         ValueError: shapes, dtypes or devices that disagree, an unknown direction, a dropout rate
             out of range, or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, q, dropout_p=dropout_p)
+    facts = {"width": q.shape[-1], "scale": scale, "masked": block_mask is not None}
+    impls = choose(impl, LIMITS, q, dropout_p=dropout_p, **facts)
     _check(q, k, v, layout, direction, block_mask)
     check_dropout("attention", dropout_p, seed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -31,9 +31,14 @@ from torch import Tensor
 from tinybert_fast.reference.philox import threshold
 
 FASTEST_FIRST = ("triton", "native", "torch", "reference")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, slowly
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 NAMESPACE = "tinybert_fast"
+
+# What "auto" looks at, in this order: nobody is served fastest by the interpreter.
+AUTOMATIC = tuple(name for name in FASTEST_FIRST if not (name == "triton" and INTERPRETED))
+TRITON_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 
 Impl = str | tuple[str, str]
 
@@ -45,7 +50,7 @@ def _probe() -> dict[str, str | None]:
         why["native"] = "the compiled module tinybert_fast._native is not installed"
     if find_spec("triton") is None:
         why["triton"] = "the package triton is not installed"
-    elif not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    elif not torch.cuda.is_available() and not INTERPRETED:
         why["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, slowly)"
     return why
 
@@ -110,6 +115,8 @@ class Limits:
             return UNAVAILABLE[impl]
         if tensor.dtype not in limit.dtypes:
             return f"dtype {tensor.dtype} is not one of {', '.join(map(str, limit.dtypes))}"
+        if impl == "triton" and INTERPRETED and tensor.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bf16 wrongly; it serves fp16 and fp32"
         if tensor.device.type not in limit.devices:
             return f"device {tensor.device.type} is not one of {', '.join(limit.devices)}"
         return limit.refuses(**facts)
@@ -161,10 +168,10 @@ def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]
             named = bare
         impl = named or "auto"
     if impl == "auto":
-        for name in FASTEST_FIRST:
+        for name in AUTOMATIC:
             if limits.refusal(name, tensor, facts) is None:
                 return name
-        reasons = "; ".join(f"{n}: {limits.refusal(n, tensor, facts)}" for n in FASTEST_FIRST)
+        reasons = "; ".join(f"{n}: {limits.refusal(n, tensor, facts)}" for n in AUTOMATIC)
         raise ValueError(f"{limits.op}: no implementation can serve this call ({reasons})")
     if impl not in FASTEST_FIRST:
         raise ValueError(
