@@ -16,13 +16,16 @@ def site_key(seed_ptr, site):
 
 
 @triton.jit
-def attention_keep(key, sequence, head, offs_m, offs_n, threshold):
+def attention_keep(
+    key, sequence, head, first_m, first_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Which scores of a tile (BLOCK_M, BLOCK_N) are kept.
 
     The 16 bytes of a call go to the scores that one thread owns in a tensor-core tile. Written
     score by score: LLVM merges the calls of equal counters, so a thread draws once for 16.
     """
-    i, j = offs_m[:, None], offs_n[None, :]
+    i = first_m + tl.arange(0, BLOCK_M)[:, None]
+    j = first_n + tl.arange(0, BLOCK_N)[None, :]
     row = (i >> 4) * 8 + (i & 7)
     group = (j >> 5) * 4 + ((j >> 1) & 3)
     zero = (row + group) * 0

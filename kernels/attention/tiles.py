@@ -11,18 +11,29 @@ from torch import Tensor
 from tinybert_fast.reference import philox
 
 LOG2_E = math.log2(math.e)
+WIDEST_LOAD = 16  # numbers; 16 bytes are 8 in half precision, 4 in single
 
 
 class Rows(NamedTuple):
-    """An operand (T, H, D) as a kernel takes it: address, and strides in elements."""
+    """An operand (T, H, D) or (B, N, H, D) as a kernel takes it: its address, and strides in
+    units of ALIGN numbers, which tells the compiler how wide it may load.
+    """
 
     ptr: Tensor
+    batch: int  # 0 where rows are packed
     row: int
     head: int
 
     @classmethod
-    def of(cls, x: Tensor) -> "Rows":
-        return cls(x, x.stride(0), x.stride(1))
+    def of(cls, x: Tensor, align: int) -> "Rows":
+        batch, row, head = (0, *x.stride())[-4:-1]  # (T, H, D) has no batch
+        return cls(x, batch // align, row // align, head // align)
+
+
+def alignment(*operands: Tensor) -> int:
+    """The largest power of 2 up to 16 that divides every stride of a batch, row or head."""
+    strides = [stride for x in operands for stride in x.stride()[:-1]]
+    return math.gcd(WIDEST_LOAD, *strides)
 
 
 class Dropout(NamedTuple):
@@ -39,9 +50,50 @@ class Dropout(NamedTuple):
         return cls(seed, philox.threshold(rate), philox.keep_scale(rate))
 
 
+class Lengths(NamedTuple):
+    """Where each sequence's rows are: int32 (B + 1,) running sum of the lengths, and int32 (B,)
+    its first row: that of the pack, or its first column where rows are padded.
+    """
+
+    cu_seqlens: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, first_columns: Tensor | None) -> "Lengths":
+        return cls(cu_seqlens, cu_seqlens if first_columns is None else first_columns)
+
+
+class BlockList(NamedTuple):
+    """One direction of a block mask (reference/block_mask.py): what each block attends to."""
+
+    offsets: Tensor | None
+    blocks: Tensor | None
+    tiles: Tensor | None
+    cells: Tensor | None
+    of_sequence: int  # offsets from one sequence's mask to the next; 0 where all share one
+
+    @classmethod
+    def by_query(cls, mask: list[Tensor]) -> "BlockList":
+        return cls._of(mask[:3], mask[6]) if mask else cls(None, None, None, None, 0)
+
+    @classmethod
+    def by_key(cls, mask: list[Tensor]) -> "BlockList":
+        return cls._of(mask[3:6], mask[6]) if mask else cls(None, None, None, None, 0)
+
+    @classmethod
+    def _of(cls, lists: list[Tensor], cells: Tensor) -> "BlockList":
+        masks, offsets = lists[0].shape
+        return cls(*lists, cells, offsets if masks > 1 else 0)
+
+
 def neighbours(x: Tensor) -> Tensor:
     """The D numbers of a head side by side, as every model hands them over."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def statistics(q: Tensor) -> Tensor:
+    """One fp32 number per query: (T, H) or (B, N, H)."""
+    return torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
 def grid(cu_seqlens: Tensor, max_length: int, block: int, heads: int) -> tuple[int, int]:
@@ -50,49 +102,84 @@ def grid(cu_seqlens: Tensor, max_length: int, block: int, heads: int) -> tuple[i
 
 
 @triton.jit
-def place(cu_seqlens_ptr, max_length, BLOCK: tl.constexpr):
-    """This program's (sequence, first row of its block, start, length of the sequence)."""
+def place(lengths, max_length, BLOCK: tl.constexpr):
+    """This program's (sequence, first row of its block, length of the sequence)."""
     blocks = tl.cdiv(max_length, BLOCK)
     sequence = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK
-    start = tl.load(cu_seqlens_ptr + sequence)
-    return sequence, first, start.to(tl.int64), tl.load(cu_seqlens_ptr + sequence + 1) - start
+    start = tl.load(lengths.cu_seqlens + sequence)
+    return sequence, first, tl.load(lengths.cu_seqlens + sequence + 1) - start
 
 
 @triton.jit
-def head_of(x, start, head):
+def head_of(x, lengths, sequence, head, ALIGN: tl.constexpr):
     """Address of the first row of a sequence in one head of ``x: Rows``."""
-    return x.ptr + start * x.row + head.to(tl.int64) * x.head
+    start = tl.load(lengths.starts + sequence).to(tl.int64)
+    at = sequence.to(tl.int64) * x.batch + start * x.row + head.to(tl.int64) * x.head
+    return x.ptr + at * ALIGN
 
 
 @triton.jit
-def load_tile(ptr, stride_row, offs, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def rows_at(ptr, row, first, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """Addresses (BLOCK,) of the rows from ``first`` on."""
+    # The part that may pass 2^31 is one number per tile; the rest is the same for every tile.
+    return ptr + tl.cast(first, tl.int64) * row * ALIGN + tl.arange(0, BLOCK) * (row * ALIGN)
+
+
+@triton.jit
+def load_tile(
+    ptr, row, first, length, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
     """Rows of one head, zero beyond the sequence and beyond D: (BLOCK, BLOCK_D)."""
-    offs_d = tl.arange(0, BLOCK_D)
-    live = offs[:, None] < length
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    live = (first + tl.arange(0, BLOCK) < length)[:, None]
     if D < BLOCK_D:
-        live = live & (offs_d[None, :] < D)
-    return tl.load(ptr + offs[:, None] * stride_row + offs_d[None, :], mask=live, other=0.0)
+        live = live & (offs_d < D)
+    return tl.load(rows_at(ptr, row, first, BLOCK, ALIGN)[:, None] + offs_d, mask=live, other=0.0)
 
 
 @triton.jit
-def store_tile(ptr, stride_row, offs, length, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_tile(
+    ptr, row, first, length, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
     """The reverse of load_tile; rounds to the operand's dtype."""
-    offs_d = tl.arange(0, BLOCK_D)
-    live = (offs[:, None] < length) & (offs_d[None, :] < D)
-    tl.store(ptr + offs[:, None] * stride_row + offs_d[None, :], tile, mask=live)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    live = (first + tl.arange(0, BLOCK) < length)[:, None] & (offs_d < D)
+    tl.store(rows_at(ptr, row, first, BLOCK, ALIGN)[:, None] + offs_d, tile, mask=live)
 
 
 @triton.jit
-def live_scores(offs_m, offs_n, length, DIRECTION: tl.constexpr):
-    """Which scores of a tile count: (BLOCK_M, BLOCK_N)."""
-    i, j = offs_m[:, None], offs_n[None, :]
+def live_scores(
+    first_m, first_n, length, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIRECTION: tl.constexpr
+):
+    """Which scores of a tile count, by length and direction: (BLOCK_M, BLOCK_N)."""
+    i = first_m + tl.arange(0, BLOCK_M)[:, None]
+    j = first_n + tl.arange(0, BLOCK_N)[None, :]
     live = (i < length) & (j < length)
     if DIRECTION == "causal":
         live = live & (j <= i)
     elif DIRECTION == "anti_causal":
         live = live & (j >= i)
     return live
+
+
+@triton.jit
+def segment(blocks, sequence, block):
+    """Entries of one row of ``blocks: BlockList``: [start, full) partial, [full, stop) full."""
+    at = blocks.offsets + sequence * blocks.of_sequence + 2 * block
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@triton.jit
+def allowed_cells(blocks, entry, BLOCK: tl.constexpr):
+    """The cells of a partial block: (BLOCK queries, BLOCK keys)."""
+    tile = tl.load(blocks.tiles + entry).to(tl.int64)
+    WORDS: tl.constexpr = BLOCK // 32
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    words = tl.load(blocks.cells + tile * (BLOCK * WORDS) + i * WORDS + (j >> 5))
+    return ((words >> (j & 31)) & 1) != 0
 
 
 @triton.jit
