@@ -4,6 +4,7 @@ Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16
 GPU's clock.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,31 +31,41 @@ class Setting(NamedTuple):
         }
 
 
-# Pass -> width of the tile's head dimension -> setting, for fp16 and bf16.
-ATTENTION = {
-    "forward": {
-        32: Setting(64, 64, 4, 2),
-        64: Setting(128, 64, 8, 2),
-        128: Setting(128, 64, 8, 2),
-    },
-    "dq": {
-        32: Setting(64, 64, 4, 2),
-        64: Setting(64, 64, 4, 2),
-        128: Setting(64, 64, 8, 2),
-    },
-    "dkdv": {
-        32: Setting(64, 64, 4, 2),
-        64: Setting(64, 64, 4, 2),
-        128: Setting(64, 64, 8, 2),
-    },
-}
-ATTENTION_FP32 = Setting(32, 32, 4, 1)  # no tensor core: small tiles keep it out of the stack
-ATTENTION_INTERPRETED = Setting(32, 32, 1, 1)  # so that short sequences have several blocks
+ANY = 1 << 31  # longer than every sequence
 
-# The backward that holds all scores of a head: side of its tile -> setting, for heads up to 64.
+# GPU family -> kernel -> width of the tile that holds a head -> longest sequence -> setting; for
+# fp16 and bf16, with dropout and without. A length that no entry covers has no such kernel.
+SHORT = Setting(64, 64, 4, 2)
 ONE_TILE = {64: Setting(64, 64, 4, 1), 128: Setting(128, 128, 8, 1)}
-ONE_TILE_INTERPRETED = {32: Setting(32, 32, 1, 1)}
-ONE_TILE_WIDEST_HEAD = 64
+SM_90 = {
+    "forward": {
+        32: {ANY: SHORT},
+        64: {64: SHORT, ANY: Setting(128, 64, 8, 2)},
+        128: {ANY: Setting(128, 64, 8, 2)},
+    },
+    "one_tile": {32: ONE_TILE, 64: ONE_TILE, 128: {}},
+    "dq": {32: {ANY: SHORT}, 64: {ANY: SHORT}, 128: {ANY: Setting(128, 64, 8, 1)}},
+    "dkdv": {32: {ANY: SHORT}, 64: {ANY: SHORT}, 128: {ANY: Setting(64, 32, 4, 1)}},
+}
+SM_80 = {
+    "forward": {**SM_90["forward"], 128: {ANY: Setting(128, 64, 8, 1)}},
+    "one_tile": {32: ONE_TILE, 64: {64: ONE_TILE[64]}, 128: {}},
+    "dq": {32: {ANY: SHORT}, 64: {ANY: Setting(64, 32, 4, 2)}, 128: {ANY: Setting(64, 64, 8, 2)}},
+    "dkdv": {32: {ANY: SHORT}, 64: {ANY: Setting(64, 32, 4, 2)}, 128: {ANY: Setting(64, 64, 8, 2)}},
+}
+SM_100 = {
+    **SM_90,
+    "dq": {**SM_90["dq"], 128: {ANY: Setting(64, 64, 8, 2)}},
+    "dkdv": {**SM_90["dkdv"], 128: {ANY: Setting(64, 64, 8, 2)}},
+}
+FAMILIES = {80: SM_80, 90: SM_90, 100: SM_100}
+NARROWEST_PIPELINE = (
+    16  # bytes of a load; narrower ones go through registers, copied ahead they spill
+)
+
+FP32 = Setting(32, 32, 4, 1)  # no tensor core: small tiles keep it out of the stack
+INTERPRETED_ATTENTION = Setting(32, 32, 1, 1)  # so that short sequences have several blocks
+INTERPRETED_ONE_TILE = {32: INTERPRETED_ATTENTION}
 
 SMALLEST_DOT = 16  # of tl.dot, each dimension
 
@@ -64,26 +75,46 @@ def head_block(width: int) -> int:
     return max(triton.next_power_of_2(width), SMALLEST_DOT)
 
 
-def attention(
-    kernel: str, dtype: torch.dtype, width: int, block_mask: list[torch.Tensor]
-) -> Setting:
-    """The setting of one attention kernel for heads of ``width`` numbers."""
-    setting = ATTENTION[kernel][max(head_block(width), 32)]
-    if INTERPRETED:
-        setting = ATTENTION_INTERPRETED
-    elif dtype == torch.float32:
-        setting = ATTENTION_FP32
-    if block_mask:  # a tile of scores is a block of the mask
-        side = block_mask[-1].shape[1]
-        setting = setting._replace(block_m=side, block_n=side)
-    return setting
+@cache
+def family(device: torch.device) -> int:
+    """The newest family whose settings the device can run."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((f for f in FAMILIES if f <= 10 * major + minor), default=min(FAMILIES))
 
 
-def one_tile(
-    dtype: torch.dtype, width: int, max_length: int, block_mask: list[torch.Tensor]
-) -> Setting | None:
-    """The setting of the backward that holds all scores of a head, or None where none fits."""
-    if block_mask or width > ONE_TILE_WIDEST_HEAD or (dtype == torch.float32 and not INTERPRETED):
+class Scores(NamedTuple):
+    """What decides the setting of an attention kernel."""
+
+    family: int
+    dtype: torch.dtype
+    width: int  # of a head
+    longest: int
+    load_bytes: int  # at a time, that the strides allow
+    mask_side: int  # of a block mask, or 0
+
+    @classmethod
+    def of(cls, q: torch.Tensor, align: int, longest: int, block_mask: list[torch.Tensor]):
+        """For operands like ``q`` whose strides are multiples of ``align``."""
+        side = block_mask[-1].shape[1] if block_mask else 0
+        generation = 0 if INTERPRETED else family(q.device)
+        return cls(generation, q.dtype, q.shape[-1], longest, align * q.element_size(), side)
+
+
+def attention(kernel: str, scores: Scores) -> Setting | None:
+    """The setting of one attention kernel, or None where it does not serve such scores."""
+    if kernel == "one_tile" and scores.mask_side:
         return None
-    table = ONE_TILE_INTERPRETED if INTERPRETED else ONE_TILE
-    return next((table[side] for side in sorted(table) if max_length <= side), None)
+    if INTERPRETED:
+        table = INTERPRETED_ONE_TILE if kernel == "one_tile" else {ANY: INTERPRETED_ATTENTION}
+    elif scores.dtype == torch.float32:
+        table = {} if kernel == "one_tile" else {ANY: FP32}
+    else:
+        table = FAMILIES[scores.family][kernel][max(head_block(scores.width), 32)]
+    setting = next((table[n] for n in sorted(table) if scores.longest <= n), None)
+    if setting is None:
+        return None
+    if scores.load_bytes < NARROWEST_PIPELINE:
+        setting = setting._replace(num_stages=1)
+    if scores.mask_side:  # a tile of scores is a block of the mask
+        setting = setting._replace(block_m=scores.mask_side, block_n=scores.mask_side)
+    return setting

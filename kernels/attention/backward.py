@@ -1,6 +1,6 @@
 """Gradients of attention; every kernel recomputes the scores and adds to no other program's sums.
 
-Where all scores of a head fit one tile (configs.ONE_TILE), one program finishes dQ, dK and dV: 5
+Where all scores of a head fit one tile (configs.py), one program finishes dQ, dK and dV: 5
 products and one exponential a score, delta = rowsum(P * dP * M) from registers. Longer sequences
 and block masks take two kernels, one over blocks of queries for dQ and delta, one over blocks of
 keys for dK and dV: 7 products and two exponentials.
@@ -294,7 +294,8 @@ def backward(
         "DIRECTION": direction,
         "DROPOUT": dropout_p > 0.0,
     }
-    setting = configs.one_tile(q.dtype, width, max_length, block_mask)
+    scores = configs.Scores.of(q, align, max_length, block_mask)
+    setting = configs.attention("one_tile", scores)
     if setting is not None:
         _one_tile_kernel[len(cu_seqlens) - 1, heads](
             q_, k_, v_, grad_, dq_, dk_, dv_, lse_, lengths, *call[1:], **same, **setting.launch()
@@ -302,12 +303,12 @@ def backward(
         return dq, dk, dv
     delta = statistics(q)
     delta_ = Rows.of(delta[..., None], 1)
-    setting = configs.attention("dq", q.dtype, width, block_mask)
+    setting = configs.attention("dq", scores)
     _dq_kernel[grid(cu_seqlens, max_length, setting.block_m, heads)](
         q_, k_, v_, grad_, out_, dq_, lse_, delta_, lengths, BlockList.by_query(block_mask), *call,
         SPARSE=bool(block_mask), **same, **setting.launch(),
     )  # fmt: skip
-    setting = configs.attention("dkdv", q.dtype, width, block_mask)
+    setting = configs.attention("dkdv", scores)
     _dkdv_kernel[grid(cu_seqlens, max_length, setting.block_n, heads)](
         q_, k_, v_, grad_, dk_, dv_, lse_, delta_, lengths, BlockList.by_key(block_mask), *call,
         SPARSE=bool(block_mask), **same, **setting.launch(),

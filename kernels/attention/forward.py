@@ -140,7 +140,8 @@ def forward(
     if q.numel() == 0 or max_length == 0:
         return out, lse, rng
     align = alignment(q, k, v, out)
-    setting = configs.attention("forward", q.dtype, width, block_mask)
+    scores = configs.Scores.of(q, align, max_length, block_mask)
+    setting = configs.attention("forward", scores)
     _forward_kernel[grid(cu_seqlens, max_length, setting.block_m, heads)](
         *(Rows.of(x, align) for x in (q, k, v, out)), Rows.of(lse[..., None], 1),
         Lengths.of(cu_seqlens, first_columns), BlockList.by_query(block_mask), max_length,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinybert_fast.ops.block_mask import BlockMask
 from tinybert_fast.ops.dispatch import (
     FLOATS,
     FLOATS_AND_DOUBLE,
@@ -20,7 +21,6 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.block_mask import BlockMask
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.attention import attention as reference
 

@@ -30,7 +30,7 @@ class SequenceLayout:
         sequences: int32 (T,), the sequence b that a token belongs to.
         positions: int32 (T,), rank of a token among the valid tokens of its sequence. Dropout
             counters, causal order and block masks use it, so they don't depend on padding.
-        first_columns: int32 (B,), padded column of each sequence's first token; 0 where it has none.
+        first_columns: int32 (B,), padded column of each sequence's first token; 0 if none.
     """
 
     batch_size: int

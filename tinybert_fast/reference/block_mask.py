@@ -25,7 +25,7 @@ WORD_BITS = 32
 
 def block_mask(allowed: Tensor, side: int) -> list[Tensor]:
     """Bool (M, N, N) -> CSR offsets, blocks, tiles; CSC offsets, blocks, tiles; cells."""
-    masks, size = allowed.shape[:2]
+    size = allowed.shape[1]
     count = -(-size // side)
     beyond = (0, count * side - size) * 2
     inside = _blocks(F.pad(allowed, beyond), side)
