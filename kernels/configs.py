@@ -4,6 +4,7 @@ Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16
 GPU's clock.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,3 +58,52 @@ def attention(kernel: str, dtype: torch.dtype, width: int) -> Setting:
     if dtype == torch.float32:
         return ATTENTION_FP32
     return ATTENTION[kernel][max(head_block(width), 32)]
+
+
+class RowSetting(NamedTuple):
+    """Rows that a program of a layer-norm kernel holds, and the two blocks that a row is cut into."""
+
+    block_m: int
+    left: int
+    right: int
+    num_warps: int
+
+    def launch(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "LEFT": self.left,
+            "RIGHT": self.right,
+            "num_warps": self.num_warps,
+        }
+
+
+# Numbers of an operand that a warp holds at a time. They are widened to fp32, so the operands' dtype
+# does not matter. A backward holds two operands and its sums besides.
+ROW_TILE = {"forward": 1536, "backward": 768}
+MOST_ROWS = 16
+# One warp a program while it can hold a row: then a row's sums need no barrier.
+COLUMNS_OF_A_WARP = 1024
+ROWS_INTERPRETED = 2  # so that few rows have several blocks
+PROGRAMS_PER_SM = 8
+PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
+
+
+def rows(kernel: str, columns: int) -> RowSetting:
+    """The setting of one layer-norm kernel for rows of ``columns`` numbers."""
+    whole = triton.next_power_of_2(columns)
+    left = max(whole // 2, 1)
+    right = triton.next_power_of_2(max(columns - left, 1))
+    fitting = max(ROW_TILE[kernel] // (left + right), 1)
+    block_m = min(1 << (fitting.bit_length() - 1), MOST_ROWS)
+    if INTERPRETED:
+        block_m = ROWS_INTERPRETED
+    return RowSetting(block_m, left, right, max(whole // COLUMNS_OF_A_WARP, 1))
+
+
+@cache
+def row_programs(device: torch.device) -> int:
+    """Programs of a kernel that sums over all rows; also how many partial sums there are."""
+    if INTERPRETED:
+        return PROGRAMS_INTERPRETED
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,7 +1,26 @@
 """Dropout masks inside a kernel: the cells of reference/philox.py, byte for byte."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tinybert_fast.reference import philox
+
+
+class Dropout(NamedTuple):
+    """Bytes below ``threshold`` drop a cell, kept ones are multiplied by ``scale``."""
+
+    seed: Tensor | None
+    threshold: int
+    scale: float
+
+    @classmethod
+    def of(cls, rate: float, seed: Tensor | None) -> "Dropout":
+        if rate == 0.0:
+            return cls(None, 0, 1.0)
+        return cls(seed, philox.threshold(rate), philox.keep_scale(rate))
 
 
 @triton.jit
@@ -30,5 +49,23 @@ def attention_keep(key, sequence, head, offs_m, offs_n, threshold):
     word = (j >> 3) & 3
     chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     byte = 2 * (j & 1) + ((i >> 3) & 1)
+    # Compared as the top byte: what lies below it cannot change the answer.
+    return (chosen << (24 - 8 * byte).to(tl.uint32)) >= (threshold << 24).to(tl.uint32)
+
+
+@triton.jit
+def hidden_keep(key, sequence, position, first_n, threshold, BLOCK: tl.constexpr):
+    """Which of BLOCK columns from ``first_n`` on are kept in each row: (BLOCK_M, BLOCK).
+
+    sequence, position: int32 (BLOCK_M,). Written cell by cell: LLVM merges the calls of equal
+    counters, so a thread draws once for the neighbouring columns that it loads.
+    """
+    offs_n = first_n + tl.arange(0, BLOCK)[None, :]
+    zero = offs_n * 0 + position[:, None] * 0
+    w0, w1, w2, w3 = tl.philox(
+        key, (offs_n >> 4) + zero, position[:, None] + zero, zero, sequence[:, None] + zero
+    )
+    word, byte = (offs_n >> 2) & 3, offs_n & 3
+    chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     # Compared as the top byte: what lies below it cannot change the answer.
     return (chosen << (24 - 8 * byte).to(tl.uint32)) >= (threshold << 24).to(tl.uint32)
