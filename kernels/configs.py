@@ -61,29 +61,27 @@ def attention(kernel: str, dtype: torch.dtype, width: int) -> Setting:
 
 
 class RowSetting(NamedTuple):
-    """Rows that a program of a layer-norm kernel holds, and the two blocks that a row is cut into."""
+    """Rows that a program of a layer-norm kernel holds at a time, as tiles (BLOCK_M, BLOCK_N)."""
 
     block_m: int
-    left: int
-    right: int
+    block_n: int
     num_warps: int
 
     def launch(self) -> dict[str, int]:
         """As a kernel's keyword arguments."""
-        return {
-            "BLOCK_M": self.block_m,
-            "LEFT": self.left,
-            "RIGHT": self.right,
-            "num_warps": self.num_warps,
-        }
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
-# Numbers of an operand that a warp holds at a time. They are widened to fp32, so the operands' dtype
-# does not matter. A backward holds two operands and its sums besides.
-ROW_TILE = {"forward": 1536, "backward": 768}
-MOST_ROWS = 16
-# One warp a program while it can hold a row: then a row's sums need no barrier.
-COLUMNS_OF_A_WARP = 1024
+# A thread loads 8 neighbouring numbers, 16 bytes in half precision; so a warp loads 256. All are
+# widened to fp32, so the operands' dtype does not matter to what follows.
+WARP = 256
+COLUMNS_OF_A_WARP = 1024  # one warp while it can hold a row: a row's sums then need no barrier
+# Widths of a tile to choose from, for one warp. A backward keeps sums of its tiles: narrow tiles
+# would cost it registers, as a thread holds as many columns as it has tiles.
+TILE_WIDTHS = {"forward": (64, 128, 256), "backward": (128, 256)}
+NUMBERS_OF_A_THREAD = {"forward": 48, "backward": 1}  # of one operand, unless a row needs more
+MOST_ROWS = 32
+DROPPED_TOGETHER = 8  # columns whose dropout philox.hidden_keep draws at once
 ROWS_INTERPRETED = 2  # so that few rows have several blocks
 PROGRAMS_PER_SM = 8
 PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
@@ -92,13 +90,17 @@ PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
 def rows(kernel: str, columns: int) -> RowSetting:
     """The setting of one layer-norm kernel for rows of ``columns`` numbers."""
     whole = triton.next_power_of_2(columns)
-    left = max(whole // 2, 1)
-    right = triton.next_power_of_2(max(columns - left, 1))
-    fitting = max(ROW_TILE[kernel] // (left + right), 1)
-    block_m = min(1 << (fitting.bit_length() - 1), MOST_ROWS)
-    if INTERPRETED:
-        block_m = ROWS_INTERPRETED
-    return RowSetting(block_m, left, right, max(whole // COLUMNS_OF_A_WARP, 1))
+    num_warps = max(whole // COLUMNS_OF_A_WARP, 1)
+    widths = [num_warps * width for width in TILE_WIDTHS[kernel]]
+    # The least padding; of equals the widest. A row that fits the narrowest is one tile.
+    block_n = min(widths, key=lambda width: (triton.cdiv(columns, width) * width, -width))
+    block_n = max(min(block_n, whole), DROPPED_TOGETHER)
+    numbers = triton.cdiv(columns, block_n) * WARP // 32  # of a thread, where warps hold one pass
+    block_m = max(num_warps * WARP // block_n, 1)
+    while numbers * 2 <= NUMBERS_OF_A_THREAD[kernel]:
+        block_m, numbers = block_m * 2, numbers * 2
+    block_m = ROWS_INTERPRETED if INTERPRETED else min(block_m, MOST_ROWS)
+    return RowSetting(block_m, block_n, num_warps)
 
 
 @cache

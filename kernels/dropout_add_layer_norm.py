@@ -15,129 +15,81 @@ import triton
 import triton.language as tl
 
 from tinybert_fast.kernels import configs
-from tinybert_fast.kernels.philox import Dropout, hidden_keep, site_key
+from tinybert_fast.kernels.philox import Dropout, drop, site_key
 from tinybert_fast.kernels.rows import (
+    add,
     add_partials,
     input_gradient,
-    load_columns,
-    load_normal,
-    load_places,
+    load_place,
     load_rows,
+    load_statistic,
+    load_vector,
+    multiply,
     normalise,
     partials,
+    renormalise,
     store_rows,
-    store_sums,
+    store_statistic,
+    store_sum,
+    zeros,
 )
-
-
-@triton.jit
-def _sum_block(
-    x_ptr, bias_ptr, residual_ptr, offs_m, rows, key, sequence, position, dropout,
-    FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """s of the columns from FIRST on, zero beyond C: (BLOCK_M, BLOCK)."""
-    branch = load_rows(x_ptr, offs_m, rows, FIRST, BLOCK, C)
-    if HAS_BIAS:
-        branch += load_columns(bias_ptr, FIRST, BLOCK, C)
-    if DROPOUT:
-        keep = hidden_keep(key, sequence, position, FIRST, dropout.threshold, BLOCK)
-        branch = tl.where(keep, branch * dropout.scale, 0.0)
-    return branch + load_rows(residual_ptr, offs_m, rows, FIRST, BLOCK, C)
 
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def _forward_kernel(
     x_ptr, bias_ptr, residual_ptr, weight_ptr, ln_bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     rows, eps, dropout, site, sequences_ptr, positions_ptr,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    key = site_key(dropout.seed, site) if DROPOUT else 0
-    sequence, position = load_places(sequences_ptr, positions_ptr, offs_m, rows)
-    left = _sum_block(
-        x_ptr, bias_ptr, residual_ptr, offs_m, rows, key, sequence, position, dropout,
-        0, LEFT, C, HAS_BIAS, DROPOUT,
-    )  # fmt: skip
-    right = _sum_block(
-        x_ptr, bias_ptr, residual_ptr, offs_m, rows, key, sequence, position, dropout,
-        LEFT, RIGHT, C, HAS_BIAS, DROPOUT,
-    )  # fmt: skip
-    store_rows(total_ptr, offs_m, rows, left, 0, LEFT, C)
-    store_rows(total_ptr, offs_m, rows, right, LEFT, RIGHT, C)
-    left, right, mean, rstd = normalise(left, right, eps, C, LEFT, RIGHT)
-    left = left * load_columns(weight_ptr, 0, LEFT, C) + load_columns(ln_bias_ptr, 0, LEFT, C)
-    right = right * load_columns(weight_ptr, LEFT, RIGHT, C)
-    right += load_columns(ln_bias_ptr, LEFT, RIGHT, C)
-    store_rows(y_ptr, offs_m, rows, left, 0, LEFT, C)
-    store_rows(y_ptr, offs_m, rows, right, LEFT, RIGHT, C)
-    tl.store(mean_ptr + offs_m[:, None], mean, mask=offs_m[:, None] < rows)
-    tl.store(rstd_ptr + offs_m[:, None], rstd, mask=offs_m[:, None] < rows)
-
-
-@triton.jit
-def _branch_block(
-    dtotal, dx_ptr, offs_m, rows, key, sequence, position, dropout,
-    FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr,
-    DROPOUT: tl.constexpr, WRITES_DX: tl.constexpr,
-):  # fmt: skip
-    """dx of the columns from FIRST on, written where it is not dtotal itself."""
-    dx = dtotal
+    total = load_rows(x_ptr, offs_m, rows, C, BLOCK_N)
+    residual = load_rows(residual_ptr, offs_m, rows, C, BLOCK_N)
+    if HAS_BIAS:
+        total = add(total, load_vector(bias_ptr, C, BLOCK_M, BLOCK_N))
     if DROPOUT:
-        keep = hidden_keep(key, sequence, position, FIRST, dropout.threshold, BLOCK)
-        dx = tl.where(keep, dx * dropout.scale, 0.0)
-    if WRITES_DX:
-        store_rows(dx_ptr, offs_m, rows, dx, FIRST, BLOCK, C)
-    return dx
+        sequence, position = load_place(sequences_ptr, positions_ptr, offs_m, rows)
+        total = drop(total, site_key(dropout.seed, site), sequence, position, dropout, BLOCK_N)
+    total = add(total, residual)
+    store_rows(total_ptr, offs_m, rows, total, C, BLOCK_N)
+    z, mean, rstd = normalise(total, eps, C, BLOCK_N)
+    weight, ln_bias = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N), load_vector(ln_bias_ptr, C, BLOCK_M, BLOCK_N)
+    store_rows(y_ptr, offs_m, rows, add(multiply(z, weight), ln_bias), C, BLOCK_N)
+    store_statistic(mean_ptr, offs_m, rows, mean)
+    store_statistic(rstd_ptr, offs_m, rows, rstd)
 
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def _backward_kernel(
     grad_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dtotal_ptr, partial_ptr,
     rows, dropout, site, sequences_ptr, positions_ptr,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, WRITES_DX: tl.constexpr,
 ):  # fmt: skip
-    weight_left = load_columns(weight_ptr, 0, LEFT, C)
-    weight_right = load_columns(weight_ptr, LEFT, RIGHT, C)
-    dweight_left, dweight_right = tl.zeros((LEFT,), tl.float32), tl.zeros((RIGHT,), tl.float32)
-    dln_left, dln_right = tl.zeros((LEFT,), tl.float32), tl.zeros((RIGHT,), tl.float32)
-    dbias_left, dbias_right = tl.zeros((LEFT,), tl.float32), tl.zeros((RIGHT,), tl.float32)
     key = site_key(dropout.seed, site) if DROPOUT else 0
+    weight = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N)
+    dweight, dln_bias = zeros(C, BLOCK_M, BLOCK_N), zeros(C, BLOCK_M, BLOCK_N)
+    dbias = zeros(C, BLOCK_M, BLOCK_N)
     for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M).to(tl.int64)
-        mean = tl.load(mean_ptr + offs_m, mask=offs_m < rows, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < rows, other=0.0)[:, None]
-        grad_left = load_rows(grad_ptr, offs_m, rows, 0, LEFT, C)
-        grad_right = load_rows(grad_ptr, offs_m, rows, LEFT, RIGHT, C)
-        z_left = load_normal(total_ptr, mean, rstd, offs_m, rows, 0, LEFT, C)
-        z_right = load_normal(total_ptr, mean, rstd, offs_m, rows, LEFT, RIGHT, C)
-        dweight_left += tl.sum(grad_left * z_left, 0)
-        dweight_right += tl.sum(grad_right * z_right, 0)
-        dln_left += tl.sum(grad_left, 0)
-        dln_right += tl.sum(grad_right, 0)
-        left, right = input_gradient(
-            grad_left, z_left, weight_left, grad_right, z_right, weight_right, rstd, C
-        )
-        store_rows(dtotal_ptr, offs_m, rows, left, 0, LEFT, C)
-        store_rows(dtotal_ptr, offs_m, rows, right, LEFT, RIGHT, C)
-        sequence, position = load_places(sequences_ptr, positions_ptr, offs_m, rows)
-        left = _branch_block(
-            left, dx_ptr, offs_m, rows, key, sequence, position, dropout,
-            0, LEFT, C, DROPOUT, WRITES_DX,
-        )  # fmt: skip
-        right = _branch_block(
-            right, dx_ptr, offs_m, rows, key, sequence, position, dropout,
-            LEFT, RIGHT, C, DROPOUT, WRITES_DX,
-        )  # fmt: skip
+        grad = load_rows(grad_ptr, offs_m, rows, C, BLOCK_N)
+        total = load_rows(total_ptr, offs_m, rows, C, BLOCK_N)
+        mean, rstd = load_statistic(mean_ptr, offs_m, rows), load_statistic(rstd_ptr, offs_m, rows)
+        z = renormalise(total, mean, rstd)
+        dweight, dln_bias = add(dweight, multiply(grad, z)), add(dln_bias, grad)
+        dx = input_gradient(grad, z, weight, rstd, C)
+        store_rows(dtotal_ptr, offs_m, rows, dx, C, BLOCK_N)
+        if DROPOUT:
+            sequence, position = load_place(sequences_ptr, positions_ptr, offs_m, rows)
+            dx = drop(dx, key, sequence, position, dropout, BLOCK_N)
+        if WRITES_DX:
+            store_rows(dx_ptr, offs_m, rows, dx, C, BLOCK_N)
         if HAS_BIAS:
-            dbias_left += tl.sum(left, 0)
-            dbias_right += tl.sum(right, 0)
-    store_sums(partial_ptr, 0, dweight_left, dweight_right, C, LEFT, RIGHT)
-    store_sums(partial_ptr, 1, dln_left, dln_right, C, LEFT, RIGHT)
+            dbias = add(dbias, dx)
+    store_sum(partial_ptr, 0, dweight, C, BLOCK_N)
+    store_sum(partial_ptr, 1, dln_bias, C, BLOCK_N)
     if HAS_BIAS:
-        store_sums(partial_ptr, 2, dbias_left, dbias_right, C, LEFT, RIGHT)
+        store_sum(partial_ptr, 2, dbias, C, BLOCK_N)
 
 
 def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):

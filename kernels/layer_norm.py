@@ -14,64 +14,55 @@ import triton.language as tl
 
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.rows import (
+    add,
     add_partials,
     input_gradient,
-    load_columns,
-    load_normal,
     load_rows,
+    load_statistic,
+    load_vector,
+    multiply,
     normalise,
     partials,
+    renormalise,
     store_rows,
-    store_sums,
+    store_statistic,
+    store_sum,
+    zeros,
 )
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, eps,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    left = load_rows(x_ptr, offs_m, rows, 0, LEFT, C)
-    right = load_rows(x_ptr, offs_m, rows, LEFT, RIGHT, C)
-    left, right, mean, rstd = normalise(left, right, eps, C, LEFT, RIGHT)
-    left = left * load_columns(weight_ptr, 0, LEFT, C) + load_columns(bias_ptr, 0, LEFT, C)
-    right = right * load_columns(weight_ptr, LEFT, RIGHT, C)
-    right += load_columns(bias_ptr, LEFT, RIGHT, C)
-    store_rows(y_ptr, offs_m, rows, left, 0, LEFT, C)
-    store_rows(y_ptr, offs_m, rows, right, LEFT, RIGHT, C)
-    tl.store(mean_ptr + offs_m[:, None], mean, mask=offs_m[:, None] < rows)
-    tl.store(rstd_ptr + offs_m[:, None], rstd, mask=offs_m[:, None] < rows)
+    x = load_rows(x_ptr, offs_m, rows, C, BLOCK_N)
+    z, mean, rstd = normalise(x, eps, C, BLOCK_N)
+    weight, bias = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N), load_vector(bias_ptr, C, BLOCK_M, BLOCK_N)
+    store_rows(y_ptr, offs_m, rows, add(multiply(z, weight), bias), C, BLOCK_N)
+    store_statistic(mean_ptr, offs_m, rows, mean)
+    store_statistic(rstd_ptr, offs_m, rows, rstd)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, rows,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    weight_left = load_columns(weight_ptr, 0, LEFT, C)
-    weight_right = load_columns(weight_ptr, LEFT, RIGHT, C)
-    dweight_left, dweight_right = tl.zeros((LEFT,), tl.float32), tl.zeros((RIGHT,), tl.float32)
-    dbias_left, dbias_right = tl.zeros((LEFT,), tl.float32), tl.zeros((RIGHT,), tl.float32)
+    weight = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N)
+    dweight, dbias = zeros(C, BLOCK_M, BLOCK_N), zeros(C, BLOCK_M, BLOCK_N)
     for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M).to(tl.int64)
-        mean = tl.load(mean_ptr + offs_m, mask=offs_m < rows, other=0.0)[:, None]
-        rstd = tl.load(rstd_ptr + offs_m, mask=offs_m < rows, other=0.0)[:, None]
-        grad_left = load_rows(grad_ptr, offs_m, rows, 0, LEFT, C)
-        grad_right = load_rows(grad_ptr, offs_m, rows, LEFT, RIGHT, C)
-        z_left = load_normal(x_ptr, mean, rstd, offs_m, rows, 0, LEFT, C)
-        z_right = load_normal(x_ptr, mean, rstd, offs_m, rows, LEFT, RIGHT, C)
-        dx_left, dx_right = input_gradient(
-            grad_left, z_left, weight_left, grad_right, z_right, weight_right, rstd, C
-        )
-        store_rows(dx_ptr, offs_m, rows, dx_left, 0, LEFT, C)
-        store_rows(dx_ptr, offs_m, rows, dx_right, LEFT, RIGHT, C)
-        dweight_left += tl.sum(grad_left * z_left, 0)
-        dweight_right += tl.sum(grad_right * z_right, 0)
-        dbias_left += tl.sum(grad_left, 0)
-        dbias_right += tl.sum(grad_right, 0)
-    store_sums(partial_ptr, 0, dweight_left, dweight_right, C, LEFT, RIGHT)
-    store_sums(partial_ptr, 1, dbias_left, dbias_right, C, LEFT, RIGHT)
+        grad = load_rows(grad_ptr, offs_m, rows, C, BLOCK_N)
+        x = load_rows(x_ptr, offs_m, rows, C, BLOCK_N)
+        mean, rstd = load_statistic(mean_ptr, offs_m, rows), load_statistic(rstd_ptr, offs_m, rows)
+        z = renormalise(x, mean, rstd)
+        dweight, dbias = add(dweight, multiply(grad, z)), add(dbias, grad)
+        dx = input_gradient(grad, z, weight, rstd, C)
+        store_rows(dx_ptr, offs_m, rows, dx, C, BLOCK_N)
+    store_sum(partial_ptr, 0, dweight, C, BLOCK_N)
+    store_sum(partial_ptr, 1, dbias, C, BLOCK_N)
 
 
 def forward(x, weight, bias, eps):

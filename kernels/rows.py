@@ -1,12 +1,12 @@
-"""What the layer-norm kernels share: rows of C columns in two blocks, means, sums over all rows.
+"""What the layer-norm kernels share: rows of C columns as tuples of tiles, means, sums over all rows.
 
-A block of Triton is a power of 2 wide. In a single one a row of 312 columns would leave 39 % of the
-lanes idle, so every row is cut in two: 312 = 256 + 56 of 64, 768 = 512 + 256. C is known to the
-compiler: from the offsets of rows it then sees that 16 bytes can be loaded at a time.
+A tile of Triton is a power of 2 wide. In a single one a row of 312 columns would leave 39 % of the
+lanes idle, so a row is a tuple of equal, narrower tiles: 312 = 4 * 64 + 56, 768 = 3 * 256. C is
+known to the compiler: from the offsets of rows it then sees that 16 bytes can be loaded at a time.
 
 Sums over all rows (gradients of vectors) have two stages: each of a fixed number of programs walks
-rows pid, pid + programs, ... and writes its fp32 sums; a second kernel adds those in order. So two
-runs give the same bits.
+its rows and writes its fp32 sums; a second kernel adds those in order. So two runs give the same
+bits.
 """
 
 import torch
@@ -21,101 +21,153 @@ SUMMED_COLUMNS = 32  # and how many columns of them
 
 
 @triton.jit
-def load_rows(ptr, offs_m, rows, FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """Columns from FIRST on in fp32, zero beyond the rows and beyond C: (BLOCK_M, BLOCK)."""
-    offs_n = FIRST + tl.arange(0, BLOCK)
-    live = offs_m[:, None] < rows
-    if FIRST + BLOCK > C:
-        live = live & (offs_n[None, :] < C)
-    return tl.load(ptr + offs_m[:, None] * C + offs_n[None, :], mask=live, other=0.0).to(tl.float32)
+def load_rows(ptr, offs_m, rows, C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows in fp32, zero beyond the last one and beyond C: tiles (BLOCK_M, BLOCK_N).
+
+    ``offs_m``: int64, or any rows of a table that exist where ``rows`` says so.
+    """
+    return gather_rows(ptr, offs_m, offs_m < rows, C, BLOCK_N)
 
 
 @triton.jit
-def store_rows(ptr, offs_m, rows, tile, FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+def gather_rows(ptr, offs_m, live_m, C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows ``offs_m`` (int64, any order) in fp32, zero where not ``live_m`` and beyond C."""
+    tiles = ()
+    for i in tl.static_range(tl.cdiv(C, BLOCK_N)):
+        offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = live_m[:, None]
+        if (i + 1) * BLOCK_N > C:
+            live = live & (offs_n[None, :] < C)
+        at = offs_m[:, None] * C + offs_n[None, :]
+        tiles = tiles + (tl.load(ptr + at, mask=live, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def store_rows(ptr, offs_m, rows, tiles, C: tl.constexpr, BLOCK_N: tl.constexpr):
     """The reverse of load_rows; rounds to the operand's dtype."""
-    offs_n = FIRST + tl.arange(0, BLOCK)
-    live = offs_m[:, None] < rows
-    if FIRST + BLOCK > C:
-        live = live & (offs_n[None, :] < C)
-    tl.store(ptr + offs_m[:, None] * C + offs_n[None, :], tile, mask=live)
+    for i in tl.static_range(len(tiles)):
+        offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = offs_m[:, None] < rows
+        if (i + 1) * BLOCK_N > C:
+            live = live & (offs_n[None, :] < C)
+        tl.store(ptr + offs_m[:, None] * C + offs_n[None, :], tiles[i], mask=live)
 
 
 @triton.jit
-def load_columns(ptr, FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """A vector's columns from FIRST on in fp32, zero beyond C: (1, BLOCK)."""
-    offs_n = FIRST + tl.arange(0, BLOCK)
-    return tl.load(ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32)[None, :]
+def load_vector(ptr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A vector (C,) in fp32, zero beyond C, the same in every row: tiles (BLOCK_M, BLOCK_N).
+
+    Loaded by every row: lanes that ask for one address are served at once, while a tile of one row
+    would be loaded in its own layout and then exchanged between threads.
+    """
+    tiles = ()
+    for i in tl.static_range(tl.cdiv(C, BLOCK_N)):
+        offs_n = tl.zeros((BLOCK_M, 1), tl.int32) + (i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        tiles = tiles + (tl.load(ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32),)
+    return tiles
 
 
 @triton.jit
-def store_columns(ptr, vector, FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """The columns of a vector (BLOCK,) from FIRST on."""
-    offs_n = FIRST + tl.arange(0, BLOCK)
-    tl.store(ptr + offs_n, vector, mask=offs_n < C)
-
-
-@triton.jit
-def load_places(sequences_ptr, positions_ptr, offs_m, rows):
+def load_place(sequences_ptr, positions_ptr, offs_m, rows):
     """Sequence and rank of each row, by which cells are dropped: two of (BLOCK_M,)."""
     sequence = tl.load(sequences_ptr + offs_m, mask=offs_m < rows, other=0)
     return sequence, tl.load(positions_ptr + offs_m, mask=offs_m < rows, other=0)
 
 
 @triton.jit
-def row_mean(left, right, C: tl.constexpr):
+def load_statistic(ptr, offs_m, rows):
+    """mean or rstd of each row: (BLOCK_M, 1)."""
+    return tl.load(ptr + offs_m, mask=offs_m < rows, other=0.0)[:, None]
+
+
+@triton.jit
+def store_statistic(ptr, offs_m, rows, statistic):
+    """The reverse of load_statistic."""
+    tl.store(ptr + offs_m[:, None], statistic, mask=offs_m[:, None] < rows)
+
+
+@triton.jit
+def add(a, b):
+    """Sums of tiles."""
+    sums = ()
+    for i in tl.static_range(len(a)):
+        sums = sums + (a[i] + b[i],)
+    return sums
+
+
+@triton.jit
+def multiply(a, b):
+    """Products of tiles."""
+    products = ()
+    for i in tl.static_range(len(a)):
+        products = products + (a[i] * b[i],)
+    return products
+
+
+@triton.jit
+def row_mean(tiles, C: tl.constexpr):
     """The mean of each row, whose dead columns hold zero: (BLOCK_M, 1)."""
-    return ((tl.sum(left, 1) + tl.sum(right, 1)) * (1.0 / C))[:, None]
+    total = tl.sum(tiles[0], 1)
+    for i in tl.static_range(1, len(tiles)):
+        total += tl.sum(tiles[i], 1)
+    return (total * (1.0 / C))[:, None]
 
 
 @triton.jit
-def centre(tile, mean, FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """tile - mean, zero beyond C: a dead column would add mean**2 to the variance."""
-    centred = tile - mean
-    if FIRST + BLOCK > C:
-        centred = tl.where((FIRST + tl.arange(0, BLOCK))[None, :] < C, centred, 0.0)
-    return centred
+def normalise(tiles, eps, C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """z = (x - mean) * rstd as tiles, mean and rstd (BLOCK_M, 1). Two passes over registers."""
+    mean = row_mean(tiles, C)
+    centred = ()
+    for i in tl.static_range(len(tiles)):
+        tile = tiles[i] - mean
+        if (i + 1) * BLOCK_N > C:  # a dead column would add mean**2 to the variance
+            tile = tl.where((i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] < C, tile, 0.0)
+        centred = centred + (tile,)
+    rstd = tl.rsqrt(row_mean(multiply(centred, centred), C) + eps)
+    normal = ()
+    for i in tl.static_range(len(tiles)):
+        normal = normal + (centred[i] * rstd,)
+    return normal, mean, rstd
 
 
 @triton.jit
-def normalise(left, right, eps, C: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Both blocks as (x - mean) * rstd, and mean and rstd (BLOCK_M, 1). Two passes over x."""
-    mean = row_mean(left, right, C)
-    left, right = centre(left, mean, 0, LEFT, C), centre(right, mean, LEFT, RIGHT, C)
-    rstd = tl.rsqrt(row_mean(left * left, right * right, C) + eps)
-    return left * rstd, right * rstd, mean, rstd
+def renormalise(tiles, mean, rstd):
+    """The backward's z. Beyond C it is anything: the gradient that it meets there is 0."""
+    normal = ()
+    for i in tl.static_range(len(tiles)):
+        normal = normal + ((tiles[i] - mean) * rstd,)
+    return normal
 
 
 @triton.jit
-def load_normal(
-    ptr, mean, rstd, offs_m, rows, FIRST: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr
-):
-    """The backward's (x - mean) * rstd of a block; anything beyond C, where the gradient is 0."""
-    return (load_rows(ptr, offs_m, rows, FIRST, BLOCK, C) - mean) * rstd
+def input_gradient(grad, normal, weight, rstd, C: tl.constexpr):
+    """rstd * (g - mean(g) - z * mean(g * z)) as tiles, with g = grad * weight and z = normal."""
+    g = multiply(grad, weight)
+    mean = row_mean(g, C)
+    along = row_mean(multiply(g, normal), C)
+    gradient = ()
+    for i in tl.static_range(len(g)):
+        gradient = gradient + (rstd * (g[i] - mean - normal[i] * along),)
+    return gradient
 
 
 @triton.jit
-def input_gradient(
-    grad_left, normal_left, weight_left, grad_right, normal_right, weight_right, rstd,
-    C: tl.constexpr,
-):  # fmt: skip
-    """rstd * (g - mean(g) - z * mean(g * z)) of both blocks, g = grad * weight, z = normal."""
-    g_left, g_right = grad_left * weight_left, grad_right * weight_right
-    mean = row_mean(g_left, g_right, C)
-    along = row_mean(g_left * normal_left, g_right * normal_right, C)
-    return (
-        rstd * (g_left - mean - normal_left * along),
-        rstd * (g_right - mean - normal_right * along),
-    )
+def zeros(C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles to add gradients to; their rows are summed once, by store_sum."""
+    tiles = ()
+    for _ in tl.static_range(tl.cdiv(C, BLOCK_N)):
+        tiles = tiles + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+    return tiles
 
 
 @triton.jit
-def store_sums(
-    partial_ptr, which, left, right, C: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
-):
+def store_sum(partial_ptr, which, tiles, C: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's part of sum number ``which``, for add_partials."""
-    at = (which * tl.num_programs(0) + tl.program_id(0)) * C
-    store_columns(partial_ptr + at, left, 0, LEFT, C)
-    store_columns(partial_ptr + at, right, LEFT, RIGHT, C)
+    row_ptr = partial_ptr + (which * tl.num_programs(0) + tl.program_id(0)) * C
+    for i in tl.static_range(len(tiles)):
+        offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(row_ptr + offs_n, tl.sum(tiles[i], 0), mask=offs_n < C)
 
 
 @triton.jit(do_not_specialize=["programs"])
