@@ -17,6 +17,7 @@ import triton.language as tl
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.philox import Dropout, drop, site_key
 from tinybert_fast.kernels.rows import (
+    STAGES,
     add,
     add_partials,
     input_gradient,
@@ -70,7 +71,8 @@ def _backward_kernel(
     weight = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N)
     dweight, dln_bias = zeros(C, BLOCK_M, BLOCK_N), zeros(C, BLOCK_M, BLOCK_N)
     dbias = zeros(C, BLOCK_M, BLOCK_N)
-    for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+    step = tl.num_programs(0) * BLOCK_M
+    for first in tl.range(tl.program_id(0) * BLOCK_M, rows, step, num_stages=STAGES):
         offs_m = first + tl.arange(0, BLOCK_M).to(tl.int64)
         grad = load_rows(grad_ptr, offs_m, rows, C, BLOCK_N)
         total = load_rows(total_ptr, offs_m, rows, C, BLOCK_N)

@@ -16,16 +16,14 @@ from torch import Tensor
 
 from tinybert_fast.kernels import configs
 
+STAGES = tl.constexpr(3)  # of a backward's loop: rows in flight while others are computed with
 SUMMED_ROWS = 64  # partial sums that the second stage loads at a time
 SUMMED_COLUMNS = 32  # and how many columns of them
 
 
 @triton.jit
 def load_rows(ptr, offs_m, rows, C: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows in fp32, zero beyond the last one and beyond C: tiles (BLOCK_M, BLOCK_N).
-
-    ``offs_m``: int64, or any rows of a table that exist where ``rows`` says so.
-    """
+    """Rows in fp32, zero beyond the last one and beyond C: tiles (BLOCK_M, BLOCK_N)."""
     return gather_rows(ptr, offs_m, offs_m < rows, C, BLOCK_N)
 
 
@@ -103,6 +101,15 @@ def multiply(a, b):
     for i in tl.static_range(len(a)):
         products = products + (a[i] * b[i],)
     return products
+
+
+@triton.jit
+def where_rows(keep, tiles):
+    """The rows that ``keep`` (BLOCK_M, 1) names, the others zero."""
+    kept = ()
+    for i in tl.static_range(len(tiles)):
+        kept = kept + (tl.where(keep, tiles[i], 0.0),)
+    return kept
 
 
 @triton.jit
