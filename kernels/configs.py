@@ -82,7 +82,7 @@ TILE_WIDTHS = {"forward": (64, 128, 256), "backward": (128, 256)}
 NUMBERS_OF_A_THREAD = {"forward": 48, "backward": 1}  # of one operand, unless a row needs more
 MOST_ROWS = 32
 DROPPED_TOGETHER = 8  # columns whose dropout philox.hidden_keep draws at once
-ROWS_INTERPRETED = 2  # so that few rows have several blocks
+ROWS_INTERPRETED = 4  # so that few rows have several blocks
 PROGRAMS_PER_SM = 8
 PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
 

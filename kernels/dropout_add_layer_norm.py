@@ -54,7 +54,10 @@ def _forward_kernel(
     total = add(total, residual)
     store_rows(total_ptr, offs_m, rows, total, C, BLOCK_N)
     z, mean, rstd = normalise(total, eps, C, BLOCK_N)
-    weight, ln_bias = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N), load_vector(ln_bias_ptr, C, BLOCK_M, BLOCK_N)
+    weight, ln_bias = (
+        load_vector(weight_ptr, C, BLOCK_M, BLOCK_N),
+        load_vector(ln_bias_ptr, C, BLOCK_M, BLOCK_N),
+    )
     store_rows(y_ptr, offs_m, rows, add(multiply(z, weight), ln_bias), C, BLOCK_N)
     store_statistic(mean_ptr, offs_m, rows, mean)
     store_statistic(rstd_ptr, offs_m, rows, rstd)

@@ -40,7 +40,10 @@ def _forward_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     x = load_rows(x_ptr, offs_m, rows, C, BLOCK_N)
     z, mean, rstd = normalise(x, eps, C, BLOCK_N)
-    weight, bias = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N), load_vector(bias_ptr, C, BLOCK_M, BLOCK_N)
+    weight, bias = (
+        load_vector(weight_ptr, C, BLOCK_M, BLOCK_N),
+        load_vector(bias_ptr, C, BLOCK_M, BLOCK_N),
+    )
     store_rows(y_ptr, offs_m, rows, add(multiply(z, weight), bias), C, BLOCK_N)
     store_statistic(mean_ptr, offs_m, rows, mean)
     store_statistic(rstd_ptr, offs_m, rows, rstd)

@@ -92,7 +92,7 @@ def hidden_keep(key, sequence, position, first_n, threshold, BLOCK_N: tl.constex
 @triton.jit
 def drop(tiles, key, sequence, position, dropout, BLOCK_N: tl.constexpr):
     """Hidden rows, a tuple of tiles (BLOCK_M, BLOCK_N), after dropout."""
-    kept = ()
+    kept: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         keep = hidden_keep(key, sequence, position, i * BLOCK_N, dropout.threshold, BLOCK_N)
         kept = kept + (tl.where(keep, tiles[i] * dropout.scale, 0.0),)

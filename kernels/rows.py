@@ -1,4 +1,4 @@
-"""What the layer-norm kernels share: rows of C columns as tuples of tiles, means, sums over all rows.
+"""What the layer-norm kernels share: rows of C columns as tuples of tiles, means, sums over rows.
 
 A tile of Triton is a power of 2 wide. In a single one a row of 312 columns would leave 39 % of the
 lanes idle, so a row is a tuple of equal, narrower tiles: 312 = 4 * 64 + 56, 768 = 3 * 256. C is
@@ -30,7 +30,7 @@ def load_rows(ptr, offs_m, rows, C: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def gather_rows(ptr, offs_m, live_m, C: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows ``offs_m`` (int64, any order) in fp32, zero where not ``live_m`` and beyond C."""
-    tiles = ()
+    tiles: tl.tuple = ()
     for i in tl.static_range(tl.cdiv(C, BLOCK_N)):
         offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
         live = live_m[:, None]
@@ -59,7 +59,7 @@ def load_vector(ptr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     Loaded by every row: lanes that ask for one address are served at once, while a tile of one row
     would be loaded in its own layout and then exchanged between threads.
     """
-    tiles = ()
+    tiles: tl.tuple = ()
     for i in tl.static_range(tl.cdiv(C, BLOCK_N)):
         offs_n = tl.zeros((BLOCK_M, 1), tl.int32) + (i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
         tiles = tiles + (tl.load(ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32),)
@@ -88,7 +88,7 @@ def store_statistic(ptr, offs_m, rows, statistic):
 @triton.jit
 def add(a, b):
     """Sums of tiles."""
-    sums = ()
+    sums: tl.tuple = ()
     for i in tl.static_range(len(a)):
         sums = sums + (a[i] + b[i],)
     return sums
@@ -97,7 +97,7 @@ def add(a, b):
 @triton.jit
 def multiply(a, b):
     """Products of tiles."""
-    products = ()
+    products: tl.tuple = ()
     for i in tl.static_range(len(a)):
         products = products + (a[i] * b[i],)
     return products
@@ -106,7 +106,7 @@ def multiply(a, b):
 @triton.jit
 def where_rows(keep, tiles):
     """The rows that ``keep`` (BLOCK_M, 1) names, the others zero."""
-    kept = ()
+    kept: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         kept = kept + (tl.where(keep, tiles[i], 0.0),)
     return kept
@@ -125,14 +125,14 @@ def row_mean(tiles, C: tl.constexpr):
 def normalise(tiles, eps, C: tl.constexpr, BLOCK_N: tl.constexpr):
     """z = (x - mean) * rstd as tiles, mean and rstd (BLOCK_M, 1). Two passes over registers."""
     mean = row_mean(tiles, C)
-    centred = ()
+    centred: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i] - mean
         if (i + 1) * BLOCK_N > C:  # a dead column would add mean**2 to the variance
             tile = tl.where((i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] < C, tile, 0.0)
         centred = centred + (tile,)
     rstd = tl.rsqrt(row_mean(multiply(centred, centred), C) + eps)
-    normal = ()
+    normal: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         normal = normal + (centred[i] * rstd,)
     return normal, mean, rstd
@@ -141,7 +141,7 @@ def normalise(tiles, eps, C: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def renormalise(tiles, mean, rstd):
     """The backward's z. Beyond C it is anything: the gradient that it meets there is 0."""
-    normal = ()
+    normal: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         normal = normal + ((tiles[i] - mean) * rstd,)
     return normal
@@ -153,7 +153,7 @@ def input_gradient(grad, normal, weight, rstd, C: tl.constexpr):
     g = multiply(grad, weight)
     mean = row_mean(g, C)
     along = row_mean(multiply(g, normal), C)
-    gradient = ()
+    gradient: tl.tuple = ()
     for i in tl.static_range(len(g)):
         gradient = gradient + (rstd * (g[i] - mean - normal[i] * along),)
     return gradient
@@ -162,7 +162,7 @@ def input_gradient(grad, normal, weight, rstd, C: tl.constexpr):
 @triton.jit
 def zeros(C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles to add gradients to; their rows are summed once, by store_sum."""
-    tiles = ()
+    tiles: tl.tuple = ()
     for _ in tl.static_range(tl.cdiv(C, BLOCK_N)):
         tiles = tiles + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
     return tiles

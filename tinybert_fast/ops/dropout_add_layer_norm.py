@@ -98,9 +98,9 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         place = (seed, site, sequences, positions)
         if ctx.impl == "reference":
             needs = (*ctx.needs_input_grad[:5], *(False,) * 6)
-            grads = reference_gradient(
-                reference, (*operands, eps, dropout_p, *place), needs, grad
-            )[:5]
+            grads = reference_gradient(reference, (*operands, eps, dropout_p, *place), needs, grad)[
+                :5
+            ]
         else:
             dx, dtotal, dbias, dweight, dln_bias = _backward(
                 grad, *operands, dropout_p, *place, ctx.x_dtype, ctx.with_bias, ctx.impl

@@ -110,9 +110,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
             operands = (*operands, padding_idx, eps, dropout_p, *place)
             grads = reference_gradient(reference, operands, needs, grad)[:5]
         else:
-            grads = _backward(
-                grad, *operands, *place, *ctx.sizes, padding_idx, dropout_p, ctx.impl
-            )
+            grads = _backward(grad, *operands, *place, *ctx.sizes, padding_idx, dropout_p, ctx.impl)
         return (*grads, None, None, None, None, None, None)
 
 
