@@ -75,7 +75,8 @@ class RowSetting(NamedTuple):
 # A thread loads 8 neighbouring numbers, 16 bytes in half precision; so a warp loads 256. All are
 # widened to fp32, so the operands' dtype does not matter to what follows.
 WARP = 256
-COLUMNS_OF_A_WARP = 1024  # one warp while it can hold a row: a row's sums then need no barrier
+ONE_WARP = 1024  # columns that one warp holds: a row's sums then need no barrier
+COLUMNS_OF_A_WARP = 512  # of wider rows
 # Widths of a tile to choose from, for one warp. A backward keeps sums of its tiles: narrow tiles
 # would cost it registers, as a thread holds as many columns as it has tiles.
 TILE_WIDTHS = {"forward": (64, 128, 256), "backward": (128, 256)}
@@ -90,7 +91,7 @@ PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
 def rows(kernel: str, columns: int) -> RowSetting:
     """The setting of one layer-norm kernel for rows of ``columns`` numbers."""
     whole = triton.next_power_of_2(columns)
-    num_warps = max(whole // COLUMNS_OF_A_WARP, 1)
+    num_warps = 1 if columns <= ONE_WARP else whole // COLUMNS_OF_A_WARP
     widths = [num_warps * width for width in TILE_WIDTHS[kernel]]
     # The least padding; of equals the widest. A row that fits the narrowest is one tile.
     block_n = min(widths, key=lambda width: (triton.cdiv(columns, width) * width, -width))

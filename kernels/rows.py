@@ -31,10 +31,10 @@ def load_rows(ptr, offs_m, rows, C: tl.constexpr, BLOCK_N: tl.constexpr):
 def gather_rows(ptr, offs_m, live_m, C: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows ``offs_m`` (int64, any order) in fp32, zero where not ``live_m`` and beyond C."""
     tiles: tl.tuple = ()
-    for i in tl.static_range(tl.cdiv(C, BLOCK_N)):
-        offs_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    for first_n in tl.static_range(0, C, BLOCK_N):
+        offs_n = first_n + tl.arange(0, BLOCK_N)
         live = live_m[:, None]
-        if (i + 1) * BLOCK_N > C:
+        if first_n + BLOCK_N > C:
             live = live & (offs_n[None, :] < C)
         at = offs_m[:, None] * C + offs_n[None, :]
         tiles = tiles + (tl.load(ptr + at, mask=live, other=0.0).to(tl.float32),)
@@ -60,8 +60,8 @@ def load_vector(ptr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     would be loaded in its own layout and then exchanged between threads.
     """
     tiles: tl.tuple = ()
-    for i in tl.static_range(tl.cdiv(C, BLOCK_N)):
-        offs_n = tl.zeros((BLOCK_M, 1), tl.int32) + (i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    for first_n in tl.static_range(0, C, BLOCK_N):
+        offs_n = tl.zeros((BLOCK_M, 1), tl.int32) + (first_n + tl.arange(0, BLOCK_N))[None, :]
         tiles = tiles + (tl.load(ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32),)
     return tiles
 
@@ -163,7 +163,7 @@ def input_gradient(grad, normal, weight, rstd, C: tl.constexpr):
 def zeros(C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles to add gradients to; their rows are summed once, by store_sum."""
     tiles: tl.tuple = ()
-    for _ in tl.static_range(tl.cdiv(C, BLOCK_N)):
+    for _ in tl.static_range(0, C, BLOCK_N):
         tiles = tiles + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
     return tiles
 
