@@ -122,20 +122,33 @@ def row_mean(tiles, C: tl.constexpr):
 
 
 @triton.jit
-def normalise(tiles, eps, C: tl.constexpr, BLOCK_N: tl.constexpr):
-    """z = (x - mean) * rstd as tiles, mean and rstd (BLOCK_M, 1). Two passes over registers."""
-    mean = row_mean(tiles, C)
+def centre(tiles, mean, C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """x - mean, zero beyond C: a dead column would add mean**2 to the variance."""
     centred: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         tile = tiles[i] - mean
-        if (i + 1) * BLOCK_N > C:  # a dead column would add mean**2 to the variance
+        if (i + 1) * BLOCK_N > C:
             tile = tl.where((i * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] < C, tile, 0.0)
         centred = centred + (tile,)
+    return centred
+
+
+@triton.jit
+def normalise(tiles, eps, C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """z = (x - mean) * rstd as tiles, mean and rstd (BLOCK_M, 1). All passes over registers.
+
+    The mean is rounded like a sum of C numbers. What that leaves is taken off in a second pass:
+    else a constant row, whose variance is 0, would be nothing but this error, times 1e6.
+    """
+    mean = row_mean(tiles, C)
+    centred = centre(tiles, mean, C, BLOCK_N)
+    left_over = row_mean(centred, C)
+    centred = centre(centred, left_over, C, BLOCK_N)
     rstd = tl.rsqrt(row_mean(multiply(centred, centred), C) + eps)
     normal: tl.tuple = ()
     for i in tl.static_range(len(tiles)):
         normal = normal + (centred[i] * rstd,)
-    return normal, mean, rstd
+    return normal, mean + left_over, rstd
 
 
 @triton.jit

@@ -58,12 +58,12 @@ def test_reference_gradient_under_a_fast_forward(fast, device):
     proofs.prove_pair(layer_norm(device=device), fast)
 
 
-def test_constant_rows(impl, device):
-    """No variance: the value is the bias, and eps=1e-12 makes the scale 1e6, not infinite."""
-    x = torch.full((3, 312), 2.0, device=device, requires_grad=True)
+def test_constant_rows(fast, device):
+    """No variance: the value is the bias, though eps=1e-12 makes the scale 1e6."""
+    x = torch.tensor([[0.0], [0.1], [-7.3]], device=device).expand(3, 312).requires_grad_()
     bias = normal((312,), 1, device=device)
-    y = ops.layer_norm(x, torch.ones_like(bias), bias, impl=impl)
-    torch.testing.assert_close(y, bias.expand(3, -1))
+    y = ops.layer_norm(x, torch.ones_like(bias), bias, impl=fast)
+    torch.testing.assert_close(y, bias.expand(3, -1), rtol=0.0, atol=1e-2)
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
