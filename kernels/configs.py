@@ -72,17 +72,17 @@ class RowSetting(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
-# A thread loads 8 neighbouring numbers, 16 bytes in half precision; so a warp loads 256. All are
-# widened to fp32, so the operands' dtype does not matter to what follows.
-WARP = 256
+# Neighbouring numbers that a thread loads, 16 bytes in half precision, and whose dropout it draws at
+# once (philox.hidden_keep). All are widened to fp32: the dtype does not matter to what follows.
+LOADED = 8
+WARP = 32 * LOADED
 ONE_WARP = 1024  # columns that one warp holds: a row's sums then need no barrier
 COLUMNS_OF_A_WARP = 512  # of wider rows
 # Widths of a tile to choose from, for one warp. A backward keeps sums of its tiles: narrow tiles
 # would cost it registers, as a thread holds as many columns as it has tiles.
 TILE_WIDTHS = {"forward": (64, 128, 256), "backward": (128, 256)}
-NUMBERS_OF_A_THREAD = {"forward": 48, "backward": 1}  # of one operand, unless a row needs more
+NUMBERS_OF_A_THREAD = {"forward": 48, "backward": LOADED}  # of one operand; of one row any number
 MOST_ROWS = 32
-DROPPED_TOGETHER = 8  # columns whose dropout philox.hidden_keep draws at once
 ROWS_INTERPRETED = 4  # so that few rows have several blocks
 PROGRAMS_PER_SM = 8
 PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
@@ -95,9 +95,9 @@ def rows(kernel: str, columns: int) -> RowSetting:
     widths = [num_warps * width for width in TILE_WIDTHS[kernel]]
     # The least padding; of equals the widest. A row that fits the narrowest is one tile.
     block_n = min(widths, key=lambda width: (triton.cdiv(columns, width) * width, -width))
-    block_n = max(min(block_n, whole), DROPPED_TOGETHER)
-    numbers = triton.cdiv(columns, block_n) * WARP // 32  # of a thread, where warps hold one pass
-    block_m = max(num_warps * WARP // block_n, 1)
+    block_n = max(min(block_n, whole), LOADED)
+    block_m = max(num_warps * WARP // block_n, 1)  # each thread in one row
+    numbers = triton.cdiv(columns, block_n) * LOADED
     while numbers * 2 <= NUMBERS_OF_A_THREAD[kernel]:
         block_m, numbers = block_m * 2, numbers * 2
     block_m = ROWS_INTERPRETED if INTERPRETED else min(block_m, MOST_ROWS)
