@@ -67,6 +67,18 @@ def test_constant_rows(fast, device):
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("programs", [0, 1, 64, 150])
+def test_second_stage_adds_every_program(programs, counted, device):
+    """More programs than a GPU's kernel loads at a time, and none, as of no rows."""
+    from tinybert_fast.kernels.rows import add_partials
+
+    partial = normal((2, programs, 33), 0, device=device)
+    narrow, wide = partial.new_empty(33, dtype=torch.float16), partial.new_empty(33)
+    add_partials(partial, narrow, wide)
+    torch.testing.assert_close(narrow, partial[0].sum(0).half())
+    torch.testing.assert_close(wide, partial[1].sum(0))
+
+
 def test_refuses():
     x, weight, bias = torch.ones(2, 3), torch.ones(3), torch.ones(3)
     with pytest.raises(ValueError, match=r"weight must have shape \(3,\).*got \(4,\)"):
