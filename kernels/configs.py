@@ -72,8 +72,8 @@ class RowSetting(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
-# Neighbouring numbers that a thread loads, 16 bytes in half precision, and whose dropout it draws at
-# once (philox.hidden_keep). All are widened to fp32: the dtype does not matter to what follows.
+# Neighbouring numbers that a thread loads, 16 bytes in half precision, and whose dropout it draws
+# at once (philox.hidden_keep). Widened to fp32, so the dtype does not matter to what follows.
 LOADED = 8
 WARP = 32 * LOADED
 ONE_WARP = 1024  # columns that one warp holds: a row's sums then need no barrier
