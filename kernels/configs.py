@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from tinybert_fast.ops.dispatch import INTERPRETED
+INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Setting(NamedTuple):
@@ -118,3 +118,55 @@ def attention(kernel: str, scores: Scores) -> Setting | None:
     if scores.mask_side:  # a tile of scores is a block of the mask
         setting = setting._replace(block_m=scores.mask_side, block_n=scores.mask_side)
     return setting
+
+
+class RowSetting(NamedTuple):
+    """Rows that a program of a layer-norm kernel holds at a time, as tiles (BLOCK_M, BLOCK_N)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    def launch(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+
+
+# Neighbouring numbers that a thread loads, 16 bytes in half precision, and whose dropout it draws
+# at once (philox.hidden_keep). Widened to fp32, so the dtype does not matter to what follows.
+LOADED = 8
+WARP = 32 * LOADED
+ONE_WARP = 1024  # columns that one warp holds: a row's sums then need no barrier
+COLUMNS_OF_A_WARP = 512  # of wider rows
+# Widths of a tile to choose from, for one warp. A backward keeps sums of its tiles: narrow tiles
+# would cost it registers, as a thread holds as many columns as it has tiles.
+TILE_WIDTHS = {"forward": (64, 128, 256), "backward": (128, 256)}
+NUMBERS_OF_A_THREAD = {"forward": 48, "backward": LOADED}  # of one operand; of one row any number
+MOST_ROWS = 32
+ROWS_INTERPRETED = 4  # so that few rows have several blocks
+PROGRAMS_PER_SM = 8
+PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
+
+
+def rows(kernel: str, columns: int) -> RowSetting:
+    """The setting of one layer-norm kernel for rows of ``columns`` numbers."""
+    whole = triton.next_power_of_2(columns)
+    num_warps = 1 if columns <= ONE_WARP else whole // COLUMNS_OF_A_WARP
+    widths = [num_warps * width for width in TILE_WIDTHS[kernel]]
+    # The least padding; of equals the widest. A row that fits the narrowest is one tile.
+    block_n = min(widths, key=lambda width: (triton.cdiv(columns, width) * width, -width))
+    block_n = max(min(block_n, whole), LOADED)
+    block_m = max(num_warps * WARP // block_n, 1)  # each thread in one row
+    numbers = triton.cdiv(columns, block_n) * LOADED
+    while numbers * 2 <= NUMBERS_OF_A_THREAD[kernel]:
+        block_m, numbers = block_m * 2, numbers * 2
+    block_m = ROWS_INTERPRETED if INTERPRETED else min(block_m, MOST_ROWS)
+    return RowSetting(block_m, block_n, num_warps)
+
+
+@cache
+def row_programs(device: torch.device) -> int:
+    """Programs of a kernel that sums over all rows; also how many partial sums there are."""
+    if INTERPRETED:
+        return PROGRAMS_INTERPRETED
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count

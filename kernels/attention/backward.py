@@ -14,7 +14,6 @@ from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
     LOG2_E,
     BlockList,
-    Dropout,
     Lengths,
     Rows,
     alignment,
@@ -31,7 +30,7 @@ from tinybert_fast.kernels.attention.tiles import (
     statistics,
     store_tile,
 )
-from tinybert_fast.kernels.philox import attention_keep, site_key
+from tinybert_fast.kernels.philox import Dropout, attention_keep, site_key
 
 
 @triton.jit

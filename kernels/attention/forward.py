@@ -8,7 +8,6 @@ from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
     LOG2_E,
     BlockList,
-    Dropout,
     Lengths,
     Rows,
     alignment,
@@ -25,7 +24,7 @@ from tinybert_fast.kernels.attention.tiles import (
     statistics,
     store_tile,
 )
-from tinybert_fast.kernels.philox import attention_keep, site_key
+from tinybert_fast.kernels.philox import Dropout, attention_keep, site_key
 
 
 @triton.jit

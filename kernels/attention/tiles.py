@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinybert_fast.reference import philox
-
 LOG2_E = math.log2(math.e)
 WIDEST_LOAD = 16  # numbers; 16 bytes are 8 in half precision, 4 in single
 
@@ -34,20 +32,6 @@ def alignment(*operands: Tensor) -> int:
     """The largest power of 2 up to 16 that divides every stride of a batch, row or head."""
     strides = [stride for x in operands for stride in x.stride()[:-1]]
     return math.gcd(WIDEST_LOAD, *strides)
-
-
-class Dropout(NamedTuple):
-    """Bytes below ``threshold`` drop a score, kept ones are multiplied by ``scale``."""
-
-    seed: Tensor | None
-    threshold: int
-    scale: float
-
-    @classmethod
-    def of(cls, rate: float, seed: Tensor | None) -> "Dropout":
-        if rate == 0.0:
-            return cls(None, 0, 1.0)
-        return cls(seed, philox.threshold(rate), philox.keep_scale(rate))
 
 
 class Lengths(NamedTuple):

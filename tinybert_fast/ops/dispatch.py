@@ -183,12 +183,16 @@ def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]
     return impl
 
 
-def define(schema: str, *, fake: Callable, **implementations: str) -> Callable:
+def define(
+    schema: str, *, fake: Callable, fake_knows_impl: bool = False, **implementations: str
+) -> Callable:
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its handle.
 
     Args:
         schema: ``name(Tensor x, ...) -> (...)`` as torch.library takes it.
         fake: shapes and dtypes of the outputs, from the same arguments without ``impl``.
+        fake_knows_impl: ``fake`` takes ``impl`` too, last: not every implementation fills every
+            output.
         implementations: name -> "module:function", imported when first executed.
     """
     name, _, rest = schema.partition("(")
@@ -203,7 +207,7 @@ def define(schema: str, *, fake: Callable, **implementations: str) -> Callable:
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def run_fake(*args):
-        return fake(*args[:-1])
+        return fake(*args) if fake_knows_impl else fake(*args[:-1])
 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -17,7 +21,21 @@ from tinybert_fast.ops.dispatch import (
 )
 from tinybert_fast.reference.layer_norm import layer_norm as reference
 
-LIMITS = Limits("layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
+WIDEST_ROW = 8192  # of the Triton kernels, which hold whole rows in registers
+
+
+def refuses_columns(columns: int = 1, **others: Any) -> str | None:
+    """Why the Triton kernels of a layer norm cannot serve rows of ``columns`` numbers."""
+    if columns > WIDEST_ROW:
+        return f"rows of {columns} numbers are wider than {WIDEST_ROW}"
+    return None
+
+
+LIMITS = Limits(
+    "layer_norm",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, refuses_columns),
+)
 
 
 def statistic(x: Tensor) -> Tensor:
@@ -28,18 +46,20 @@ def statistic(x: Tensor) -> Tensor:
 _forward = define(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
-    fake=lambda x, weight, bias, eps: (torch.empty_like(x), statistic(x), statistic(x)),
+    fake=lambda x, weight, bias, eps: (x.new_empty(x.shape), statistic(x), statistic(x)),
     torch="tinybert_fast.tuned.layer_norm:forward",
+    triton="tinybert_fast.kernels.layer_norm:forward",
 )
 _backward = define(
     "layer_norm_bwd(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     fake=lambda grad, x, weight, mean, rstd: (
-        torch.empty_like(x),
+        x.new_empty(x.shape),
         torch.empty_like(weight),
         torch.empty_like(weight),
     ),
     torch="tinybert_fast.tuned.layer_norm:backward",
+    triton="tinybert_fast.kernels.layer_norm:backward",
 )
 
 
@@ -70,7 +90,7 @@ def layer_norm(
     Raises:
         ValueError: weight or bias is not (C,), or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, x)
+    impls = choose(impl, LIMITS, x, columns=x.shape[-1])
     check_columns("layer_norm", x, weight=weight, bias=bias)
     rows = x.reshape(-1, x.shape[-1])
     if impls[0] == "reference":

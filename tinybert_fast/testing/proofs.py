@@ -25,8 +25,14 @@ def implementations(op: str) -> list[str]:
     ]
 
 
+def serves(op: str, impl: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+    """Whether ``impl`` of ``op`` takes operands of ``dtype`` here."""
+    return dispatch.OPS[op].refusal(impl, torch.empty(0, dtype=dtype, device=device), {}) is None
+
+
 def prove_gradient(case: Case, impl: dispatch.Impl) -> None:
-    """Analytic gradients equal numeric ones; ``case`` is small, and taken in fp64.
+    """Analytic gradients equal numeric ones; ``case`` is small, and taken in fp64, which ``impl``
+    must serve: what does not is held against the reference's gradient.
 
     An implementation that drops cells replays them at a fixed seed, so dropout is no exception.
     """
