@@ -36,8 +36,11 @@ def test_any_mask_packs_and_pads_back(mask):
     assert layout.first_rows.tolist() == first
     assert layout.is_full == bool(mask.all())
     assert layout.starts_padded == any(mask[b].any() and not mask[b, 0] for b in range(batch))
+    columns = [[n for n in range(width) if mask[b, n]] for b in range(batch)]
+    assert layout.first_columns.tolist() == [min(of_row, default=0) for of_row in columns]
+    assert layout.has_holes == any(c and c[-1] - c[0] + 1 != len(c) for c in columns)
     kinds = {"cu_seqlens": torch.int32, "sequences": torch.int32, "positions": torch.int32,
-             "rows": torch.int64, "columns": torch.int64, "first_rows": torch.int64}  # fmt: skip
+             "first_columns": torch.int32, "rows": torch.int64, "columns": torch.int64, "first_rows": torch.int64}  # fmt: skip
     assert {name: getattr(layout, name).dtype for name in kinds} == kinds
 
     x = torch.arange(batch * width * 3.0).view(batch, width, 3)
@@ -56,7 +59,7 @@ def test_lengths_are_right_padded_masks(lengths, extra):
 
 
 def assert_same(a, b):
-    for name in ("batch_size", "width", "lengths", "max_length", "starts_padded"):
+    for name in ("batch_size", "width", "lengths", "max_length", "starts_padded", "has_holes"):
         assert getattr(a, name) == getattr(b, name)
     for name in ("cu_seqlens", "rows", "sequences", "positions"):
         assert torch.equal(getattr(a, name), getattr(b, name))
