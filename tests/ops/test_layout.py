@@ -40,7 +40,8 @@ def test_any_mask_packs_and_pads_back(mask):
     assert layout.first_columns.tolist() == [min(of_row, default=0) for of_row in columns]
     assert layout.has_holes == any(c and c[-1] - c[0] + 1 != len(c) for c in columns)
     kinds = {"cu_seqlens": torch.int32, "sequences": torch.int32, "positions": torch.int32,
-             "first_columns": torch.int32, "rows": torch.int64, "columns": torch.int64, "first_rows": torch.int64}  # fmt: skip
+             "first_columns": torch.int32, "rows": torch.int64, "columns": torch.int64,
+             "first_rows": torch.int64}  # fmt: skip
     assert {name: getattr(layout, name).dtype for name in kinds} == kinds
 
     x = torch.arange(batch * width * 3.0).view(batch, width, 3)

@@ -58,7 +58,8 @@ def allowed_pairs(lists: list[Tensor], size: int) -> Tensor:
 
 def _blocks(x: Tensor, side: int) -> Tensor:
     """(M, n side, n side) -> (M, n, n, side, side)."""
-    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
+    count = x.shape[1] // side
+    return x.unflatten(2, (count, side)).unflatten(1, (count, side)).transpose(2, 3)
 
 
 def _lists(partial: Tensor, full: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
