@@ -51,7 +51,7 @@ def encode(
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
     capture.start(len(layers), layout)
-    seed = _draw_seed(layout.rows.device) if _drops(bert) else None
+    seed = draw_seed(layout.rows.device) if _drops(bert) else None
     hidden = embed(
         bert.embeddings,
         layout,
@@ -247,7 +247,7 @@ def is_erf_gelu(activation: Any) -> bool:
     return type(activation).__name__ == "GELUActivation"
 
 
-def _draw_seed(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """int64 (2,) from torch's generator, another on each process: Trainers seed all ranks alike."""
     seed = torch.randint(2**62, (2,), device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
