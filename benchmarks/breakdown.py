@@ -21,9 +21,10 @@ Breakdown = dict[str, Any]
 def breakdown(call: Callable[[], Any], device: torch.device) -> Breakdown:
     """{"operators": [{"name", "ms", "calls"}, ...], "products_ms", "products_gflop"} of one call.
 
-    An operator's own time on ``device``, callees left out, largest first; recording it takes time
-    too, so the sum is above a run that nobody watches. The products are those of MATRIX_PRODUCTS:
-    fused attention is not among them.
+    An operator's own time on ``device``, callees left out, largest first. On a CPU, recording takes
+    time too: the sum is above a run that nobody watches. On a GPU the times are those of kernels:
+    the sum leaves out the gaps between them. The products are those of MATRIX_PRODUCTS: fused
+    attention is not among them.
     """
     os.environ.setdefault(*QUIET)
     cuda = device.type == "cuda"

@@ -5,7 +5,8 @@ For every case, at full size:
 2. at dropout 0 the providers must agree in loss and gradients, or no speed is printed at all;
 3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios, so what
    disturbs the machine for a while disturbs both sides;
-4. one more run of each under the allocation profiler gives its peak memory.
+4. one more run of each under the allocation profiler gives its peak memory;
+5. if asked for, one more of ours under the time profiler shows where its time goes (breakdown.py).
 """
 
 from __future__ import annotations

@@ -140,11 +140,12 @@ def test_info_says_what_nothing_can_serve(cli, monkeypatch, tmp_path):
 def test_bench(cli, tmp_path):
     answer = cli(
         "bench", "--suite", "step", "--case", "mlm", "--smoke", "--rounds", 1, "--threads", 1,
-        "--json", tmp_path / "rows.json",
+        "--profile", "--json", tmp_path / "rows.json",
     )  # fmt: skip
     assert answer.code == 0, answer.err
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert {row["role"] for row in rows} >= {"a", "b", "ours"}
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["role"] for row in written["rows"]} >= {"a", "b", "ours"}
+    assert [profile["provider"] for profile in written["profiles"]] == ["ours"]
 
 
 def test_bench_refuses(cli):

@@ -81,6 +81,8 @@ def test_everything_and_then_nothing_again(run, tmp_path):
         assert all((folder / place / "config.json").exists() for place in model["folders"])
     assert result["models"]["student"]["parameters"] < result["models"]["teacher"]["parameters"]
     assert len(result["gap_recovered_by_seed"]) == 2
+    distilled = json.loads((folder / "student" / "seed-0" / "metrics.json").read_text())
+    assert distilled["selected_by"] == "loss"
     assert {name.partition("/")[0] for name in result["seconds"]} == PHASES
     assert result["machine"]["threads"] == 1
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -140,8 +142,19 @@ def test_other_settings_are_not_mixed(run, small, monkeypatch):
     monkeypatch.setattr(demo, "QUICK", replace(small[1], teacher_lr=1e-3))
     assert "lr was 5e-05, now 0.001" in run("--only", "teacher").line
     monkeypatch.setattr(demo, "QUICK", replace(small[1], general_steps=5))
-    assert "--overwrite" in run("--only", "data").line
+    for phase in ("data", "general"):
+        assert "a demo with other settings" in run("--only", phase).line
     assert run("--only", "data", "--overwrite").code == 0
+
+
+def test_the_data_of_an_older_version_are_not_taken_for_todays(run, tmp_path):
+    assert run("--only", "data", "--only", "teacher", "--only", "general").code == 0
+    data = tmp_path / "demo" / "data"
+    for name, key in (("settings.json", "augmented_sentences"), ("sizes.json", "augmented")):
+        values = json.loads((data / name).read_text())
+        del values[key]
+        (data / name).write_text(json.dumps(values))
+    assert "a demo with other settings" in run("--only", "student").line
 
 
 def test_the_report_tells_the_settings_that_the_models_were_trained_with(run, small, monkeypatch):

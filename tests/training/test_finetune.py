@@ -351,6 +351,8 @@ def test_refusals_leave_nothing_behind(made, tmp_path):
         finetune(made / "encoder", made / "train.csv", made / "dev2.csv", out)
     with pytest.raises(ValueError, match="select_by is 'f2'; this task has accuracy"):
         run(made, out, select_by="f2")
+    with pytest.raises(ValueError, match="select_by is 'loss', but there is no dev file"):
+        finetune(made / "encoder", made / "train.csv", None, out, select_by="loss")
     for name in ("batch_size", "eval_steps", "max_length"):
         with pytest.raises(ValueError, match=f"{name} is 0; expected"):
             run(made, out, **{name: 0}, accelerate=False)

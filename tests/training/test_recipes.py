@@ -89,7 +89,7 @@ def general(made, output, student=STUDENT, **options):
     return distill_general(*files, output, **{**recipe, **options})
 
 
-def task(made, output, student=STUDENT, **options):
+def task(made, output, student=STUDENT, dev="dev.csv", **options):
     recipe = {
         "intermediate_epochs": 2,
         "intermediate_lr": 3e-3,
@@ -100,7 +100,7 @@ def task(made, output, student=STUDENT, **options):
         "max_length": 16,
         "progress": False,
     }
-    files = student, made / "train.csv", made / "dev.csv"
+    files = student, made / "train.csv", dev and made / dev
     return distill_task(made / "teacher", *files, output, **{**recipe, **options})
 
 
@@ -200,7 +200,9 @@ def test_task_distillation(distilled):
     assert names(out) >= FILES
     assert not names(out) & {"checkpoints", "projection.safetensors"}
     assert names(out / "intermediate") >= {"config.json", "projection.safetensors"}
-    assert "| accuracy |" in (out / "report.md").read_text()
+    report = (out / "report.md").read_text()
+    assert "| accuracy |" in report
+    assert f"| loss |  | {metrics['dev']['loss']:.4g} |" in report  # the teacher's is not taken
 
 
 def test_the_projection_goes_on_where_it_was(made, distilled, tmp_path):
@@ -307,6 +309,21 @@ def test_task_resume_ends_with_the_same_bits(made, tmp_path, stop):
     assert resumed["prediction"]["losses"] == whole["prediction"]["losses"]
 
 
+def test_a_best_look_that_logged_no_loss(made, tmp_path):
+    """Of a run that an older version began: 8 steps of 16, the first look is the best."""
+    options = {"intermediate_epochs": 0, "prediction_lr": 0.0, "accelerate": False}
+    with pytest.raises(KeyboardInterrupt):
+        task(made, tmp_path / "out", callbacks=[StopAt(9)], **options)
+    for file in (tmp_path / "out" / "checkpoints").rglob("trainer_state.json"):
+        state = json.loads(file.read_text())
+        for look in state["log_history"]:
+            look.pop("eval_loss", None)
+        file.write_text(json.dumps(state))
+    metrics = task(made, tmp_path / "out", resume=True, **options)
+    assert metrics["best_step"] == 4
+    assert set(metrics["dev"]) == {"accuracy", "f1", "matthews"}
+
+
 @pytest.mark.parametrize("recipe", ["general", "task"])
 def test_resuming_wants_the_same_weights(made, tmp_path, monkeypatch, recipe):
     """And answers without a model or a text in memory if the run is finished."""
@@ -392,17 +409,30 @@ def test_vocabularies_must_be_the_same(made, tmp_path):
 
 @pytest.mark.parametrize("accelerate", [True, False], ids=["packed", "padded"])
 def test_a_student_selected_by_its_loss_on_gold_labels(made, tmp_path, accelerate):
-    seen = {}
+    """Of a student as sure as its teacher and, before and after, one less sure of the same answers:
+    accuracy, which cannot tell them apart, would keep the first.
+    """
+    loss_at, accuracy_at = {}, {}
+    surer = {4: 0.25, 8: 4.0, 12: 0.25}  # step -> factor of the logits
 
     class Watch(TrainerCallback):
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            seen[state.global_step] = metrics["eval_loss"]
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for parameter in model.student.classifier.parameters():
+                parameter.data *= surer.get(state.global_step, 1.0)
 
-    options = {"select_by": "loss", "accelerate": accelerate, "prediction_lr": 0.05}
-    metrics = task(made, tmp_path / "out", callbacks=[Watch()], **options)
-    best = min(seen, key=seen.get)
-    assert metrics["best_step"] == best < max(seen)  # this learning rate ends in a bad place
-    assert metrics["dev_loss"] == seen[best]
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            loss_at[state.global_step] = metrics["eval_loss"]
+            accuracy_at[state.global_step] = metrics["eval_accuracy"]
+
+    options = {"select_by": "loss", "accelerate": accelerate, "intermediate_epochs": 0}
+    metrics = task(
+        made, tmp_path / "out", made / "teacher", prediction_lr=0.0, callbacks=[Watch()], **options
+    )
+    best = min(loss_at, key=loss_at.get)
+    assert metrics["selected_by"] == "loss"
+    assert metrics["best_step"] == best == 8 < max(loss_at)
+    assert max(accuracy_at, key=accuracy_at.get) != best
+    assert metrics["dev"]["loss"] == loss_at[best]
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -411,7 +441,7 @@ def test_a_student_selected_by_its_loss_on_gold_labels(made, tmp_path, accelerat
     labels = torch.tensor([model.config.label2id[label] for label in dev["label"]])
     with torch.no_grad():
         loss = model(**batch, labels=labels).loss
-    assert metrics["dev_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["dev"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -429,6 +459,7 @@ def test_a_student_selected_by_its_loss_on_gold_labels(made, tmp_path, accelerat
         (task, {"eval_steps": -5}, ValueError, "eval_steps is -5; expected 1 or more"),
         (task, {"max_length": 0}, ValueError, "max_length is 0; expected at least 3"),
         (task, {"select_by": "f2"}, ValueError, "this task has accuracy, f1, matthews, loss"),
+        (task, {"select_by": "loss", "dev": None}, ValueError, "'loss', but there is no dev file"),
         (task, {"intermediate_epochs": -1}, ValueError, "0 or more"),
         (task, {"temperature": 0.0}, ValueError, "temperature .*more than 0, got 0"),
     ],

@@ -40,7 +40,11 @@ def bench(
         bool, typer.Option("--smoke", help="Tiny sizes, seconds: shows that it works.")
     ] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also show where the time of our runs goes.")
+        bool,
+        typer.Option(
+            "--profile",
+            help="Also show where the time of our runs goes; --json gets it too, --csv does not.",
+        ),
     ] = False,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append the rows to FILE.")

@@ -65,8 +65,8 @@ def demo(
     """Distil a TinyBERT from a real teacher on real text, and compare: minutes on two CPU cores.
 
     The teacher (MiniLM-L6) is fine-tuned on movie-review sentences; a TinyBERT-4L-312 learns from
-    it, first on unlabelled sentences, then on the task; the same student without a teacher stands
-    beside it.
+    it, first in general on unlabelled sentences, then the task (with --full on unlabelled sentences
+    as well); the same student without a teacher stands beside it.
     """
     import torch
 

@@ -153,9 +153,7 @@ def distill(
     ] = 100,
     select_by: Annotated[
         str | None,
-        typer.Option(
-            metavar="METRIC", help="Chooses the checkpoint on dev; or loss.", rich_help_panel=TASK
-        ),
+        typer.Option(metavar="METRIC", help=options.SELECT_BY, rich_help_panel=TASK),
     ] = None,
     # ---- both
     batch_size: Annotated[

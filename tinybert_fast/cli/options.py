@@ -9,6 +9,11 @@ HOW = "How it runs"
 DATA = "Data"
 TRAINING = "Training"
 
+SELECT_BY = (
+    "What chooses the checkpoint on dev: a metric (accuracy, f1, macro_f1, matthews; pearson, "
+    "spearman, pearson_spearman) or loss."
+)
+
 
 def _json_file(path: Path | None) -> Path | None:
     if path is not None and path.is_dir():
@@ -73,7 +78,7 @@ SelectBy = Annotated[
     str | None,
     typer.Option(
         metavar="METRIC",
-        help="What chooses the checkpoint on dev: accuracy, f1, matthews; pearson, spearman; loss.",
+        help=SELECT_BY,
         rich_help_panel=TRAINING,
     ),
 ]

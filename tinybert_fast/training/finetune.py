@@ -61,10 +61,11 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains a classification or regression model, writes it to `output` and returns its metrics.
 
-    The checkpoint with the best dev metric is kept (`select_by`: accuracy, or the mean of Pearson
-    and Spearman), evaluated each epoch or every `eval_steps` steps; without `dev_file` the last one
-    is. Files and columns: `load_examples`. `accelerate`: packed encoder of tinybert_fast; the saved
-    model is plain Transformers either way. Effective batch: batch_size x accumulation x processes.
+    The checkpoint that is best on `dev_file` is kept (`select_by`: a metric of the task, by default
+    accuracy or the mean of Pearson and Spearman; or "loss"), evaluated each epoch or every
+    `eval_steps` steps; without `dev_file` the last one is. Files and columns: `load_examples`.
+    `accelerate`: packed encoder of tinybert_fast; the saved model is plain Transformers either way.
+    Effective batch: batch_size x accumulation x processes.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
     check_model_path(model_path)
@@ -73,7 +74,7 @@ def finetune(
     config = load_config(model_path)
     task = Task.of(train, tuple((config.id2label or {}).values()), class_order(train_file, label))
     dev = None if dev_file is None else load_dev(dev_file, task, *columns)
-    select_by = check_metric(select_by, task)
+    select_by = check_metric(select_by, task, dev_file)
     max_length = usable_length(max_length, config)
     recipe: dict[str, Any] = {
         "epochs": epochs,

@@ -5,6 +5,7 @@ for a correlation, a class nobody predicts for F1) is 0.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -75,8 +76,13 @@ def metric_names(task: Task) -> tuple[str, ...]:
     return tuple(score(zeros, np.zeros(2, dtype=np.int64), task))
 
 
-def check_metric(name: str | None, task: Task) -> str:
+def check_metric(name: str | None, task: Task, dev_file: str | Path | None) -> str:
     """The metric to pick a checkpoint by: `name` if the task has it, its default for None."""
+    if name is not None and dev_file is None:
+        raise ValueError(
+            f"select_by is {name!r}, but there is no dev file to choose a checkpoint on; give one, "
+            "or leave select_by out"
+        )
     known = (*metric_names(task), "loss")
     if name is not None and name not in known:
         raise ValueError(f"select_by is {name!r}; this task has {', '.join(known)}")

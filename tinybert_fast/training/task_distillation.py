@@ -96,8 +96,8 @@ def distill_task(
     student stays in `output/intermediate`. 0 epochs leave it out. Stage B, `prediction`: the
     teacher's logits alone, never gold labels (one output: its score, by mean squared error); the
     student that is best on `dev_file`, looked at every `eval_steps` steps, is kept (`select_by`: a
-    metric of the task, accuracy by default; or "loss", which a small dev set tells apart more
-    finely).
+    metric of the task, by default accuracy or the mean of Pearson and Spearman; or "loss", which
+    tells students on a small dev set apart more finely).
 
     `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
     texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
@@ -125,7 +125,7 @@ def distill_task(
     task = data.task
     if augmented_prediction is None:
         augmented_prediction = not task.regression
-    select_by = check_metric(select_by, task)
+    select_by = check_metric(select_by, task, dev_file)
     if max_length is None:
         max_length = PAIR_LENGTH if task.text_pair else SINGLE_LENGTH
     max_length = usable(max_length, chosen.config, config)
@@ -282,7 +282,8 @@ def distill_task(
         log = next(e for e in history if e.get("step") == best and f"eval_{select_by}" in e)
         metrics["selected_by"], metrics["best_step"] = select_by, best
         metrics["dev"] = {name: log[f"eval_{name}"] for name in metric_names(task)}
-        metrics["dev_loss"] = log["eval_loss"]
+        if "eval_loss" in log:  # a run that an older version began may have logged none
+            metrics["dev"]["loss"] = log["eval_loss"]
     run.save_model(pupil, tokenizer)
     run.write_metrics(metrics)
     run.write_report("Task distillation", _sections(run.path, metrics, settings), panels)
@@ -332,7 +333,8 @@ def _read(
 def _sections(path: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
     sections = {}
     if "dev" in metrics:
-        rows = [(name, metrics["teacher_dev"][name], v) for name, v in metrics["dev"].items()]
+        teacher = metrics["teacher_dev"]
+        rows = [(name, teacher.get(name, ""), value) for name, value in metrics["dev"].items()]
         sections["Dev set"] = table(("metric", "teacher", "student"), rows)
     values = facts(metrics)
     for stage in STAGES:

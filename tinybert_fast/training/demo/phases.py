@@ -116,14 +116,9 @@ class Demo:
 
     def data(self) -> None:
         if (self.path / "data" / "sizes.json").exists() and not self.overwrite:
-            old = self._read("data/settings.json")
-            if old == self._data_settings():
-                self.say("data: done before")
-                return
-            raise FileExistsError(
-                f"{self.path} holds a demo with other settings; choose another --output, or start "
-                "again (--overwrite)"
-            )
+            self._check_data_settings()
+            self.say("data: done before")
+            return
         self.say("data: splitting labelled sentences and reviews")
         with self._timed("data"):
             (self.path / "data" / "sizes.json").unlink(missing_ok=True)  # the last to be written
@@ -284,6 +279,7 @@ class Demo:
     def sizes(self) -> dict[str, int]:
         if not (self.path / "data" / "sizes.json").exists():
             raise FileNotFoundError(f"{self.path} has no data yet; run the phase data first")
+        self._check_data_settings()
         return self._read("data/sizes.json")
 
     def _phase(self, name: str, what: str, train: Callable[[dict], Any]) -> None:
@@ -320,6 +316,13 @@ class Demo:
             "augmented_sentences": s.augmented_sentences,
             "rows": s.rows,
         }
+
+    def _check_data_settings(self) -> None:
+        if self._read("data/settings.json") != self._data_settings():
+            raise FileExistsError(
+                f"{self.path} holds a demo with other settings; choose another --output, or start "
+                "again (--overwrite)"
+            )
 
     def _finished(self, name: str) -> bool:
         return (self.path / name / RUN).exists() and bool(

@@ -189,10 +189,10 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         )
     sampling = 100 * (0.8 * 0.2 / data["held_out"]) ** 0.5
     said.append(
-        f"Held out: {data['held_out']:,} sentences, used for this table alone (one standard error "
-        f"of an accuracy is about {sampling:.1f} points); checkpoints (of distilled students by "
-        f"{settings['select_students_by']}, of others by accuracy) and learning rates were chosen "
-        f"on {data['dev']:,} others; training: {data['train']:,}."
+        f"Held out: {data['held_out']:,} sentences, not used for training or to choose checkpoints "
+        f"(one standard error of an accuracy is about {sampling:.1f} points); checkpoints (of "
+        f"distilled students by {settings['select_students_by']}, of others by accuracy) and "
+        f"learning rates were chosen on {data['dev']:,} others; training: {data['train']:,}."
     )
     said.append(
         f"Task distillation: {data['augmented']:,} sentences, "
