@@ -67,10 +67,12 @@ class TracedLayout(SequenceLayout):
             lengths=(),
             max_length=width,
             starts_padded=False,
+            has_holes=live is not None,  # unknown, so rows are packed
             cu_seqlens=cu_seqlens.int(),
             rows=rows,
             sequences=sequences.int(),
             positions=positions.int(),
+            first_columns=torch.zeros(batch, dtype=torch.int32, device=rows.device),
             live=live,
         )
 
