@@ -146,8 +146,9 @@ def test_gradient_checkpointing_replays_dropout(cases, family, reentrant):
     assert torch.equal(gradients_of(fast, batch), kept)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "masked"), [(family, True) for family in FAMILIES] + [("Bert", False)]
+)
 def test_compiles_whole(cases, family, masked):
     """One graph, whatever is padding; the mask is never read on the host."""
     torch._dynamo.reset()
@@ -195,7 +196,7 @@ def test_compiles_for_any_batch_and_width(cases):
     whole = torch.compile(fast, fullgraph=True, dynamic=True, backend=counter)
     batch = inputs_of(cases, "right")
     for rows, columns in ((4, 9), (3, 9), (2, 6), (3, 7)):
-        part = {k: v[:rows, :columns] for k, v in batch.items()}
+        part = {k: v[:rows, :columns].clone() for k, v in batch.items()}
         torch.testing.assert_close(real_of(whole, part), real_of(eager, part), **FP32)
     assert counter.frame_count == 1
 

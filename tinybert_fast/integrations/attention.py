@@ -44,10 +44,11 @@ class TracedLayout(SequenceLayout):
     @classmethod
     def from_mask(cls, mask: Tensor) -> TracedLayout:
         """From a bool (B, N) key-padding mask, without reading it on the host."""
+        batch, width = mask.shape
         cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))  # (B + 1,)
         rows = torch.argsort(~mask.flatten(), stable=True)  # (B * N,), tokens first
-        live = torch.arange(mask.numel(), device=mask.device) < cu_seqlens[-1]
-        return cls._of(*mask.shape, cu_seqlens, rows, live)
+        live = torch.arange(batch * width, device=mask.device) < cu_seqlens[-1]
+        return cls._of(batch, width, cu_seqlens, rows, live)
 
     @classmethod
     def full(cls, batch_size: int, width: int, device: torch.device | str = "cpu") -> TracedLayout:
@@ -77,7 +78,7 @@ class TracedLayout(SequenceLayout):
         )
 
     @property
-    def is_full(self) -> bool:  # type: ignore[override]
+    def is_full(self) -> bool:
         return self.live is None
 
     def pack(self, padded: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def mask_function(
     mask_function: Callable,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
-    **_: Any,
+    **unread: Any,
 ) -> SequenceLayout:
     """The layout of one forward. ``attention_mask``: bool (B, N), or None where nothing is padding.
 
