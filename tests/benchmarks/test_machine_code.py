@@ -1,4 +1,4 @@
-"""The machine code of the default attention kernels for sm_90: no spill, tensor cores, wide loads."""
+"""Machine code of the default attention kernels for sm_90: no spill, tensor cores, wide loads."""
 
 import pytest
 import torch
