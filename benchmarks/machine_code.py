@@ -131,7 +131,7 @@ def attention_kernels(
     q, k, v, grad = (torch.zeros(longest, MODEL_HEADS, head, dtype=dtype) for _ in range(4))
     seed = torch.zeros(2, dtype=torch.int64) if dropout_p else None
     cu_seqlens = torch.tensor([0, longest], dtype=torch.int32)
-    call = (cu_seqlens, None, longest, head**-0.5, "both", dropout_p, seed, 0, [])
+    call: tuple = (cu_seqlens, None, longest, head**-0.5, "both", dropout_p, seed, 0, [])
     with compiling_for(arch) as found:
         out, lse, rng = attention.forward(q, k, v, *call)
         attention.backward(grad, q, k, v, out, lse, rng, *call)

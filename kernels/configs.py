@@ -59,9 +59,7 @@ SM_100 = {
     "dkdv": {**SM_90["dkdv"], 128: {ANY: Setting(64, 64, 8, 2)}},
 }
 FAMILIES = {80: SM_80, 90: SM_90, 100: SM_100}
-NARROWEST_PIPELINE = (
-    16  # bytes of a load; narrower ones go through registers, copied ahead they spill
-)
+NARROWEST_PIPELINE = 16  # bytes of a load; narrower ones, copied ahead, would spill
 
 FP32 = Setting(32, 32, 4, 1)  # no tensor core: small tiles keep it out of the stack
 INTERPRETED_ATTENTION = Setting(32, 32, 1, 1)  # so that short sequences have several blocks
@@ -93,14 +91,23 @@ class Scores(NamedTuple):
     mask_side: int  # of a block mask, or 0
 
     @classmethod
-    def of(cls, q: torch.Tensor, align: int, longest: int, block_mask: list[torch.Tensor]):
+    def of(
+        cls, q: torch.Tensor, align: int, longest: int, block_mask: list[torch.Tensor]
+    ) -> "Scores":
         """For operands like ``q`` whose strides are multiples of ``align``."""
         side = block_mask[-1].shape[1] if block_mask else 0
         generation = 0 if INTERPRETED else family(q.device)
         return cls(generation, q.dtype, q.shape[-1], longest, align * q.element_size(), side)
 
 
-def attention(kernel: str, scores: Scores) -> Setting | None:
+def attention(kernel: str, scores: Scores) -> Setting:
+    """The setting of an attention kernel that serves all scores."""
+    setting = attention_if_served(kernel, scores)
+    assert setting is not None, f"{kernel} has no setting for {scores}"
+    return setting
+
+
+def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
     """The setting of one attention kernel, or None where it does not serve such scores."""
     if kernel == "one_tile" and scores.mask_side:
         return None

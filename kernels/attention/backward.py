@@ -294,7 +294,7 @@ def backward(
         "DROPOUT": dropout_p > 0.0,
     }
     scores = configs.Scores.of(q, align, max_length, block_mask)
-    setting = configs.attention("one_tile", scores)
+    setting = configs.attention_if_served("one_tile", scores)
     if setting is not None:
         _one_tile_kernel[len(cu_seqlens) - 1, heads](
             q_, k_, v_, grad_, dq_, dk_, dv_, lse_, lengths, *call[1:], **same, **setting.launch()

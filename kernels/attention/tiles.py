@@ -67,7 +67,8 @@ class BlockList(NamedTuple):
     @classmethod
     def _of(cls, lists: list[Tensor], cells: Tensor) -> "BlockList":
         masks, offsets = lists[0].shape
-        return cls(*lists, cells, offsets if masks > 1 else 0)
+        of_sequence = offsets if masks > 1 else 0
+        return cls(lists[0], lists[1], lists[2], cells, of_sequence)
 
 
 def neighbours(x: Tensor) -> Tensor:
