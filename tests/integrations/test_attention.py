@@ -191,7 +191,7 @@ def test_layers_compile_one_by_one(cases, padding):
 
 def test_compiles_for_any_batch_and_width(cases):
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     eager, fast = pair_of()
     whole = torch.compile(fast, fullgraph=True, dynamic=True, backend=counter)
     batch = inputs_of(cases, "right")
