@@ -24,7 +24,7 @@ DATA := $(VENV)/.installed-data
 help:
 	@echo "make test       lint, then the test suite (ARGS='-k attention' chooses tests)"
 	@echo "make demo       distil a TinyBERT from a real teacher on real text: minutes on 2 CPU cores"
-	@echo "make demo-full  the same with the best result: up to an hour"
+	@echo "make demo-full  the same with the best result: about an hour"
 	@echo "make bench      one training step, ours beside the baselines (ARGS='--help' says more)"
 	@echo "make lint       ruff and mypy alone"
 

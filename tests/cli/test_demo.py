@@ -147,16 +147,6 @@ def test_other_settings_are_not_mixed(run, small, monkeypatch):
     assert run("--only", "data", "--overwrite").code == 0
 
 
-def test_the_data_of_an_older_version_are_not_taken_for_todays(run, tmp_path):
-    assert run("--only", "data", "--only", "teacher", "--only", "general").code == 0
-    data = tmp_path / "demo" / "data"
-    for name, key in (("settings.json", "augmented_sentences"), ("sizes.json", "augmented")):
-        values = json.loads((data / name).read_text())
-        del values[key]
-        (data / name).write_text(json.dumps(values))
-    assert "a demo with other settings" in run("--only", "student").line
-
-
 def test_the_report_tells_the_settings_that_the_models_were_trained_with(run, small, monkeypatch):
     short = replace(small[1], alone_lrs=(1e-3,), pca_alone=False, general_steps=2)
     monkeypatch.setattr(demo, "QUICK", short)

@@ -309,21 +309,6 @@ def test_task_resume_ends_with_the_same_bits(made, tmp_path, stop):
     assert resumed["prediction"]["losses"] == whole["prediction"]["losses"]
 
 
-def test_a_best_look_that_logged_no_loss(made, tmp_path):
-    """Of a run that an older version began: 8 steps of 16, the first look is the best."""
-    options = {"intermediate_epochs": 0, "prediction_lr": 0.0, "accelerate": False}
-    with pytest.raises(KeyboardInterrupt):
-        task(made, tmp_path / "out", callbacks=[StopAt(9)], **options)
-    for file in (tmp_path / "out" / "checkpoints").rglob("trainer_state.json"):
-        state = json.loads(file.read_text())
-        for look in state["log_history"]:
-            look.pop("eval_loss", None)
-        file.write_text(json.dumps(state))
-    metrics = task(made, tmp_path / "out", resume=True, **options)
-    assert metrics["best_step"] == 4
-    assert set(metrics["dev"]) == {"accuracy", "f1", "matthews"}
-
-
 @pytest.mark.parametrize("recipe", ["general", "task"])
 def test_resuming_wants_the_same_weights(made, tmp_path, monkeypatch, recipe):
     """And answers without a model or a text in memory if the run is finished."""

@@ -281,9 +281,7 @@ def distill_task(
         best = trainer.state.best_global_step
         log = next(e for e in history if e.get("step") == best and f"eval_{select_by}" in e)
         metrics["selected_by"], metrics["best_step"] = select_by, best
-        metrics["dev"] = {name: log[f"eval_{name}"] for name in metric_names(task)}
-        if "eval_loss" in log:  # a run that an older version began may have logged none
-            metrics["dev"]["loss"] = log["eval_loss"]
+        metrics["dev"] = {name: log[f"eval_{name}"] for name in (*metric_names(task), "loss")}
     run.save_model(pupil, tokenizer)
     run.write_metrics(metrics)
     run.write_report("Task distillation", _sections(run.path, metrics, settings), panels)
