@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, read from machine code; no GPU is needed.
 
-    python benchmarks/machine_code.py --json FILE [--csv FILE] [--arch 90] [--head 32]
+    python -P benchmarks/machine_code.py [--json FILE] [--csv FILE] [--arch 90] [--op attention]
 
 The launchers run as on a GPU, on operands of the shapes below, but each kernel is only compiled. A
 row per kernel, architecture and case:
@@ -8,15 +8,18 @@ row per kernel, architecture and case:
     registers, stack_bytes, spill_bytes, shared_bytes   of one thread; of one block
     warps                                               resident on an SM, by those: an estimate
     tensor_core                                         HMMA / HGMMA / tcgen05 instructions
-    load_bytes                                          narrowest load of a q, k, v or dO tile
+    load_bytes      narrowest load of a two-dimensional tile in the operands' dtype
     per_element     instructions per score: of the loop without a mask, or of the whole kernel where
-                    it has no loop, over BLOCK_M * BLOCK_N / threads
+                    it has no loop, over BLOCK_M * BLOCK_N / threads; none for a layer norm
+    sources         a digest of kernels/, by which a test sees that rows are those of its kernels
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -25,6 +28,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,21 +38,28 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import tinybert_fast
 from tinybert_fast.benchmarks.hardware import facts
 from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.ops.block_mask import SIDES, BlockMask
 
 ARCHITECTURES = (80, 90, 100)
 HEADS = (26, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 DROPOUT = (0.0, 0.1)
 LONGEST = (64, 128, 512)  # one of each bucket of kernels/configs.py
+VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDES)]
 MODEL_HEADS = 12  # so that rows are as far apart as in BERT
+COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
+ROWS = 64
 
-KERNELS = {  # kernel -> (op, pass)
-    "_forward_kernel": ("attention", "forward"),
-    "_one_tile_kernel": ("attention", "backward, one tile"),
-    "_dq_kernel": ("attention", "backward, dq"),
-    "_dkdv_kernel": ("attention", "backward, dk and dv"),
+PASSES = {
+    "_forward_kernel": "forward",
+    "_backward_kernel": "backward",
+    "_one_tile_kernel": "backward, one tile",
+    "_dq_kernel": "backward, dq",
+    "_dkdv_kernel": "backward, dk and dv",
+    "_add_kernel": "backward, sums of vectors",
 }
 
 # Of one SM: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -67,14 +78,19 @@ INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 BACKWARDS = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 TILE_LOAD = re.compile(
     r"(?:tt\.load|ttg\.async_copy_global_to_local).*"
-    r" : tensor<\d+x\d+x!tt\.ptr<(?:f16|bf16|f32)>, (#\w+)>"
+    r" : tensor<\d+x\d+x!tt\.ptr<(f16|bf16|f32)>, (#\w+)>"
 )
+BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 LAYOUT = re.compile(r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1, (\d+)\]", re.MULTILINE)
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 class Compiled(NamedTuple):
     """A kernel as a launcher asked for it."""
 
+    op: str
     kernel: str
     code: Any  # triton's CompiledKernel
     constants: dict[str, Any]
@@ -105,36 +121,78 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
     from tinybert_fast.kernels import configs
 
     found: list[Compiled] = []
-    run, family, active = JITFunction.run, configs.family, driver._active
+    run, programs, active = JITFunction.run, configs.row_programs, driver._active
 
     def compile_only(self, *args, grid, warmup, **constants):
         code = run(self, *args, grid=grid, warmup=True, **constants)
-        found.append(Compiled(self.__name__, code, constants))
+        op = self.fn.__module__.removeprefix("tinybert_fast.kernels.").partition(".")[0]
+        found.append(Compiled(op, self.__name__, code, constants))
         return code
 
     JITFunction.run = compile_only
-    configs.family = lambda device: arch
+    configs.row_programs = lambda device: 1  # an argument, which no code depends on
     driver.set_active(_Target(arch))
     try:
-        yield found
+        with configs.forced(configs.FAMILIES[arch]):
+            yield found
     finally:
-        JITFunction.run, configs.family = run, family
+        JITFunction.run, configs.row_programs = run, programs
         driver._active = active  # reset_active() would look for a GPU
 
 
 def attention_kernels(
-    arch: int, head: int, dtype: torch.dtype, dropout_p: float, longest: int
+    arch: int,
+    head: int,
+    dtype: torch.dtype,
+    dropout_p: float,
+    longest: int,
+    direction: str = "both",
+    side: int = 0,
 ) -> list[Compiled]:
-    """Forward and backward of one call."""
+    """Forward and backward of one call; with a block mask of ``side``, if that is not 0."""
     from tinybert_fast.kernels import attention
 
     q, k, v, grad = (torch.zeros(longest, MODEL_HEADS, head, dtype=dtype) for _ in range(4))
     seed = torch.zeros(2, dtype=torch.int64) if dropout_p else None
     cu_seqlens = torch.tensor([0, longest], dtype=torch.int32)
-    call: tuple = (cu_seqlens, None, longest, head**-0.5, "both", dropout_p, seed, 0, [])
+    mask = []
+    if side:
+        mask = list(BlockMask.from_dense(torch.ones(longest, longest).tril() > 0, side).lists)
+    call: tuple = (cu_seqlens, None, longest, head**-0.5, direction, dropout_p, seed, 0, mask)
     with compiling_for(arch) as found:
         out, lse, rng = attention.forward(q, k, v, *call)
         attention.backward(grad, q, k, v, out, lse, rng, *call)
+    return found
+
+
+def layer_norm_kernels(
+    arch: int, columns: int, dtype: torch.dtype, dropout_p: float
+) -> list[Compiled]:
+    """Forward and backward of one call of each op with a layer norm."""
+    from tinybert_fast.kernels import dropout_add_layer_norm, embedding_layer_norm, layer_norm
+
+    x, residual, grad = (torch.zeros(ROWS, columns, dtype=dtype) for _ in range(3))
+    bias, weight, ln_bias = (torch.zeros(columns, dtype=dtype) for _ in range(3))
+    ids = torch.zeros(ROWS, dtype=torch.int64)
+    seed = torch.zeros(2, dtype=torch.int64) if dropout_p else None
+    place = (ids.int(), ids.int())  # sequences, positions
+    eps, site = 1e-12, 0
+    with compiling_for(arch) as found:
+        if not dropout_p:
+            _, mean, rstd = layer_norm.forward(x, weight, ln_bias, eps)
+            layer_norm.backward(grad, x, weight, mean, rstd)
+        _, *kept = dropout_add_layer_norm.forward(
+            x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, *place
+        )
+        dropout_add_layer_norm.backward(
+            grad, *kept, weight, dropout_p, seed, site, *place, dtype, True
+        )
+        _, *kept = embedding_layer_norm.forward(
+            x, x, x[:2], weight, ln_bias, ids, ids, ids, 0, eps, dropout_p, seed, site, *place
+        )
+        embedding_layer_norm.backward(
+            grad, *kept, weight, ids, ids, ids, seed, site, *place, ROWS, ROWS, 2, 0, dropout_p
+        )
     return found
 
 
@@ -147,17 +205,21 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
         raise RuntimeError(f"{CUOBJDUMP} says nothing of registers: {usage!r}")
     registers, stack = (int(n) for n in numbers.groups())
     threads = 32 * constants["num_warps"]
-    op, which = KERNELS[compiled.kernel]
+    attention = compiled.op == "attention"
+    scores = constants["BLOCK_M"] * constants["BLOCK_N"] / threads
     return {
-        "op": op,
-        "pass": which,
+        "op": compiled.op,
+        "pass": PASSES[compiled.kernel],
         "arch": f"sm_{arch}",
-        "head_dim": constants["D"],
+        "head_dim": constants["D"] if attention else None,
+        "columns": None if attention else constants["C"],
         "dtype": str(dtype).removeprefix("torch."),
-        "dropout": constants["DROPOUT"],
+        "dropout": constants.get("DROPOUT", False),
+        "direction": constants.get("DIRECTION"),
+        "mask_side": constants["BLOCK_M"] if constants.get("SPARSE") else 0,
         "tile": f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
         "num_warps": constants["num_warps"],
-        "num_stages": constants["num_stages"],
+        "num_stages": code.metadata.num_stages,
         "registers": registers,
         "spill_bytes": sum(int(width or 32) // 8 for width in SPILL.findall(sass)),
         "stack_bytes": stack,
@@ -165,10 +227,8 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
         "warps": resident_warps(arch, registers, code.metadata.shared, constants["num_warps"]),
         "tensor_core": len(TENSOR_CORE.findall(sass)),
         "tensor_core_kind": "+".join(sorted(set(TENSOR_CORE.findall(sass)))),
-        "load_bytes": load_bytes(code.asm["ttgir"], dtype),
-        "per_element": round(
-            body(sass) * threads / (constants["BLOCK_M"] * constants["BLOCK_N"]), 1
-        ),
+        "load_bytes": load_bytes(code.asm["ttgir"]),
+        "per_element": round(body(sass) / scores, 1) if attention else None,
     }
 
 
@@ -180,10 +240,10 @@ def resident_warps(arch: int, registers: int, shared: int, num_warps: int) -> in
     return min(by_registers, by_shared, SM_WARPS // num_warps) * num_warps
 
 
-def load_bytes(ttgir: str, dtype: torch.dtype) -> int:
+def load_bytes(ttgir: str) -> int:
     """The narrowest of the loads that fill two-dimensional tiles."""
     widths = dict(LAYOUT.findall(ttgir))
-    return min(int(widths[layout]) for layout in TILE_LOAD.findall(ttgir)) * dtype.itemsize
+    return min(BYTES[kind] * int(widths[layout]) for kind, layout in TILE_LOAD.findall(ttgir))
 
 
 def body(sass: str) -> int:
@@ -214,18 +274,40 @@ def _disassemble(cubin: bytes) -> list[str]:
 
 
 def report(
-    architectures: tuple[int, ...] = ARCHITECTURES,
-    heads: tuple[int, ...] = HEADS,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    architectures: tuple[int, ...] = ARCHITECTURES, op: str | None = None
 ) -> list[dict[str, Any]]:
-    """A row for every default configuration."""
+    """A row for every default configuration of one op, or of all."""
     rows = {}
-    cases = itertools.product(architectures, heads, dtypes, DROPOUT, LONGEST)
-    for arch, head, dtype, dropout_p, longest in cases:
-        for compiled in attention_kernels(arch, head, dtype, dropout_p, longest):
-            new = row(compiled, arch, dtype)
-            rows[tuple(new.values())] = new  # two lengths may share a configuration
+    for arch, dtype, dropout_p in itertools.product(architectures, DTYPES, DROPOUT):
+        found = []
+        if op in (None, "attention"):
+            for head, longest in itertools.product(HEADS, LONGEST):
+                found += attention_kernels(arch, head, dtype, dropout_p, longest)
+            if dropout_p and dtype == torch.bfloat16:  # what needs most registers
+                for head, (direction, side) in itertools.product(HEADS, VARIANTS):
+                    found += attention_kernels(arch, head, dtype, dropout_p, 512, direction, side)
+        if op != "attention":
+            for columns in COLUMNS:
+                found += layer_norm_kernels(arch, columns, dtype, dropout_p)
+        for compiled in found:
+            if op in (None, compiled.op):
+                new = row(compiled, arch, dtype)
+                rows[tuple(new.values())] = new  # two lengths may share a configuration
     return list(rows.values())
+
+
+def sources() -> str:
+    """A digest of the kernels' code, which comments and docstrings don't change."""
+    digest = hashlib.sha256()
+    package = Path(tinybert_fast.__file__).parent
+    kernels = Path(find_spec("tinybert_fast.kernels").origin).parent
+    for file in [*sorted(kernels.rglob("*.py")), package / "reference/philox.py"]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -242,7 +324,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 def add_to_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     """Append the rows with the commit and the compiler; a file with other columns is refused."""
     known = facts(torch.device("cpu"))
-    rows = [{**one, **{name: known[name] for name in ("triton", "commit", "date")}} for one in rows]
+    known["sources"] = sources()
+    names = ("sources", "triton", "commit", "date")
+    rows = [{**one, **{name: known[name] for name in names}} for one in rows]
     old = file.read_text(encoding="utf-8") if file.exists() else ",".join(rows[0]) + "\n"
     if old.partition("\n")[0] != ",".join(rows[0]):
         raise SystemExit(f"{file} has other columns than these rows: name a new file")
@@ -255,11 +339,13 @@ def main() -> None:
     """Print the rows, and write them where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--head", type=int, nargs="*", default=HEADS)
+    parser.add_argument("--op", help="only this operator")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="add the rows, with the commit, to this file")
     given = parser.parse_args()
-    rows = report(tuple(given.arch), tuple(given.head))
+    rows = report(tuple(given.arch), given.op)
+    if not rows:
+        parser.error(f"--op {given.op}: no kernel of that name")
     show(rows)
     if given.json:
         atomic_write(given.json, json.dumps(rows, indent=1) + "\n")

@@ -1,40 +1,44 @@
 """Launch settings: tile sizes, warps and pipeline stages of every kernel.
 
 Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16) and not yet by a
-GPU's clock.
+GPU's clock. A file of one's own, which `tinybert-fast bench --tune` writes, goes before these.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 
+from tinybert_fast.kernels.settings import ANY, Key, Setting, Table, own
+
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-class Setting(NamedTuple):
-    """A tile of scores (BLOCK_M queries, BLOCK_N keys) and how it is compiled."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def launch(self) -> dict[str, int]:
-        """As a kernel's keyword arguments."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+KERNELS = ("forward", "one_tile", "dq", "dkdv")
+HEADS = (32, 64, 128)
+HALF = (torch.float16, torch.bfloat16)
 
 
-ANY = 1 << 31  # longer than every sequence
+def _spread(
+    settings: dict[str, dict[int, dict[int, Setting]]], dtypes: tuple[torch.dtype, ...]
+) -> Table:
+    """kernel -> head -> longest -> setting, the same for each dtype, with dropout and without."""
+    return {
+        Key(kernel, head, dtype, dropout): by_length
+        for kernel, heads in settings.items()
+        for head, by_length in heads.items()
+        for dtype in dtypes
+        for dropout in (False, True)
+    }
 
-# GPU family -> kernel -> width of the tile that holds a head -> longest sequence -> setting; for
-# fp16 and bf16, with dropout and without. A length that no entry covers has no such kernel.
+
+def _everywhere(by_length: dict[int, Setting], *kernels: str) -> dict[str, dict]:
+    return {kernel: dict.fromkeys(HEADS, by_length) for kernel in kernels}
+
+
 SHORT = Setting(64, 64, 4, 2)
 ONE_TILE = {64: Setting(64, 64, 4, 1), 128: Setting(128, 128, 8, 1)}
 SM_90 = {
@@ -43,13 +47,13 @@ SM_90 = {
         64: {64: SHORT, ANY: Setting(128, 64, 8, 2)},
         128: {ANY: Setting(128, 64, 8, 2)},
     },
-    "one_tile": {32: ONE_TILE, 64: ONE_TILE, 128: {}},
+    "one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "dq": {32: {ANY: SHORT}, 64: {ANY: SHORT}, 128: {ANY: Setting(128, 64, 8, 1)}},
     "dkdv": {32: {ANY: SHORT}, 64: {ANY: SHORT}, 128: {ANY: Setting(64, 32, 4, 1)}},
 }
 SM_80 = {
     "forward": {**SM_90["forward"], 128: {ANY: Setting(128, 64, 8, 1)}},
-    "one_tile": {32: ONE_TILE, 64: {64: ONE_TILE[64]}, 128: {}},
+    "one_tile": {32: ONE_TILE, 64: {64: ONE_TILE[64]}},
     "dq": {32: {ANY: SHORT}, 64: {ANY: Setting(64, 32, 4, 2)}, 128: {ANY: Setting(64, 64, 8, 2)}},
     "dkdv": {32: {ANY: SHORT}, 64: {ANY: Setting(64, 32, 4, 2)}, 128: {ANY: Setting(64, 64, 8, 2)}},
 }
@@ -58,14 +62,54 @@ SM_100 = {
     "dq": {**SM_90["dq"], 128: {ANY: Setting(64, 64, 8, 2)}},
     "dkdv": {**SM_90["dkdv"], 128: {ANY: Setting(64, 64, 8, 2)}},
 }
-FAMILIES = {80: SM_80, 90: SM_90, 100: SM_100}
+# A tile of scores is a block of the mask, whose side decides.
+MASKED = {
+    32: Setting(32, 32, 4, 2),
+    64: Setting(64, 64, 4, 2),
+    128: Setting(128, 128, 8, 1),
+}
+# No tensor core: small tiles keep it out of the stack.
+FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, "forward", "dq", "dkdv")
+FAMILIES: dict[int, Table] = {
+    family: {**_spread(settings, HALF), **_spread(FP32, (torch.float32,))}
+    for family, settings in ((80, SM_80), (90, SM_90), (100, SM_100))
+}
+# So that short sequences have several blocks.
+SMALL = Setting(32, 32, 1, 1)
+INTERPRETED_TABLE = _spread(
+    {**_everywhere({ANY: SMALL}, "forward", "dq", "dkdv"), **_everywhere({32: SMALL}, "one_tile")},
+    (torch.float16, torch.float32),
+)
+
 NARROWEST_PIPELINE = 16  # bytes of a load; narrower ones, copied ahead, would spill
-
-FP32 = Setting(32, 32, 4, 1)  # no tensor core: small tiles keep it out of the stack
-INTERPRETED_ATTENTION = Setting(32, 32, 1, 1)  # so that short sequences have several blocks
-INTERPRETED_ONE_TILE = {32: INTERPRETED_ATTENTION}
-
 SMALLEST_DOT = 16  # of tl.dot, each dimension
+
+_forced: list[Table] = []
+
+
+@contextmanager
+def forced(table: Table) -> Iterator[None]:
+    """Inside, launches take their settings from ``table``."""
+    _forced.append(table)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def table(device: torch.device) -> Table:
+    """The settings of a device."""
+    return _forced[-1] if _forced else _table(device)
+
+
+@cache
+def _table(device: torch.device) -> Table:
+    """One's own, then those of the newest family that the device can run."""
+    if INTERPRETED:
+        return INTERPRETED_TABLE
+    major, minor = torch.cuda.get_device_capability(device)
+    newest = max((f for f in FAMILIES if f <= 10 * major + minor), default=min(FAMILIES))
+    return {**FAMILIES[newest], **own(torch.cuda.get_device_name(device))}
 
 
 def head_block(width: int) -> int:
@@ -73,31 +117,30 @@ def head_block(width: int) -> int:
     return max(triton.next_power_of_2(width), SMALLEST_DOT)
 
 
-@cache
-def family(device: torch.device) -> int:
-    """The newest family whose settings the device can run."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return max((f for f in FAMILIES if f <= 10 * major + minor), default=min(FAMILIES))
-
-
 class Scores(NamedTuple):
     """What decides the setting of an attention kernel."""
 
-    family: int
+    device: torch.device
     dtype: torch.dtype
     width: int  # of a head
     longest: int
+    dropout: bool
     load_bytes: int  # at a time, that the strides allow
     mask_side: int  # of a block mask, or 0
 
     @classmethod
     def of(
-        cls, q: torch.Tensor, align: int, longest: int, block_mask: list[torch.Tensor]
+        cls,
+        q: torch.Tensor,
+        align: int,
+        longest: int,
+        dropout_p: float,
+        block_mask: list[torch.Tensor],
     ) -> "Scores":
         """For operands like ``q`` whose strides are multiples of ``align``."""
         side = block_mask[-1].shape[1] if block_mask else 0
-        generation = 0 if INTERPRETED else family(q.device)
-        return cls(generation, q.dtype, q.shape[-1], longest, align * q.element_size(), side)
+        load_bytes = align * q.element_size()
+        return cls(q.device, q.dtype, q.shape[-1], longest, dropout_p > 0.0, load_bytes, side)
 
 
 def attention(kernel: str, scores: Scores) -> Setting:
@@ -109,22 +152,25 @@ def attention(kernel: str, scores: Scores) -> Setting:
 
 def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
     """The setting of one attention kernel, or None where it does not serve such scores."""
-    if kernel == "one_tile" and scores.mask_side:
-        return None
-    if INTERPRETED:
-        table = INTERPRETED_ONE_TILE if kernel == "one_tile" else {ANY: INTERPRETED_ATTENTION}
-    elif scores.dtype == torch.float32:
-        table = {} if kernel == "one_tile" else {ANY: FP32}
+    if scores.mask_side:
+        setting = None if kernel == "one_tile" else _masked(scores)
     else:
-        table = FAMILIES[scores.family][kernel][max(head_block(scores.width), 32)]
-    setting = next((table[n] for n in sorted(table) if scores.longest <= n), None)
-    if setting is None:
-        return None
-    if scores.load_bytes < NARROWEST_PIPELINE:
+        setting = _unmasked(kernel, scores)
+    if setting is not None and scores.load_bytes < NARROWEST_PIPELINE:
         setting = setting._replace(num_stages=1)
-    if scores.mask_side:  # a tile of scores is a block of the mask
-        setting = setting._replace(block_m=scores.mask_side, block_n=scores.mask_side)
     return setting
+
+
+def _masked(scores: Scores) -> Setting:
+    setting = MASKED[scores.mask_side]
+    return setting._replace(num_warps=1, num_stages=1) if INTERPRETED else setting
+
+
+def _unmasked(kernel: str, scores: Scores) -> Setting | None:
+    head = max(head_block(scores.width), min(HEADS))
+    key = Key(kernel, head, scores.dtype, scores.dropout)
+    by_length = table(scores.device).get(key, {})
+    return next((by_length[n] for n in sorted(by_length) if scores.longest <= n), None)
 
 
 class RowSetting(NamedTuple):

@@ -18,12 +18,12 @@ from tinybert_fast.kernels.attention.tiles import (
     Rows,
     alignment,
     allowed_cells,
+    as_addressable,
     grid,
     head_of,
     key_ranges,
     live_scores,
     load_tile,
-    neighbours,
     place,
     rows_at,
     segment,
@@ -273,7 +273,7 @@ def backward(
     dropout_p, seed, site, block_mask,
 ):  # fmt: skip
     """Gradients of q, k and v, (T, H, D) or (B, N, H, D)."""
-    grad, q, k, v = (neighbours(x) for x in (grad, q, k, v))
+    grad, q, k, v = (as_addressable(x) for x in (grad, q, k, v))
     heads, width = q.shape[-2:]
     fresh = torch.empty if first_columns is None else torch.zeros  # padding rows get none
     dq, dk, dv = (fresh(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
@@ -293,7 +293,7 @@ def backward(
         "DIRECTION": direction,
         "DROPOUT": dropout_p > 0.0,
     }
-    scores = configs.Scores.of(q, align, max_length, block_mask)
+    scores = configs.Scores.of(q, align, max_length, dropout_p, block_mask)
     setting = configs.attention_if_served("one_tile", scores)
     if setting is not None:
         _one_tile_kernel[len(cu_seqlens) - 1, heads](

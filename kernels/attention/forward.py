@@ -12,12 +12,12 @@ from tinybert_fast.kernels.attention.tiles import (
     Rows,
     alignment,
     allowed_cells,
+    as_addressable,
     grid,
     head_of,
     key_ranges,
     live_scores,
     load_tile,
-    neighbours,
     place,
     rows_at,
     segment,
@@ -130,7 +130,7 @@ def forward(
     block_mask,
 ):  # fmt: skip
     """(T, H, D) or (B, N, H, D) operands -> out, lse in base 2, and an rng state nobody reads."""
-    q, k, v = (neighbours(x) for x in (q, k, v))
+    q, k, v = (as_addressable(x) for x in (q, k, v))
     heads, width = q.shape[-2:]
     fresh = torch.empty if first_columns is None else torch.zeros  # padding rows are zero
     out = fresh(q.shape, dtype=q.dtype, device=q.device)
@@ -139,7 +139,7 @@ def forward(
     if q.numel() == 0 or max_length == 0:
         return out, lse, rng
     align = alignment(q, k, v, out)
-    scores = configs.Scores.of(q, align, max_length, block_mask)
+    scores = configs.Scores.of(q, align, max_length, dropout_p, block_mask)
     setting = configs.attention("forward", scores)
     _forward_kernel[grid(cu_seqlens, max_length, setting.block_m, heads)](
         *(Rows.of(x, align) for x in (q, k, v, out)), Rows.of(lse[..., None], 1),

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
+WIDEST_TILE = 128  # rows
 WIDEST_LOAD = 16  # numbers; 16 bytes are 8 in half precision, 4 in single
 
 
@@ -71,9 +72,16 @@ class BlockList(NamedTuple):
         return cls(lists[0], lists[1], lists[2], cells, of_sequence)
 
 
-def neighbours(x: Tensor) -> Tensor:
-    """The D numbers of a head side by side, as every model hands them over."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def addressable(x: Tensor) -> bool:
+    """Whether a kernel reads ``x`` (T, H, D) or (B, N, H, D) by the strides that it has: the D
+    numbers of a head side by side, and a tile's rows no further apart than an int32 can say.
+    """
+    return x.stride(-1) == 1 and x.stride(-3) * WIDEST_TILE < 2**31
+
+
+def as_addressable(x: Tensor) -> Tensor:
+    """``x``, as every model hands it over; a copy where its strides are stranger than that."""
+    return x if addressable(x) else x.contiguous()
 
 
 def statistics(q: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 from tinybert_fast.ops.dispatch import FASTEST_FIRST, OPS
 
-COMMANDS = ("info", "finetune", "distill", "evaluate", "demo", "bench")
+COMMANDS = ("info", "validate", "finetune", "distill", "evaluate", "demo", "bench")
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "tensorboard")
 
 

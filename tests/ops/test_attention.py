@@ -1,13 +1,16 @@
 """attention: values and gradients, gradcheck, contract, compilation, dropout, memory, refusal."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tinybert_fast import ops
+from tinybert_fast.ops.attention import LIMITS
+from tinybert_fast.ops.dispatch import INTERPRETED
 from tinybert_fast.testing import proofs
 from tinybert_fast.testing.budgets import assert_within_budget
-from tinybert_fast.testing.operands import DTYPES, LENGTHS, attention, dropout, leaves, normal
+from tinybert_fast.testing.operands import DTYPES, LENGTHS, Case, attention, dropout, leaves, normal
 from tinybert_fast.tuned import attention as tuned
 
 DIRECTIONS = ["both", "causal", "anti_causal"]
@@ -119,6 +122,36 @@ def test_padded_rows_where_they_are(mask, counted, device):
     packed_gradients = torch.autograd.grad(want, packed, layout.pack(upstream))
     for ours, theirs in zip(gradients, packed_gradients):
         assert torch.equal(ours, layout.pad(theirs))
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["sequences", "rows"])
+def test_offsets_beyond_2_to_the_31(padded, counted, device, tmp_path):
+    """Sequences, or rows, so far apart that int32 cannot count the numbers between them."""
+    rows, heads, width = 40, 2, 16
+    if padded:
+        shape, strides = (2, rows, heads, width), (2**31, heads * width, width, 1)
+    else:
+        shape, strides = (rows, heads, width), (2**26, width, 1)  # 40 * 2^26 > 2^31
+    size = sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1
+    if device == "cpu":  # a file of which a few pages are written
+        store = np.memmap(tmp_path / "store", np.float16, "w+", shape=(3, size))
+        stores = torch.from_numpy(store)
+    else:
+        stores = torch.empty(3, size, dtype=torch.float16, device=device)
+    far = [store.as_strided(shape, strides) for store in stores]
+    near = [normal(shape, seed, torch.float16, device) for seed in range(3)]
+    for ours, values in zip(far, near):
+        ours.copy_(values)
+    layout = None if padded else ops.SequenceLayout.from_lengths((9, 31), device=device)
+    got, want = (
+        Case(ops.attention, tuple(x.requires_grad_() for x in operands), {"layout": layout})
+        for operands in (far, near)
+    )
+    upstream = normal(shape, 9, torch.float16, device)
+    for ours, theirs in zip(*(torch.autograd.grad(
+        case.function(counted)(*case.operands), case.operands, upstream) for case in (got, want)
+    )):  # fmt: skip
+        assert torch.equal(ours, theirs)
 
 
 def test_two_runs_give_the_same_bits(counted, device):
@@ -268,6 +301,24 @@ def test_dropout_holds_no_scores_of_the_whole_batch(monkeypatch):
     assert whole.peak > scores
 
 
+def test_triton_refuses():
+    refuses = LIMITS.triton.refuses
+    assert refuses(width=128, scale=0.1) is None
+    assert "heads of 129 numbers are wider than 128" in refuses(width=129)
+    assert "scale=0.0 is not positive" in refuses(scale=0.0)
+    assert "give BlockMask.from_dense(mask)" in refuses(dense_mask=True)
+
+
+def test_refuses_triton_on_a_cpu():
+    case = attention()
+    if INTERPRETED:
+        case, reason = case.to(torch.bfloat16), "interpreter computes bf16 wrongly"
+    else:
+        reason = "(no CUDA device|not installed|device cpu is not one of cuda)"
+    with pytest.raises(ValueError, match=f"impl='triton' cannot serve this call: .*{reason}"):
+        case.run("triton")
+
+
 def test_refuses():
     packed = attention((2, 3))
     q, k, v = packed.operands
@@ -282,6 +333,8 @@ def test_refuses():
     refuses(r"packed \(T, H, D\) or padded", q[0], k[0], v[0], layout=layout)
     refuses("float32 on cpu, torch.float64 on cpu", q, k.double(), v, layout=layout)
     refuses("need layout=", q, k, v)
+    refuses("float32 on cpu, torch.float32 on meta", q, k.to("meta"), v, layout=layout)
+    refuses("dtype torch.int64 is not one of", *(x.long() for x in (q, k, v)), layout=layout)
     refuses(r"leading sizes \(5,\)", q[:4], k[:4], v[:4], layout=layout)
     refuses(r"leading sizes \(2, 3\)", *(padded[:, :2],) * 3, layout=layout)
     refuses("direction='left' is not one of", q, k, v, layout=layout, direction="left")
@@ -294,5 +347,7 @@ def test_refuses():
     refuses("needs seed, an int64 tensor", q, k, v, layout=layout, dropout_p=0.1)
     seed = torch.zeros(2, dtype=torch.int64)
     refuses("cannot be expressed in 8 bits", q, k, v, layout=layout, dropout_p=1e-3, seed=seed)
+    for rate in (-0.1, 1.0, 1.5):
+        refuses("dropout_p", q, k, v, layout=layout, dropout_p=rate, seed=seed)
     refuses("draws another mask", q, k, v, layout=layout, dropout_p=0.1, seed=seed,
             impl=("torch", "reference"))  # fmt: skip

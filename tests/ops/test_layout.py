@@ -66,6 +66,28 @@ def assert_same(a, b):
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 6), max_size=5))
+def test_cu_seqlens_are_lengths(lengths):
+    want = SequenceLayout.from_lengths(lengths)
+    assert_same(SequenceLayout.from_cu_seqlens(want.cu_seqlens), want)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (torch.tensor([0, 4, 3]), r"never decrease; got \[0, 4, 3\]"),
+        (torch.tensor([1, 4]), r"begin with 0"),
+        (torch.tensor([0.0, 4.0]), r"int32 \(batch \+ 1,\); got torch.float32 \(2,\)"),
+        (torch.zeros(0, dtype=torch.int32), r"got torch.int32 \(0,\)"),
+        (torch.zeros(1, 2, dtype=torch.int32), r"got torch.int32 \(1, 2\)"),
+    ],
+)
+def test_refuses_cu_seqlens(cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceLayout.from_cu_seqlens(cu_seqlens)
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)], ids=str)
 def test_full(shape):
     layout = SequenceLayout.full(*shape)

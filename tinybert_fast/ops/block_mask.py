@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +48,7 @@ class BlockMask:
         """1 for a mask that all sequences share, else the number of sequences."""
         return self.lists[0].shape[0]
 
-    @cached_property
+    @property
     def dense(self) -> Tensor:
-        """Bool (M, N, N)."""
+        """Bool (M, N, N), made anew."""
         return allowed_pairs(list(self.lists), self.size)

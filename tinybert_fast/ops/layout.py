@@ -7,6 +7,7 @@ left, holes, and sequences with no token at all.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,6 +79,21 @@ class SequenceLayout:
             or [torch.empty(0, dtype=torch.int64)]
         )
         return cls._build(width, lengths, rows.to(device, non_blocking=True))
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, width: int | None = None) -> SequenceLayout:
+        """Of packed rows, as FlashAttention's varlen functions describe them. One host sync."""
+        integers = cu_seqlens.dtype in (torch.int32, torch.int64)
+        if not integers or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+            raise ValueError(
+                "cu_seqlens is the running sum of the lengths, int32 (batch + 1,); got "
+                f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            )
+        stops = cu_seqlens.tolist()
+        lengths = [b - a for a, b in itertools.pairwise(stops)]
+        if stops[0] != 0 or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens must begin with 0 and never decrease; got {stops}")
+        return cls.from_lengths(lengths, width, cu_seqlens.device)
 
     @classmethod
     def full(

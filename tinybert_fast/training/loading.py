@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -85,6 +86,14 @@ def load_encoder(path: str | Path):
             f"{len(lost)} are missing, {lost[0]} among them"
         )
     return model
+
+
+def load_saved(path: str | Path):
+    """The model as it was saved, heads included: of the class that its configuration names."""
+    name = (load_config(path).architectures or ["AutoModel"])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{path} was saved by {name}, which is not a class of Transformers")
+    return _load(getattr(transformers, name), path, dtype=torch.float32)
 
 
 def _load(auto, path: str | Path, **options):

@@ -1,0 +1,190 @@
+"""What `tinybert-fast validate` holds against fp64: every op, implementation and dtype here.
+
+The shapes are TinyBERT's and BERT-base's, and the lengths at which kernels branch: one token, below
+and beyond a tile, a whole tile, several, none at all. Budgets are those of ``testing/budgets.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tinybert_fast.ops import BlockMask, dispatch
+from tinybert_fast.testing import operands
+from tinybert_fast.testing.budgets import Verdict, verdicts
+from tinybert_fast.testing.operands import DTYPES, Case
+from tinybert_fast.testing.proofs import implementations, serves
+
+Calls = dict[
+    str, Callable[..., Case]
+]  # what distinguishes a call -> its case, by dtype= and device=
+
+DROPOUT = 0.1
+HIDDEN = (312, 384, 768)  # TinyBERT-4, MiniLM, BERT-base
+HEADS = (26, 32, 64)  # of the same
+MIXED = (0, 1, 2, 31, 127, 128, 129)
+MASKED = 256  # tokens under a block mask
+# Where a result is a difference of larger numbers: dS = P (dP - rowsum(P dP)).
+SLACK = {"attention": 4}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One call of one implementation: each tensor beside its budget, or why there is none."""
+
+    op: str
+    impl: str
+    dtype: str
+    call: str
+    tensors: tuple[Verdict, ...] = ()
+    problem: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        impl: str,
+        dtype: torch.dtype,
+        call: str,
+        hold: Callable[[], Collection[Verdict]],
+    ) -> Finding:
+        """What ``hold()`` finds. If it raises, that is the problem, and others can follow."""
+        finding = partial(cls, op, impl, str(dtype).removeprefix("torch."), call)
+        try:
+            return finding(tuple(hold()))
+        except Exception as error:  # noqa: BLE001  whatever a kernel or its compiler raises
+            return finding(problem=f"{type(error).__name__}: {error}")
+
+    @property
+    def passed(self) -> bool:
+        return self.problem is None and all(tensor.passed for tensor in self.tensors)
+
+    @property
+    def worst(self) -> Verdict | None:
+        """The tensor that uses most of its budget."""
+        return max(self.tensors, key=lambda tensor: tensor.share, default=None)
+
+
+def validate(
+    ops: Collection[str] = (),
+    device: torch.device | str = "cpu",
+    dtypes: Collection[torch.dtype] = DTYPES,
+    impls: Collection[str] = dispatch.FASTEST_FIRST,
+) -> Iterator[Finding]:
+    """A finding per op, implementation, dtype and call, as they are made.
+
+    ``torch`` draws other cells than the reference, so it is held against it without dropout alone.
+
+    Raises:
+        ValueError: an op that does not exist.
+    """
+    unknown = sorted(set(ops) - set(CALLS))
+    if unknown:
+        raise ValueError(f"op {unknown[0]!r} is not one of {', '.join(sorted(CALLS))}")
+    for op in sorted(ops or CALLS):
+        for impl in implementations(op):
+            for dtype in dtypes:
+                if impl in impls and serves(op, impl, dtype, device):
+                    for label, make in CALLS[op]().items():
+                        case = make(dtype=dtype, device=device)
+                        if impl != "torch" or "dropout_p" not in case.options:
+                            hold = partial(verdicts, case, impl, SLACK.get(op, 1))
+                            yield Finding.of(op, impl, case.dtype, label, hold)
+
+
+def _dropped(calls: Calls) -> Calls:
+    """The calls, and each with dropout."""
+    dropping = {
+        f"{label}, dropout {DROPOUT}": partial(make, dropout_p=DROPOUT)
+        for label, make in calls.items()
+    }
+    return {**calls, **dropping}
+
+
+def _attention() -> Calls:
+    lengths = " ".join(map(str, MIXED))
+    calls: Calls = {
+        f"heads of {width}, lengths {lengths}": partial(operands.attention, MIXED, 1, width)
+        for width in HEADS
+    }
+    for direction in ("causal", "anti_causal"):
+        calls[f"heads of 26, {direction}, lengths 31 129"] = partial(
+            operands.attention, (31, 129), 1, 26, direction=direction
+        )
+    calls["heads of 128, lengths 31 129"] = partial(operands.attention, (31, 129), 1, 128)
+    calls["2 heads of 26, padded on the left, lengths 31 0 129"] = partial(
+        operands.padded_attention, (31, 0, 129), 2, 26
+    )
+    calls["2 heads of 26, lengths 5 64"] = partial(operands.attention, (5, 64), 2, 26)
+    calls["heads of 32, length 512"] = partial(operands.attention, (512,), 1, 32)
+    calls[f"heads of 64, block mask, lengths {MASKED} 31"] = _masked_attention
+    calls["no token"] = partial(operands.attention, (0, 0), 2, 26)
+    return _dropped(calls)
+
+
+def _masked_attention(device: torch.device | str = "cpu", **options) -> Case:
+    """A window of keys, a block of queries without any, and queries without any between others."""
+    place = torch.arange(MASKED, device=device)
+    allowed = (place[:, None] - place).abs() < 96
+    allowed[64:128] = False
+    allowed[140::7] = False
+    mask = BlockMask.from_dense(allowed)
+    return operands.attention((MASKED, 31), 1, 64, device=device, block_mask=mask, **options)
+
+
+def _rows(factory: Callable[..., Case]) -> Calls:
+    shapes = [(0, 312), *((rows, columns) for columns in HIDDEN for rows in (1, 131))]
+    return {f"{rows} x {columns}": partial(factory, (rows, columns)) for rows, columns in shapes}
+
+
+def _embedding_layer_norm() -> Calls:
+    shapes = [(0, 312), *((tokens, columns) for columns in HIDDEN for tokens in (1, 131))]
+    return _dropped(
+        {
+            f"{tokens} tokens of {columns}": partial(operands.embedding_layer_norm, tokens, columns)
+            for tokens, columns in shapes
+        }
+    )
+
+
+def _attention_score_mse() -> Calls:
+    return {
+        f"heads of {width} against {teacher}, lengths {' '.join(map(str, MIXED))}": partial(
+            operands.attention_score_mse, MIXED, 2, width, teacher
+        )
+        for width, teacher in ((26, 64), (32, 32), (64, 64))
+    }
+
+
+def _linear_cross_entropy() -> Calls:
+    return {
+        f"{labelled} of 131 rows of {columns}, 1,009 words": partial(
+            operands.linear_cross_entropy, 131, labelled, columns, 1009
+        )
+        for columns in (312, 768)
+        for labelled in (0, 20)
+    }
+
+
+CALLS: dict[str, Callable[[], Calls]] = {
+    "attention": _attention,
+    "attention_score_mse": _attention_score_mse,
+    "bias_gelu": lambda: {
+        f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))
+        for rows, columns in ((0, 1200), (131, 1200), (131, 3072))  # of TinyBERT-4 and BERT-base
+    },
+    "dropout_add_layer_norm": lambda: _dropped(_rows(operands.dropout_add_layer_norm)),
+    "embedding_layer_norm": _embedding_layer_norm,
+    "hidden_mse": lambda: {
+        f"131 x {columns} against 768": partial(operands.hidden_mse, (131,), columns)
+        for columns in HIDDEN
+    },
+    "layer_norm": lambda: _rows(operands.layer_norm),
+    "linear_cross_entropy": _linear_cross_entropy,
+    "soft_cross_entropy": lambda: {
+        f"32 x {classes}": partial(operands.soft_cross_entropy, 32, classes) for classes in (2, 30)
+    },
+}
