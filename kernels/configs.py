@@ -74,10 +74,11 @@ FAMILIES: dict[int, Table] = {
     family: {**_spread(settings, HALF), **_spread(FP32, (torch.float32,))}
     for family, settings in ((80, SM_80), (90, SM_90), (100, SM_100))
 }
-# So that short sequences have several blocks.
+# Small, so that short sequences have several blocks.
 SMALL = Setting(32, 32, 1, 1)
+SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}
 INTERPRETED_TABLE = _spread(
-    {**_everywhere({ANY: SMALL}, "forward", "dq", "dkdv"), **_everywhere({32: SMALL}, "one_tile")},
+    {**_everywhere(SEVERAL, "forward", "dq", "dkdv"), **_everywhere({32: SMALL}, "one_tile")},
     (torch.float16, torch.float32),
 )
 
