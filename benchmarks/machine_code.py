@@ -124,6 +124,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
     run, programs, active = JITFunction.run, configs.row_programs, driver._active
 
     def compile_only(self, *args, grid, warmup, **constants):
+        self.device_caches.clear()  # their keys do not name the architecture
         code = run(self, *args, grid=grid, warmup=True, **constants)
         op = self.fn.__module__.removeprefix("tinybert_fast.kernels.").partition(".")[0]
         found.append(Compiled(op, self.__name__, code, constants))
@@ -204,7 +205,8 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     if numbers is None:
         raise RuntimeError(f"{CUOBJDUMP} says nothing of registers: {usage!r}")
     registers, stack = (int(n) for n in numbers.groups())
-    threads = 32 * constants["num_warps"]
+    warps = code.metadata.num_warps
+    threads = 32 * warps
     attention = compiled.op == "attention"
     scores = constants["BLOCK_M"] * constants["BLOCK_N"] / threads
     return {
@@ -216,15 +218,15 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "dropout": constants.get("DROPOUT", False),
         "direction": constants.get("DIRECTION"),
-        "mask_side": constants["BLOCK_M"] if constants.get("SPARSE") else 0,
+        "mask_side": constants.get("SIDE"),
         "tile": f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
-        "num_warps": constants["num_warps"],
+        "num_warps": warps,
         "num_stages": code.metadata.num_stages,
         "registers": registers,
         "spill_bytes": sum(int(width or 32) // 8 for width in SPILL.findall(sass)),
         "stack_bytes": stack,
         "shared_bytes": code.metadata.shared,
-        "warps": resident_warps(arch, registers, code.metadata.shared, constants["num_warps"]),
+        "warps": resident_warps(arch, registers, code.metadata.shared, warps),
         "tensor_core": len(TENSOR_CORE.findall(sass)),
         "tensor_core_kind": "+".join(sorted(set(TENSOR_CORE.findall(sass)))),
         "load_bytes": load_bytes(code.asm["ttgir"]),

@@ -17,70 +17,121 @@ from tinybert_fast.kernels.settings import ANY, Key, Setting, Table, own
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-KERNELS = ("forward", "one_tile", "dq", "dkdv")
 HEADS = (32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
 
+# kernel -> head -> longest -> setting
+Settings = dict[str, dict[int, dict[int, Setting]]]
 
-def _spread(
-    settings: dict[str, dict[int, dict[int, Setting]]], dtypes: tuple[torch.dtype, ...]
-) -> Table:
-    """kernel -> head -> longest -> setting, the same for each dtype, with dropout and without."""
+
+def _spread(settings: Settings, dtypes: tuple[torch.dtype, ...], *patterns: str) -> Table:
+    """The same for each dtype and pattern, with dropout and without."""
     return {
-        Key(kernel, head, dtype, dropout): by_length
+        Key(kernel, head, dtype, dropout, pattern): by_length
         for kernel, heads in settings.items()
         for head, by_length in heads.items()
         for dtype in dtypes
         for dropout in (False, True)
+        for pattern in patterns
     }
 
 
-def _everywhere(by_length: dict[int, Setting], *kernels: str) -> dict[str, dict]:
+def _everywhere(by_length: dict[int, Setting], *kernels: str) -> Settings:
     return {kernel: dict.fromkeys(HEADS, by_length) for kernel in kernels}
 
 
-SHORT = Setting(64, 64, 4, 2)
-ONE_TILE = {64: Setting(64, 64, 4, 1), 128: Setting(128, 128, 8, 1)}
-SM_90 = {
-    "forward": {
-        32: {ANY: SHORT},
-        64: {64: SHORT, ANY: Setting(128, 64, 8, 2)},
-        128: {ANY: Setting(128, 64, 8, 2)},
+PIPELINED, PLAIN = Setting(64, 64, 4, 2), Setting(64, 64, 4, 1)
+TALL, NARROW, EIGHT = Setting(128, 64, 8, 1), Setting(64, 32, 4, 1), Setting(64, 64, 8, 1)
+NARROW_PIPELINED = NARROW._replace(num_stages=2)
+ONE_TILE = {64: PLAIN, 128: Setting(128, 128, 8, 1)}
+
+
+def _any(settings: dict[int, Setting]) -> dict[int, dict[int, Setting]]:
+    """head -> longest -> setting, for every length."""
+    return {head: {ANY: setting} for head, setting in settings.items()}
+
+
+class Family(NamedTuple):
+    """The settings of one pattern; of the others where they need more registers."""
+
+    all: Settings
+    direction: Settings  # of what differs
+    blocks: Settings  # a tile is no larger than a block; what a list names is not fetched ahead
+
+
+SM_90 = Family(
+    all={
+        "forward": {
+            32: {ANY: PIPELINED},
+            64: {64: PIPELINED, ANY: TALL._replace(num_stages=2)},
+            128: {ANY: TALL._replace(num_stages=2)},
+        },
+        "one_tile": {32: ONE_TILE, 64: ONE_TILE},
+        "dq": _any({32: PIPELINED, 64: PIPELINED, 128: TALL}),
+        "dkdv": _any({32: PIPELINED, 64: PIPELINED, 128: NARROW}),
     },
-    "one_tile": {32: ONE_TILE, 64: ONE_TILE},
-    "dq": {32: {ANY: SHORT}, 64: {ANY: SHORT}, 128: {ANY: Setting(128, 64, 8, 1)}},
-    "dkdv": {32: {ANY: SHORT}, 64: {ANY: SHORT}, 128: {ANY: Setting(64, 32, 4, 1)}},
-}
-SM_80 = {
-    "forward": {**SM_90["forward"], 128: {ANY: Setting(128, 64, 8, 1)}},
-    "one_tile": {32: ONE_TILE, 64: {64: ONE_TILE[64]}},
-    "dq": {32: {ANY: SHORT}, 64: {ANY: Setting(64, 32, 4, 2)}, 128: {ANY: Setting(64, 64, 8, 2)}},
-    "dkdv": {32: {ANY: SHORT}, 64: {ANY: Setting(64, 32, 4, 2)}, 128: {ANY: Setting(64, 64, 8, 2)}},
-}
-SM_100 = {
-    **SM_90,
-    "dq": {**SM_90["dq"], 128: {ANY: Setting(64, 64, 8, 2)}},
-    "dkdv": {**SM_90["dkdv"], 128: {ANY: Setting(64, 64, 8, 2)}},
-}
-# A tile of scores is a block of the mask, whose side decides.
-MASKED = {
-    32: Setting(32, 32, 4, 2),
-    64: Setting(64, 64, 4, 2),
-    128: Setting(128, 128, 8, 1),
-}
+    direction={"dkdv": _any({64: NARROW_PIPELINED})},
+    blocks={
+        "forward": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
+        "dq": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
+        "dkdv": _any({32: NARROW, 64: NARROW, 128: NARROW}),
+    },
+)
+SM_80 = Family(
+    all={
+        "forward": {**SM_90.all["forward"], 128: {ANY: TALL}},
+        "one_tile": {32: ONE_TILE, 64: {64: PLAIN}},
+        "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
+        "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
+    },
+    direction={"forward": _any({128: Setting(128, 32, 8, 1)})},
+    blocks=SM_90.blocks,
+)
+# One stage: with two, ptxas is given 6 times as many instructions for a score.
+SM_100 = Family(
+    all={
+        "forward": {32: {ANY: PLAIN}, 64: {64: PLAIN, ANY: TALL}, 128: {ANY: TALL}},
+        "one_tile": SM_90.all["one_tile"],
+        "dq": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
+        "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
+    },
+    direction={
+        "forward": _any({64: PLAIN}),
+        "dq": _any({64: NARROW}),
+        "dkdv": _any({64: NARROW_PIPELINED}),
+    },
+    blocks={
+        "forward": _any({32: PLAIN, 64: NARROW, 128: NARROW}),
+        "dq": _any({32: PLAIN, 64: NARROW, 128: NARROW}),
+        "dkdv": _any({32: NARROW, 64: NARROW, 128: EIGHT}),
+    },
+)
 # No tensor core: small tiles keep it out of the stack.
 FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, "forward", "dq", "dkdv")
 FAMILIES: dict[int, Table] = {
-    family: {**_spread(settings, HALF), **_spread(FP32, (torch.float32,))}
-    for family, settings in ((80, SM_80), (90, SM_90), (100, SM_100))
+    number: {
+        **_spread(family.all, HALF, "all", "direction"),
+        **_spread(family.direction, HALF, "direction"),
+        **_spread(family.blocks, HALF, "blocks"),
+        **_spread(FP32, (torch.float32,), "all", "direction", "blocks"),
+    }
+    for number, family in ((80, SM_80), (90, SM_90), (100, SM_100))
 }
 # Small, so that short sequences have several blocks.
 SMALL = Setting(32, 32, 1, 1)
 SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}
-INTERPRETED_TABLE = _spread(
-    {**_everywhere(SEVERAL, "forward", "dq", "dkdv"), **_everywhere({32: SMALL}, "one_tile")},
-    (torch.float16, torch.float32),
-)
+DTYPES_INTERPRETED = (torch.float16, torch.float32)
+INTERPRETED_TABLE = {
+    **_spread(
+        _everywhere(SEVERAL, "forward", "dq", "dkdv"), DTYPES_INTERPRETED, "all", "direction"
+    ),
+    **_spread(_everywhere({32: SMALL}, "one_tile"), DTYPES_INTERPRETED, "all", "direction"),
+    **_spread(
+        _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv"),
+        DTYPES_INTERPRETED,
+        "blocks",
+    ),
+}
 
 NARROWEST_PIPELINE = 16  # bytes of a load; narrower ones, copied ahead, would spill
 SMALLEST_DOT = 16  # of tl.dot, each dimension
@@ -127,7 +178,7 @@ class Scores(NamedTuple):
     longest: int
     dropout: bool
     load_bytes: int  # at a time, that the strides allow
-    mask_side: int  # of a block mask, or 0
+    pattern: str  # as in Key
 
     @classmethod
     def of(
@@ -136,12 +187,13 @@ class Scores(NamedTuple):
         align: int,
         longest: int,
         dropout_p: float,
+        direction: str,
         block_mask: list[torch.Tensor],
     ) -> "Scores":
         """For operands like ``q`` whose strides are multiples of ``align``."""
-        side = block_mask[-1].shape[1] if block_mask else 0
+        pattern = "blocks" if block_mask else "all" if direction == "both" else "direction"
         load_bytes = align * q.element_size()
-        return cls(q.device, q.dtype, q.shape[-1], longest, dropout_p > 0.0, load_bytes, side)
+        return cls(q.device, q.dtype, q.shape[-1], longest, dropout_p > 0.0, load_bytes, pattern)
 
 
 def attention(kernel: str, scores: Scores) -> Setting:
@@ -153,25 +205,13 @@ def attention(kernel: str, scores: Scores) -> Setting:
 
 def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
     """The setting of one attention kernel, or None where it does not serve such scores."""
-    if scores.mask_side:
-        setting = None if kernel == "one_tile" else _masked(scores)
-    else:
-        setting = _unmasked(kernel, scores)
+    head = max(head_block(scores.width), min(HEADS))
+    key = Key(kernel, head, scores.dtype, scores.dropout, scores.pattern)
+    by_length = table(scores.device).get(key, {})
+    setting = next((by_length[n] for n in sorted(by_length) if scores.longest <= n), None)
     if setting is not None and scores.load_bytes < NARROWEST_PIPELINE:
         setting = setting._replace(num_stages=1)
     return setting
-
-
-def _masked(scores: Scores) -> Setting:
-    setting = MASKED[scores.mask_side]
-    return setting._replace(num_warps=1, num_stages=1) if INTERPRETED else setting
-
-
-def _unmasked(kernel: str, scores: Scores) -> Setting | None:
-    head = max(head_block(scores.width), min(HEADS))
-    key = Key(kernel, head, scores.dtype, scores.dropout)
-    by_length = table(scores.device).get(key, {})
-    return next((by_length[n] for n in sorted(by_length) if scores.longest <= n), None)
 
 
 class RowSetting(NamedTuple):

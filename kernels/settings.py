@@ -32,12 +32,13 @@ class Setting(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a table has an entry for; ``head`` is the width of the tile that holds a head."""
+    """What a table has an entry for."""
 
-    kernel: str
-    head: int
+    kernel: str  # forward, one_tile, dq or dkdv
+    head: int  # width of the tile that holds a head
     dtype: torch.dtype
     dropout: bool
+    pattern: str = "all"  # or "direction" (causal, anti-causal) or "blocks" (a block mask)
 
 
 # An entry says which setting serves up to which length. One that no length fits has no such kernel.
@@ -70,7 +71,7 @@ def own(gpu: str) -> Table:
 def table_of(entries: list[dict]) -> Table:
     """The entries of a file; the reverse of entries_of."""
     return {
-        Key(e["kernel"], e["head"], getattr(torch, e["dtype"]), e["dropout"]): {
+        Key(e["kernel"], e["head"], getattr(torch, e["dtype"]), e["dropout"], e["pattern"]): {
             ANY if longest == "any" else int(longest): Setting(*setting)
             for longest, setting in e["settings"].items()
         }

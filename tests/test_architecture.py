@@ -210,7 +210,6 @@ def test_faster_implementations_keep_the_word():
         "random",
         "rows",
         "settings",
-        "tiles",
     }  # what several ops of a folder use
     for folder in (f"{PACKAGE}/tuned", "kernels"):
         strangers = stems(folder) - words - shared

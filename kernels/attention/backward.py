@@ -19,14 +19,17 @@ from tinybert_fast.kernels.attention.tiles import (
     alignment,
     allowed_cells,
     as_addressable,
+    entry_of,
     grid,
     head_of,
     key_ranges,
     live_scores,
     load_tile,
     place,
+    position,
     rows_at,
     segment,
+    side_of,
     statistics,
     store_tile,
 )
@@ -46,14 +49,14 @@ def _probabilities(
     q, k, v, grad, lse, first_m, first_n, length, scale, blocks, entry,
     key, sequence, head, dropout,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """P, P * M / keep scale and dP * M of a tile, each (BLOCK_M, BLOCK_N)."""
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
     if MASK != "none":
         live = live_scores(first_m, first_n, length, BLOCK_M, BLOCK_N, DIRECTION)
         if MASK == "cells":
-            live = live & allowed_cells(blocks, entry, BLOCK_M)
+            live = live & allowed_cells(blocks, entry, first_m, first_n, BLOCK_M, BLOCK_N, SIDE)
         p = tl.where(live, p, 0.0)
     dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
     kept = p
@@ -89,7 +92,7 @@ def _one_tile_kernel(
     key = site_key(dropout.seed, site) if DROPOUT else 0
     p, kept, dp = _probabilities(
         q_tile, k_tile, v_tile, do, lse_tile, 0, 0, length, scale, 0, 0,
-        key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, "edges",
+        key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, "edges", 0,
     )  # fmt: skip
     dv_tile = tl.dot(tl.trans(kept.to(do.dtype)), do, input_precision="ieee") * dropout.scale
     dv_ptr = head_of(dv, lengths, sequence, head, ALIGN)
@@ -106,16 +109,18 @@ def _one_tile_kernel(
 @triton.jit
 def _add_dq(
     acc, q, k_ptr, v_ptr, k_row, v_row, do, lse, delta, first_m, first_n, length, scale,
-    blocks, entry, key, sequence, head, dropout,
+    blocks, step, key, sequence, head, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    SIDE: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale with one more block of keys."""
     k = load_tile(k_ptr, k_row, first_n, length, D, BLOCK_N, BLOCK_D, ALIGN)
     v = load_tile(v_ptr, v_row, first_n, length, D, BLOCK_N, BLOCK_D, ALIGN)
+    entry = entry_of(step, SIDE, BLOCK_N) if MASK == "cells" else 0
     p, _, dp = _probabilities(
         q, k, v, do, lse, first_m, first_n, length, scale, blocks, entry,
-        key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, MASK,
+        key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, MASK, SIDE,
     )  # fmt: skip
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
@@ -125,7 +130,7 @@ def _add_dq(
 def _dq_kernel(
     q, k, v, grad, out, dq, lse, delta, lengths, blocks, max_length, scale, factor, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SPARSE: tl.constexpr,
+    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     sequence, first, length = place(lengths, max_length, BLOCK_M)
     head = tl.program_id(1)
@@ -146,21 +151,21 @@ def _dq_kernel(
     lse_tile = _load_lse(lse_ptr, lse.row, first, length, BLOCK_M)
     key = site_key(dropout.seed, site) if DROPOUT else 0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if SPARSE:
-        start, full, stop = segment(blocks, sequence, first // BLOCK_M)
-        for entry in range(start, full):
+    if SIDE > 0:
+        start, full, stop = segment(blocks, sequence, first, SIDE, BLOCK_N)
+        for step in range(start, full):
             acc = _add_dq(
                 acc, q_tile, k_ptr, v_ptr, k.row, v.row, do, lse_tile, delta_tile, first,
-                tl.load(blocks.blocks + entry) * BLOCK_N, length, scale, blocks, entry,
+                position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,
                 key, sequence, head, dropout,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells", SIDE,
             )  # fmt: skip
-        for entry in range(full, stop):
+        for step in range(full, stop):
             acc = _add_dq(
                 acc, q_tile, k_ptr, v_ptr, k.row, v.row, do, lse_tile, delta_tile, first,
-                tl.load(blocks.blocks + entry) * BLOCK_N, length, scale, blocks, entry,
+                position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,
                 key, sequence, head, dropout,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
             )  # fmt: skip
     else:
         low, full_low, full_high, high = key_ranges(first, length, BLOCK_M, BLOCK_N, DIRECTION)
@@ -170,21 +175,21 @@ def _dq_kernel(
                     acc, q_tile, k_ptr, v_ptr, k.row, v.row, do, lse_tile, delta_tile, first,
                     tl.multiple_of(first_n, BLOCK_N), length, scale, blocks, 0,
                     key, sequence, head, dropout,
-                    D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges",
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
                 )  # fmt: skip
         for first_n in range(full_low, full_high, BLOCK_N):
             acc = _add_dq(
                 acc, q_tile, k_ptr, v_ptr, k.row, v.row, do, lse_tile, delta_tile, first,
                 tl.multiple_of(first_n, BLOCK_N), length, scale, blocks, 0,
                 key, sequence, head, dropout,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "none",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "none", SIDE,
             )  # fmt: skip
         for first_n in range(full_high, high, BLOCK_N):
             acc = _add_dq(
                 acc, q_tile, k_ptr, v_ptr, k.row, v.row, do, lse_tile, delta_tile, first,
                 tl.multiple_of(first_n, BLOCK_N), length, scale, blocks, 0,
                 key, sequence, head, dropout,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
             )  # fmt: skip
     dq_ptr = head_of(dq, lengths, sequence, head, ALIGN)
     store_tile(dq_ptr, dq.row, first, length, acc * factor, D, BLOCK_M, BLOCK_D, ALIGN)
@@ -193,9 +198,10 @@ def _dq_kernel(
 @triton.jit
 def _add_dkdv(
     dk, dv, k, v, q_ptr, grad_ptr, q_row, grad_row, lse_ptr, delta_ptr, stat_row,
-    first_m, first_n, length, scale, blocks, entry, key, sequence, head, dropout,
+    first_m, first_n, length, scale, blocks, step, key, sequence, head, dropout,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    SIDE: tl.constexpr,
 ):  # fmt: skip
     """dK / scale and dV / keep scale with one more block of queries."""
     q = load_tile(q_ptr, q_row, first_m, length, D, BLOCK_M, BLOCK_D, ALIGN)
@@ -203,10 +209,11 @@ def _add_dkdv(
     live = first_m + tl.arange(0, BLOCK_M) < length
     lse = _load_lse(lse_ptr, stat_row, first_m, length, BLOCK_M)
     delta = tl.load(rows_at(delta_ptr, stat_row, first_m, BLOCK_M, 1), mask=live, other=0.0)
+    entry = entry_of(step, SIDE, BLOCK_M) if MASK == "cells" else 0
     # Scores stay (queries, keys): transposed, a thread would draw 4 times as many numbers.
     p, kept, dp = _probabilities(
         q, k, v, do, lse, first_m, first_n, length, scale, blocks, entry,
-        key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, MASK,
+        key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, MASK, SIDE,
     )  # fmt: skip
     ds = p * (dp - delta[:, None])
     dv = tl.dot(tl.trans(kept.to(do.dtype)), do, dv, input_precision="ieee")
@@ -218,7 +225,7 @@ def _add_dkdv(
 def _dkdv_kernel(
     q, k, v, grad, dk, dv, lse, delta, lengths, blocks, max_length, scale, factor, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SPARSE: tl.constexpr,
+    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     sequence, first, length = place(lengths, max_length, BLOCK_N)
     head = tl.program_id(1)
@@ -235,14 +242,14 @@ def _dkdv_kernel(
     key = site_key(dropout.seed, site) if DROPOUT else 0
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if SPARSE:
-        start, full, stop = segment(blocks, sequence, first // BLOCK_N)
-        for entry in range(start, full):
+    if SIDE > 0:
+        start, full, stop = segment(blocks, sequence, first, SIDE, BLOCK_M)
+        for step in range(start, full):
             dk_tile, dv_tile = _add_dkdv(
                 dk_tile, dv_tile, k_tile, v_tile, q_ptr, grad_ptr, q.row, grad.row,
-                lse_ptr, delta_ptr, lse.row, tl.load(blocks.blocks + entry) * BLOCK_M, first,
-                length, scale, blocks, entry, key, sequence, head, dropout,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells",
+                lse_ptr, delta_ptr, lse.row, position(blocks, step, SIDE, BLOCK_M), first,
+                length, scale, blocks, step, key, sequence, head, dropout,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells", SIDE,
             )  # fmt: skip
         low, high = full, stop
     else:
@@ -252,14 +259,14 @@ def _dkdv_kernel(
         elif DIRECTION == "anti_causal":
             high = tl.cdiv(tl.minimum(first + BLOCK_N, length), BLOCK_M)
     # No mask for lengths: a dead query's lse makes P zero, a dead key's row is not stored.
-    for entry in range(low, high):
-        block = tl.load(blocks.blocks + entry) if SPARSE else entry
+    for step in range(low, high):
+        first_m = position(blocks, step, SIDE, BLOCK_M) if SIDE > 0 else step * BLOCK_M
         dk_tile, dv_tile = _add_dkdv(
             dk_tile, dv_tile, k_tile, v_tile, q_ptr, grad_ptr, q.row, grad.row,
-            lse_ptr, delta_ptr, lse.row, block * BLOCK_M, first,
-            length, scale, blocks, entry, key, sequence, head, dropout,
+            lse_ptr, delta_ptr, lse.row, first_m, first,
+            length, scale, blocks, step, key, sequence, head, dropout,
             D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT,
-            "none" if DIRECTION == "both" else "edges",
+            "none" if DIRECTION == "both" else "edges", SIDE,
         )  # fmt: skip
     dk_ptr = head_of(dk, lengths, sequence, head, ALIGN)
     dv_ptr = head_of(dv, lengths, sequence, head, ALIGN)
@@ -293,7 +300,7 @@ def backward(
         "DIRECTION": direction,
         "DROPOUT": dropout_p > 0.0,
     }
-    scores = configs.Scores.of(q, align, max_length, dropout_p, block_mask)
+    scores = configs.Scores.of(q, align, max_length, dropout_p, direction, block_mask)
     setting = configs.attention_if_served("one_tile", scores)
     if setting is not None:
         _one_tile_kernel[len(cu_seqlens) - 1, heads](
@@ -305,11 +312,11 @@ def backward(
     setting = configs.attention("dq", scores)
     _dq_kernel[grid(cu_seqlens, max_length, setting.block_m, heads)](
         q_, k_, v_, grad_, out_, dq_, lse_, delta_, lengths, BlockList.by_query(block_mask), *call,
-        SPARSE=bool(block_mask), **same, **setting.launch(),
+        SIDE=side_of(block_mask), **same, **setting.launch(),
     )  # fmt: skip
     setting = configs.attention("dkdv", scores)
     _dkdv_kernel[grid(cu_seqlens, max_length, setting.block_n, heads)](
         q_, k_, v_, grad_, dk_, dv_, lse_, delta_, lengths, BlockList.by_key(block_mask), *call,
-        SPARSE=bool(block_mask), **same, **setting.launch(),
+        SIDE=side_of(block_mask), **same, **setting.launch(),
     )  # fmt: skip
     return dq, dk, dv

@@ -13,14 +13,17 @@ from tinybert_fast.kernels.attention.tiles import (
     alignment,
     allowed_cells,
     as_addressable,
+    entry_of,
     grid,
     head_of,
     key_ranges,
     live_scores,
     load_tile,
     place,
+    position,
     rows_at,
     segment,
+    side_of,
     statistics,
     store_tile,
 )
@@ -30,9 +33,10 @@ from tinybert_fast.kernels.philox import Dropout, attention_keep, site_key
 @triton.jit
 def _step(
     acc, peak, total, q, k_ptr, v_ptr, k_row, v_row, first_m, first_n, length, scale,
-    blocks, entry, key, sequence, head, threshold,
+    blocks, step, key, sequence, head, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+    SIDE: tl.constexpr,
 ):  # fmt: skip
     """One more block of keys: the sums so far are rescaled to the new largest score."""
     k = load_tile(k_ptr, k_row, first_n, length, D, BLOCK_N, BLOCK_D, ALIGN)
@@ -40,7 +44,8 @@ def _step(
     if MASK != "none":
         live = live_scores(first_m, first_n, length, BLOCK_M, BLOCK_N, DIRECTION)
         if MASK == "cells":
-            live = live & allowed_cells(blocks, entry, BLOCK_M)
+            entry = entry_of(step, SIDE, BLOCK_N)
+            live = live & allowed_cells(blocks, entry, first_m, first_n, BLOCK_M, BLOCK_N, SIDE)
         scores = tl.where(live, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
     base = new_peak
@@ -61,7 +66,7 @@ def _step(
 def _forward_kernel(
     q, k, v, out, lse, lengths, blocks, max_length, scale, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SPARSE: tl.constexpr,
+    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     sequence, first, length = place(lengths, max_length, BLOCK_M)
     head = tl.program_id(1)
@@ -75,21 +80,21 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if SPARSE:
-        start, full, stop = segment(blocks, sequence, first // BLOCK_M)
-        for entry in range(start, full):
+    if SIDE > 0:
+        start, full, stop = segment(blocks, sequence, first, SIDE, BLOCK_N)
+        for step in range(start, full):
             acc, peak, total = _step(
                 acc, peak, total, q_tile, k_ptr, v_ptr, k.row, v.row, first,
-                tl.load(blocks.blocks + entry) * BLOCK_N, length, scale, blocks, entry,
+                position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,
                 key, sequence, head, dropout.threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells", SIDE,
             )  # fmt: skip
-        for entry in range(full, stop):
+        for step in range(full, stop):
             acc, peak, total = _step(
                 acc, peak, total, q_tile, k_ptr, v_ptr, k.row, v.row, first,
-                tl.load(blocks.blocks + entry) * BLOCK_N, length, scale, blocks, entry,
+                position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,
                 key, sequence, head, dropout.threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
             )  # fmt: skip
     else:
         low, full_low, full_high, high = key_ranges(first, length, BLOCK_M, BLOCK_N, DIRECTION)
@@ -99,21 +104,21 @@ def _forward_kernel(
                     acc, peak, total, q_tile, k_ptr, v_ptr, k.row, v.row, first,
                     tl.multiple_of(first_n, BLOCK_N), length, scale, blocks, 0,
                     key, sequence, head, dropout.threshold,
-                    D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges",
+                    D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
                 )  # fmt: skip
         for first_n in range(full_low, full_high, BLOCK_N):
             acc, peak, total = _step(
                 acc, peak, total, q_tile, k_ptr, v_ptr, k.row, v.row, first,
                 tl.multiple_of(first_n, BLOCK_N), length, scale, blocks, 0,
                 key, sequence, head, dropout.threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "none",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "none", SIDE,
             )  # fmt: skip
         for first_n in range(full_high, high, BLOCK_N):
             acc, peak, total = _step(
                 acc, peak, total, q_tile, k_ptr, v_ptr, k.row, v.row, first,
                 tl.multiple_of(first_n, BLOCK_N), length, scale, blocks, 0,
                 key, sequence, head, dropout.threshold,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges",
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
             )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
@@ -139,13 +144,13 @@ def forward(
     if q.numel() == 0 or max_length == 0:
         return out, lse, rng
     align = alignment(q, k, v, out)
-    scores = configs.Scores.of(q, align, max_length, dropout_p, block_mask)
+    scores = configs.Scores.of(q, align, max_length, dropout_p, direction, block_mask)
     setting = configs.attention("forward", scores)
     _forward_kernel[grid(cu_seqlens, max_length, setting.block_m, heads)](
         *(Rows.of(x, align) for x in (q, k, v, out)), Rows.of(lse[..., None], 1),
         Lengths.of(cu_seqlens, first_columns), BlockList.by_query(block_mask), max_length,
         scale * LOG2_E, Dropout.of(dropout_p, seed), site,
         D=width, BLOCK_D=configs.head_block(width), ALIGN=align,
-        DIRECTION=direction, DROPOUT=dropout_p > 0.0, SPARSE=bool(block_mask), **setting.launch(),
+        DIRECTION=direction, DROPOUT=dropout_p > 0.0, SIDE=side_of(block_mask), **setting.launch(),
     )  # fmt: skip
     return out, lse, rng

@@ -72,6 +72,11 @@ class BlockList(NamedTuple):
         return cls(lists[0], lists[1], lists[2], cells, of_sequence)
 
 
+def side_of(mask: list[Tensor]) -> int:
+    """Of the blocks of a mask, or 0 where there is none."""
+    return mask[6].shape[1] if mask else 0
+
+
 def addressable(x: Tensor) -> bool:
     """Whether a kernel reads ``x`` (T, H, D) or (B, N, H, D) by the strides that it has: the D
     numbers of a head side by side, and a tile's rows no further apart than an int32 can say.
@@ -159,19 +164,42 @@ def live_scores(
 
 
 @triton.jit
-def segment(blocks, sequence, block):
-    """Entries of one row of ``blocks: BlockList``: [start, full) partial, [full, stop) full."""
-    at = blocks.offsets + sequence * blocks.of_sequence + 2 * block
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+def segment(blocks, sequence, first, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Steps over one row of ``blocks: BlockList``, BLOCK positions each, of which ``SIDE // BLOCK``
+    make an entry: [start, full) in partial blocks, [full, stop) in full ones.
+    """
+    at = blocks.offsets + sequence * blocks.of_sequence + 2 * (first // SIDE)
+    steps: tl.constexpr = SIDE // BLOCK
+    return tl.load(at) * steps, tl.load(at + 1) * steps, tl.load(at + 2) * steps
 
 
 @triton.jit
-def allowed_cells(blocks, entry, BLOCK: tl.constexpr):
-    """The cells of a partial block: (BLOCK queries, BLOCK keys)."""
-    tile = tl.load(blocks.tiles + entry).to(tl.int64)
-    WORDS: tl.constexpr = BLOCK // 32
-    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-    words = tl.load(blocks.cells + tile * (BLOCK * WORDS) + i * WORDS + (j >> 5))
+def position(blocks, step, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The first position of a step."""
+    inside = step * BLOCK & (SIDE - 1)
+    return tl.load(blocks.blocks + entry_of(step, SIDE, BLOCK)) * SIDE + inside
+
+
+@triton.jit
+def entry_of(step, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The entry that a step belongs to; unsigned, so that the quotient is a shift."""
+    return tl.cast(step, tl.uint32) // (SIDE // BLOCK)
+
+
+@triton.jit
+def allowed_cells(
+    blocks, entry, first_m, first_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SIDE: tl.constexpr,
+):  # fmt: skip
+    """The cells of a tile within a partial block: (BLOCK_M, BLOCK_N)."""
+    WORDS: tl.constexpr = SIDE // 32
+    tile = tl.load(blocks.tiles + entry).to(tl.int64) * (SIDE * WORDS)
+    first_m, first_n = first_m & (SIDE - 1), first_n & (SIDE - 1)
+    row = tile + (first_m + tl.arange(0, BLOCK_M)) * WORDS + (first_n >> 5)
+    j = tl.arange(0, BLOCK_N)[None, :]
+    words = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for word in tl.static_range(BLOCK_N // 32):  # loaded once a row, not once a cell
+        words = tl.where(j >> 5 == word, tl.load(blocks.cells + row + word)[:, None], words)
     return ((words >> (j & 31)) & 1) != 0
 
 

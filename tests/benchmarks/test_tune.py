@@ -8,6 +8,7 @@ import torch
 from tinybert_fast.benchmarks import tune
 from tinybert_fast.kernels import configs, settings
 from tinybert_fast.kernels.settings import ANY, Key, Setting
+from tinybert_fast.testing.validation import ATTENTION
 
 FASTEST = {
     "forward": Setting(64, 128, 8, 3),
@@ -84,6 +85,13 @@ def test_written_beside_what_is_there(tmp_path, monkeypatch):
 def test_refuses():
     with pytest.raises(ValueError, match="--head 26 is not one of 32, 64, 128"):
         tune.tune_this_gpu([26])
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="on an NVIDIA GPU"):
-            tune.tune_this_gpu()
+
+
+def test_what_is_tuned_is_validated():
+    """Each width and bucket of lengths has a call, so that what wins is held against fp64."""
+    for head in configs.HEADS:
+        longest = {max(lengths) for lengths in ATTENTION[head]}
+        low = 0
+        for up_to in tune.LONGEST.values():
+            assert any(low < n <= up_to for n in longest), (head, up_to)
+            low = up_to

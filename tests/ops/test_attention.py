@@ -43,17 +43,21 @@ def random_pairs(*batch):
 
 
 def random_blocks(*batch, device="cpu"):
-    return ops.BlockMask.from_dense(random_pairs(*batch).to(device), side=32)
+    return ops.BlockMask.from_dense(random_pairs(*batch).to(device))
 
 
-def patchwork(*batch, device="cpu"):
-    """Blocks of 32 that are full, partial and empty, queries and keys without a partner."""
-    allowed = normal((*batch, 100, 100), 8) > 0.5
-    allowed[..., :32, :64] = True
-    allowed[..., 64:96, :] = False
+def patchwork(side, *batch, device="cpu"):
+    """Blocks that are full, partial and empty, queries and keys without a partner. A kernel's tile
+    may be a part of a block, and no part looks like another.
+    """
+    size = side * 3 // 2
+    allowed = normal((*batch, size, size), 8) > 0.5
+    allowed[..., :side, :side] = True
+    allowed[..., side:, side:] = False
+    allowed[..., side // 2 : side // 2 + 32, side:] = False
     allowed[..., 40, :] = False
-    allowed[..., :, 99] = False
-    return ops.BlockMask.from_dense(allowed.to(device), side=32)
+    allowed[..., :, size - 1] = False
+    return ops.BlockMask.from_dense(allowed.to(device), side)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,12 +81,15 @@ def test_matches_reference_with_block_mask(lengths, shared, direction, dtype, fa
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("shared", [True, False], ids=["one_mask", "mask_per_sequence"])
-def test_blocks_of_a_mask(shared, direction, dropout_p, fast, device):
+@pytest.mark.parametrize(
+    ("side", "direction", "shared"),
+    [(64, "both", True), (64, "causal", False), (64, "anti_causal", True), (128, "both", False)],
+)
+def test_blocks_of_a_mask(side, direction, shared, dropout_p, fast, device):
     """Lengths that end in a full, a partial and an empty block of the mask."""
-    mask = patchwork(*() if shared else (4,), device=device)
-    case = attention((70, 31, 0, 100), direction=direction, device=device, block_mask=mask)
+    mask = patchwork(side, *() if shared else (4,), device=device)
+    lengths = (side + 6, 31, 0, side * 3 // 2)
+    case = attention(lengths, heads=1, direction=direction, device=device, block_mask=mask)
     if fast == "torch":  # it draws its own cells
         dropout_p = 0.0
     assert_within_budget(case.with_options(**dropout(dropout_p, device=device)), fast, SLACK)
@@ -127,11 +134,11 @@ def test_padded_rows_where_they_are(mask, counted, device):
 @pytest.mark.parametrize("padded", [True, False], ids=["sequences", "rows"])
 def test_offsets_beyond_2_to_the_31(padded, counted, device, tmp_path):
     """Sequences, or rows, so far apart that int32 cannot count the numbers between them."""
-    rows, heads, width = 40, 2, 16
+    rows, heads, width = (40 if padded else 300), 1, 16
     if padded:
         shape, strides = (2, rows, heads, width), (2**31, heads * width, width, 1)
     else:
-        shape, strides = (rows, heads, width), (2**26, width, 1)  # 40 * 2^26 > 2^31
+        shape, strides = (rows, heads, width), (2**23, width, 1)  # 300 * 2^23 > 2^31
     size = sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1
     if device == "cpu":  # a file of which a few pages are written
         store = np.memmap(tmp_path / "store", np.float16, "w+", shape=(3, size))
@@ -142,7 +149,7 @@ def test_offsets_beyond_2_to_the_31(padded, counted, device, tmp_path):
     near = [normal(shape, seed, torch.float16, device) for seed in range(3)]
     for ours, values in zip(far, near):
         ours.copy_(values)
-    layout = None if padded else ops.SequenceLayout.from_lengths((9, 31), device=device)
+    layout = None if padded else ops.SequenceLayout.from_lengths((9, 291), device=device)
     got, want = (
         Case(ops.attention, tuple(x.requires_grad_() for x in operands), {"layout": layout})
         for operands in (far, near)
@@ -333,6 +340,10 @@ def test_refuses():
     refuses(r"packed \(T, H, D\) or padded", q[0], k[0], v[0], layout=layout)
     refuses("float32 on cpu, torch.float64 on cpu", q, k.double(), v, layout=layout)
     refuses("need layout=", q, k, v)
+    there = ops.SequenceLayout.from_lengths((2, 3), device="meta")
+    refuses("the layout is on meta, q on cpu", q, k, v, layout=there)
+    nowhere = torch.zeros(2, dtype=torch.int64, device="meta")
+    refuses("seed is on meta", q, k, v, layout=layout, dropout_p=0.1, seed=nowhere)
     refuses("float32 on cpu, torch.float32 on meta", q, k.to("meta"), v, layout=layout)
     refuses("dtype torch.int64 is not one of", *(x.long() for x in (q, k, v)), layout=layout)
     refuses(r"leading sizes \(5,\)", q[:4], k[:4], v[:4], layout=layout)

@@ -11,9 +11,9 @@ from tinybert_fast.testing.operands import normal
 
 @settings(max_examples=60, deadline=None)
 @given(
-    size=st.integers(0, 140),
+    size=st.integers(0, 280),
     masks=st.integers(1, 3),
-    side=st.sampled_from([32, 64]),
+    side=st.sampled_from([64, 128]),
     density=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
     seed=st.integers(0, 9),
 )
@@ -27,22 +27,22 @@ def test_lists_say_what_the_mask_said(size, masks, side, density, seed):
 
 
 def test_lists_of_one_mask():
-    """Worked by hand: blocks of 32, P partial, F full."""
-    dense = torch.zeros(70, 70, dtype=torch.bool)
-    dense[:32, 32:64] = True  # F at (0, 1)
+    """Worked by hand: blocks of 64, P partial, F full."""
+    dense = torch.zeros(140, 140, dtype=torch.bool)
+    dense[:64, 64:128] = True  # F at (0, 1)
     dense[0, 0] = True  # P at (0, 0)
-    dense[64:, 64:] = True  # F at (2, 2): all of its cells below 70
-    dense[69, 33] = True  # P at (2, 1)
-    *by_query, _, _, _, cells = BlockMask.from_dense(dense, 32).lists
+    dense[128:, 128:] = True  # F at (2, 2): all of its cells below 140
+    dense[139, 64 + 33] = True  # P at (2, 1)
+    *by_query, _, _, _, cells = BlockMask.from_dense(dense).lists
     offsets, blocks, tiles = (x.tolist() for x in by_query[:3])
     assert offsets == [[0, 1, 2, 2, 2, 3, 4]]
     assert blocks == [0, 1, 1, 2]
     assert tiles == [0, -1, 1, -1]
-    by_key = [x.tolist() for x in BlockMask.from_dense(dense, 32).lists[3:6]]
+    by_key = [x.tolist() for x in BlockMask.from_dense(dense).lists[3:6]]
     assert by_key == [[[0, 1, 1, 2, 3, 3, 4]], [0, 2, 0, 2], [0, 1, -1, -1]]
-    assert cells.shape == (2, 32, 1)
-    assert cells[0, 0, 0] == 1
-    assert cells[1, 69 - 64, 0] == 1 << (33 - 32)
+    assert cells.shape == (2, 64, 2)
+    assert cells[0, 0].tolist() == [1, 0]
+    assert cells[1, 139 - 128].tolist() == [0, 1 << (33 - 32)]
 
 
 def test_the_last_bit_of_a_word():

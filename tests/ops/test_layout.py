@@ -62,7 +62,7 @@ def test_lengths_are_right_padded_masks(lengths, extra):
 def assert_same(a, b):
     for name in ("batch_size", "width", "lengths", "max_length", "starts_padded", "has_holes"):
         assert getattr(a, name) == getattr(b, name)
-    for name in ("cu_seqlens", "rows", "sequences", "positions"):
+    for name in ("cu_seqlens", "rows", "sequences", "positions", "first_columns"):
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 

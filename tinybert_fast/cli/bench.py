@@ -67,8 +67,12 @@ def bench(
 ) -> None:
     """Time one training step beside what one would use otherwise: Transformers, careful PyTorch."""
     if tune:
+        if csv is not None or case or profile:
+            raise ValueError("--tune writes settings and no rows: leave --csv, --case, --profile")
         _tune(head or (), json_file)
         return
+    if head:
+        raise ValueError("--head chooses what --tune tunes; give --tune too")
     from tinybert_fast.benchmarks.runner import Disagreement, run_suite
 
     try:
@@ -94,6 +98,11 @@ def bench(
 def _tune(heads: Collection[int], json_file: Path | None) -> None:
     from rich.console import Console
 
+    from tinybert_fast.ops.dispatch import INTERPRETED, UNAVAILABLE
+
+    if INTERPRETED or UNAVAILABLE["triton"] is not None:
+        reason = UNAVAILABLE["triton"] or "TRITON_INTERPRET=1 runs kernels on the CPU"
+        raise ValueError(f"--tune times the Triton kernels on an NVIDIA GPU: {reason}")
     from tinybert_fast.benchmarks.tune import Invalid, tune_this_gpu
 
     try:

@@ -1,5 +1,6 @@
 """tinybert-fast validate"""
 
+import math
 import os
 import time
 from typing import Annotated, Any
@@ -40,7 +41,8 @@ def validate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Only fp32, fp16 or bf16; may be repeated. A checkpoint: fp32 and bf16.",
+            help="Only fp32, fp16 or bf16; may be repeated. A checkpoint: fp32 and bf16, or "
+            "interpreted fp32.",
         ),
     ] = None,
     interpret: Annotated[
@@ -60,43 +62,39 @@ def validate(
         raise ValueError(f"--dtype {unknown[0]!r} is not one of {', '.join(DTYPES)}")
     if model is not None and op:
         raise ValueError("--op chooses operators and --model a checkpoint: give one of them")
+    if impl == "reference" and model is None:
+        raise ValueError("--impl reference: that is what the others are held against")
+    # Both are read when the operators are imported, and reach every layer of a checkpoint.
     if interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the operators are imported
+        os.environ["TRITON_INTERPRET"] = "1"
+        impl = "triton" if impl == "auto" and model is not None else impl
+    if model is not None and impl != "auto":
+        os.environ["TINYBERT_FAST_IMPL"] = impl
     start = time.perf_counter()
-    findings = list(_shown(_findings(op or [], model, dtype, interpret, impl)))
+    device = _device(interpret, impl, model)
+    if model is None:
+        made = _operators(op or [], device, dtype, impl)
+    else:
+        made = _checkpoint(model, device, dtype or (["fp32"] if interpret else None))
+    findings = list(_shown(made))
     if not findings:
         raise ValueError("no implementation serves these operators and dtypes here: see info")
     failed = [finding for finding in findings if not finding.passed]
     _show(findings, failed)
-    output.write_json("validate", _facts(findings, time.perf_counter() - start), json_file)
+    if model is None and impl == "auto":
+        _show_absent(findings)
+    facts = _facts(findings, device, time.perf_counter() - start)
+    output.write_json("validate", facts, json_file)
     if failed:
         raise typer.Exit(1)
 
 
-def _findings(
-    ops: list[str], model: str | None, dtypes: list[str] | None, interpret: bool, impl: str
-) -> Any:
+def _device(interpret: bool, impl: str, model: str | None) -> str:
+    """Where to run; ValueError for an implementation that cannot run here."""
     import torch
 
     from tinybert_fast.ops import dispatch
 
-    _check(dispatch, interpret, impl)
-    device = "cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "cpu"
-    wanted = {"dtypes": [getattr(torch, DTYPES[name]) for name in dtypes]} if dtypes else {}
-    if model is not None:
-        from tinybert_fast.testing.checkpoint import validate_checkpoint
-        from tinybert_fast.training.loading import load_saved
-
-        return validate_checkpoint(load_saved(model), device, impl=impl, **wanted)
-    from tinybert_fast.testing import validation
-
-    if impl != "auto":
-        wanted["impls"] = [impl]
-    return validation.validate(ops, device, **wanted)
-
-
-def _check(dispatch: Any, interpret: bool, impl: str) -> None:
-    """ValueError for an implementation that cannot run here."""
     if interpret and not dispatch.INTERPRETED:
         raise ValueError("--interpret comes too late in this process; set TRITON_INTERPRET=1")
     if impl not in ("auto", *dispatch.FASTEST_FIRST):
@@ -105,6 +103,28 @@ def _check(dispatch: Any, interpret: bool, impl: str) -> None:
         reason = dispatch.absent(name)
         if reason is not None:
             raise ValueError(f"{name} cannot be validated here: {reason}")
+    if model is not None and impl != "auto" and dispatch.FROM_ENVIRONMENT.get("") != impl:
+        raise ValueError(f"--impl comes too late in this process; set TINYBERT_FAST_IMPL={impl}")
+    return "cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "cpu"
+
+
+def _operators(ops: list[str], device: str, dtypes: list[str] | None, impl: str) -> Any:
+    from tinybert_fast.testing.validation import validate
+
+    return validate(ops, device, **_wanted(dtypes), **({} if impl == "auto" else {"impls": [impl]}))
+
+
+def _checkpoint(path: str, device: str, dtypes: list[str] | None) -> Any:
+    from tinybert_fast.testing.checkpoint import validate_checkpoint
+    from tinybert_fast.training.loading import load_saved
+
+    return validate_checkpoint(load_saved(path), device, **_wanted(dtypes))
+
+
+def _wanted(dtypes: list[str] | None) -> dict[str, Any]:
+    import torch
+
+    return {"dtypes": [getattr(torch, DTYPES[name]) for name in dtypes]} if dtypes else {}
 
 
 def _shown(findings: Any) -> Any:
@@ -161,14 +181,25 @@ def _show(findings: list[Any], failed: list[Any]) -> None:
     )
 
 
-def _facts(findings: list[Any], seconds: float) -> dict[str, Any]:
+def _show_absent(findings: list[Any]) -> None:
+    """What was not held, and why: nobody should take silence for a proof."""
+    from tinybert_fast.ops import dispatch
+
+    for name in dispatch.FASTEST_FIRST:
+        reason = dispatch.absent(name)
+        if reason is not None:
+            output.say(f"not held: {name} ({reason})")
+    if any(finding.impl == "torch" for finding in findings):
+        output.say("not held: torch with dropout (it draws other cells than the reference)")
+
+
+def _facts(findings: list[Any], device: str, seconds: float) -> dict[str, Any]:
     import torch
 
     from tinybert_fast.benchmarks.hardware import facts
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "machine": facts(device),
+        "machine": facts(torch.device(device)),
         "seconds": round(seconds, 1),
         "passed": all(finding.passed for finding in findings),
         "findings": [
@@ -179,8 +210,16 @@ def _facts(findings: list[Any], seconds: float) -> dict[str, Any]:
                 "call": finding.call,
                 "passed": finding.passed,
                 "problem": finding.problem,
-                "tensors": [vars(tensor) for tensor in finding.tensors],
+                "tensors": [
+                    {"name": x.name, "error": _number(x.error), "budget": _number(x.budget)}
+                    for x in finding.tensors
+                ],
             }
             for finding in findings
         ],
     }
+
+
+def _number(x: float) -> float | str:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else str(x)

@@ -161,7 +161,7 @@ def attention(
     }
     impls = choose(impl, LIMITS, q, dropout_p=dropout_p, **facts)
     _check(q, k, v, layout, direction, block_mask)
-    check_dropout("attention", dropout_p, seed)
+    check_dropout("attention", dropout_p, seed, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     in_place = impls == ("triton", "triton")  # reads padded rows where they are
     padded = q.dim() == 4
@@ -208,6 +208,11 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
             raise ValueError(
                 f"attention: the layout describes leading sizes {expected}; got {shapes()}"
             )
+    if layout is not None and layout.cu_seqlens.device != q.device:
+        raise ValueError(
+            f"attention: the layout is on {layout.cu_seqlens.device}, q on {q.device}; build it "
+            "from a mask on the same device"
+        )
     if direction not in DIRECTIONS:
         raise ValueError(f"attention: direction={direction!r} is not one of {DIRECTIONS}")
     if block_mask is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tinybert_fast.reference.block_mask import allowed_pairs
 from tinybert_fast.reference.block_mask import block_mask as reference
 
-SIDES = (32, 64, 128)  # of a block, in tokens
+SIDES = (64, 128)  # of a block, in tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class BlockMask:
         """From bool (N, N), or (B, N, N) for a mask per sequence; True where attention is allowed.
 
         Raises:
-            ValueError: another dtype or shape, or a side that is not 32, 64 or 128.
+            ValueError: another dtype or shape, or a side that is not 64 or 128.
         """
         square = allowed.dim() in (2, 3) and allowed.shape[-1] == allowed.shape[-2]
         if allowed.dtype != torch.bool or not square:

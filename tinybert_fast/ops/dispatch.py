@@ -247,8 +247,8 @@ def reference_gradient(
     return tuple(next(found) if need else None for need in needs)
 
 
-def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
-    """ValueError unless the rate fits 8 bits and a seed comes with it."""
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    """ValueError unless the rate fits 8 bits and a seed on ``device`` comes with it."""
     if dropout_p == 0.0:
         return
     threshold(dropout_p)
@@ -257,3 +257,5 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
         raise ValueError(
             f"{op}: dropout_p={dropout_p} needs seed, an int64 tensor of shape (2,); got {got}"
         )
+    if seed.device != device:
+        raise ValueError(f"{op}: seed is on {seed.device}, the operands on {device}: move it there")

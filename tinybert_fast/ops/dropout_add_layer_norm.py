@@ -146,7 +146,7 @@ def dropout_add_layer_norm(
             "have one shape"
         )
     check_columns("dropout_add_layer_norm", x, bias=bias, weight=weight, ln_bias=ln_bias)
-    check_dropout("dropout_add_layer_norm", dropout_p, seed)
+    check_dropout("dropout_add_layer_norm", dropout_p, seed, x.device)
     rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
     sequences, positions = token_places("dropout_add_layer_norm", x, layout)
     if impls[0] == "reference":

@@ -169,7 +169,7 @@ def embedding_layer_norm(
             f"{tuple(word.shape)}; None means no padding word"
         )
     check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
-    check_dropout("embedding_layer_norm", dropout_p, seed)
+    check_dropout("embedding_layer_norm", dropout_p, seed, word.device)
     sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)
     padding = -1 if padding_idx is None else padding_idx
     tables = (word, position, token_type, weight, bias)

@@ -11,6 +11,8 @@ relative to a quarter of that.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,16 +35,14 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.budget  # False for NaN
+        return self.error <= self.budget < math.inf  # False for NaN
 
     @property
     def share(self) -> float:
         """Error over budget; infinite for NaN, and beyond a budget of 0."""
         if self.error == 0.0:
             return 0.0
-        return (
-            self.error / self.budget if self.error < float("inf") and self.budget else float("inf")
-        )
+        return self.error / self.budget if self.budget > 0.0 and self.error < math.inf else math.inf
 
     def __str__(self) -> str:
         return f"{self.name}: error {self.error:.3e}, budget {self.budget:.3e}"
@@ -64,14 +64,26 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def compare(
-    actual: dict[str, Tensor], low: dict[str, Tensor], exact: dict[str, Tensor], rounding: float
+    actual: dict[str, Tensor],
+    low: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    rounding: float,
+    group: Callable[[str], str] = lambda name: "",
 ) -> list[Verdict]:
     """A verdict per tensor: ``actual`` against ``exact`` (fp64), beside the error of ``low``.
 
-    AssertionError where a shape or dtype is another than ``low``'s. Names of gradients begin with
-    "d"; the others' roundings are relative to themselves alone.
+    Names of gradients begin with "d"; their roundings are relative to SMALLEST_SHARE of the largest
+    gradient of their ``group`` at least, the others' to themselves alone.
+
+    Raises:
+        AssertionError: a name, shape or dtype is another than ``low``'s.
     """
-    gradients = [largest_of(x) for name, x in exact.items() if name.startswith("d")]
+    if actual.keys() != exact.keys():
+        raise AssertionError(f"only one side has {sorted(actual.keys() ^ exact.keys())[0]}")
+    largest: dict[str, float] = {}
+    for name, x in exact.items():
+        if name.startswith("d"):
+            largest[group(name)] = max(largest.get(group(name), 0.0), largest_of(x))
     found = []
     for name, want in exact.items():
         if actual[name].shape != want.shape or actual[name].dtype != low[name].dtype:
@@ -81,7 +93,7 @@ def compare(
             )
         scale = largest_of(want)
         if name.startswith("d"):
-            scale = max(scale, SMALLEST_SHARE * max(gradients))
+            scale = max(scale, SMALLEST_SHARE * largest[group(name)])
         budget = 2 * largest_of(low[name].double() - want) + rounding * scale
         found.append(Verdict(name, largest_of(actual[name].double() - want), budget))
     return found

@@ -64,6 +64,18 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class OwnCalls(TorchDispatchMode):
+    """Counts the calls of this package's registered operators in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == dispatch.NAMESPACE
+        return func(*args, **(kwargs or {}))
+
+
 def prove_compiles(case: Case, impl: dispatch.Impl, **options: Any) -> None:
     """The call compiles as one graph, gradient included, and gives what eager gives."""
     torch._dynamo.reset()

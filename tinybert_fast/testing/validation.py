@@ -6,6 +6,7 @@ and beyond a tile, a whole tile, several, none at all. Budgets are those of ``te
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +14,28 @@ from functools import partial
 import torch
 
 from tinybert_fast.ops import BlockMask, dispatch
+from tinybert_fast.ops.block_mask import SIDES
 from tinybert_fast.testing import operands
 from tinybert_fast.testing.budgets import Verdict, verdicts
 from tinybert_fast.testing.operands import DTYPES, Case
 from tinybert_fast.testing.proofs import implementations, serves
 
-Calls = dict[
-    str, Callable[..., Case]
-]  # what distinguishes a call -> its case, by dtype= and device=
+# What distinguishes a call -> its case, by dtype= and device=.
+Calls = dict[str, Callable[..., Case]]
 
 DROPOUT = 0.1
 MIXED = (0, 1, 2, 31, 127, 128, 129)
-HEADS = {26: MIXED, 32: (2, 31, 129), 64: (1, 31, 128)}  # of the same; lengths
+# Width of a head -> lengths of its calls. Each bucket of kernels/configs.py is there for each width
+# of a tile; the interpreter, which is slow, has other tiles.
+ATTENTION = dict.fromkeys(
+    (26, 32, 64, 128), ((5, 32), (1, 2, 64), (0, 31, 127, 128), (*MIXED, 512))
+)
+ATTENTION_INTERPRETED = {
+    26: ((5, 32), MIXED),
+    32: ((2, 31, 129), (512,)),
+    64: ((1, 31, 128),),
+    128: ((5, 32), (31, 65)),
+}
 ROWS = ((0, 312), (1, 312), (131, 312), (33, 384), (1, 768), (33, 768))  # of a layer norm
 HIDDEN = (312, 384, 768)  # TinyBERT-4, MiniLM, BERT-base
 MASKED = 256  # tokens under a block mask
@@ -107,34 +118,36 @@ def _dropped(calls: Calls) -> Calls:
 
 
 def _attention() -> Calls:
+    widths = ATTENTION_INTERPRETED if dispatch.INTERPRETED else ATTENTION
     calls: Calls = {
         f"heads of {width}, lengths {_list(lengths)}": partial(
             operands.attention, lengths, 1, width
         )
-        for width, lengths in HEADS.items()
+        for width, by_width in widths.items()
+        for lengths in by_width
     }
-    for direction in ("causal", "anti_causal"):
-        calls[f"heads of 26, {direction}, lengths 31 129"] = partial(
-            operands.attention, (31, 129), 1, 26, direction=direction
+    for direction, lengths in itertools.product(("causal", "anti_causal"), ((5, 32), (31, 129))):
+        calls[f"heads of 26, {direction}, lengths {_list(lengths)}"] = partial(
+            operands.attention, lengths, 1, 26, direction=direction
         )
-    calls["heads of 128, lengths 31 129"] = partial(operands.attention, (31, 129), 1, 128)
     calls["2 heads of 26, padded on the left, lengths 31 0 65"] = partial(
         operands.padded_attention, (31, 0, 65), 2, 26
     )
-    calls["2 heads of 26, lengths 5 64"] = partial(operands.attention, (5, 64), 2, 26)
-    calls["heads of 32, length 512"] = partial(operands.attention, (512,), 1, 32)
-    calls[f"heads of 64, block mask, lengths {MASKED} 31"] = _masked_attention
+    for side in SIDES:
+        calls[f"heads of 64, mask of blocks of {side}, lengths {MASKED} 31"] = partial(
+            _masked_attention, side
+        )
     calls["no token"] = partial(operands.attention, (0, 0), 2, 26)
     return _dropped(calls)
 
 
-def _masked_attention(device: torch.device | str = "cpu", **options) -> Case:
+def _masked_attention(side: int, device: torch.device | str = "cpu", **options) -> Case:
     """A window of keys, a block of queries without any, and queries without any between others."""
     place = torch.arange(MASKED, device=device)
     allowed = (place[:, None] - place).abs() < 96
     allowed[64:128] = False
     allowed[140::7] = False
-    mask = BlockMask.from_dense(allowed)
+    mask = BlockMask.from_dense(allowed, side)
     return operands.attention((MASKED, 31), 1, 64, device=device, block_mask=mask, **options)
 
 
@@ -144,6 +157,16 @@ def _list(lengths: tuple[int, ...]) -> str:
 
 def _rows(factory: Callable[..., Case]) -> Calls:
     return {f"{rows} x {columns}": partial(factory, (rows, columns)) for rows, columns in ROWS}
+
+
+def _dropout_add_layer_norm() -> Calls:
+    calls = _rows(operands.dropout_add_layer_norm)
+    return _dropped({**calls, "131 x 312 beside an fp32 residual": _narrow_branch})
+
+
+def _narrow_branch(dtype: torch.dtype = torch.float32, **options) -> Case:
+    """As autocast has it: the linear's output narrow, residual and parameters in fp32."""
+    return operands.dropout_add_layer_norm((131, 312), **options).narrowed("x", dtype=dtype)
 
 
 def _embedding_layer_norm() -> Calls:
@@ -181,7 +204,7 @@ CALLS: dict[str, Callable[[], Calls]] = {
         f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))
         for rows, columns in ((0, 1200), (131, 1200), (131, 3072))  # of TinyBERT-4 and BERT-base
     },
-    "dropout_add_layer_norm": lambda: _dropped(_rows(operands.dropout_add_layer_norm)),
+    "dropout_add_layer_norm": _dropout_add_layer_norm,
     "embedding_layer_norm": _embedding_layer_norm,
     "hidden_mse": lambda: {
         f"131 x {columns} against 768": partial(operands.hidden_mse, (131,), columns)

@@ -93,7 +93,16 @@ def load_saved(path: str | Path):
     name = (load_config(path).architectures or ["AutoModel"])[0]
     if not hasattr(transformers, name):
         raise ValueError(f"{path} was saved by {name}, which is not a class of Transformers")
-    return _load(getattr(transformers, name), path, dtype=torch.float32)
+    model, info = _load(
+        getattr(transformers, name), path, output_loading_info=True, dtype=torch.float32
+    )
+    lost = sorted(key for key in info["missing_keys"] if "pooler." not in key)
+    if lost:
+        raise ValueError(
+            f"{path} does not hold the weights its config.json asks for: "
+            f"{len(lost)} are missing, {lost[0]} among them"
+        )
+    return model
 
 
 def _load(auto, path: str | Path, **options):
