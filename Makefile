@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
-# Of the interpreted run; empty ARGS runs all of it.
+# Of the interpreted run, which ARGS of one's own leave out.
 INTERPRETED := tests/ops -k triton
 
 BIN := $(VENV)/bin
@@ -33,7 +33,7 @@ help:
 # The second run has the Triton kernels in their interpreter, which is a choice of the whole process.
 test: lint
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
-	$(RUN) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+	$(if $(ARGS),,$(RUN) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED))
 
 lint: $(DEV)
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, read from machine code; no GPU is needed.
 
-    python -P benchmarks/machine_code.py [--json FILE] [--csv FILE] [--arch 90] [--op attention]
+    python benchmarks/machine_code.py [--json FILE] [--csv FILE] [--arch 90] [--op attention]
 
 The launchers run as on a GPU, on operands of the shapes below, but each kernel is only compiled. A
 row per kernel, architecture and case:

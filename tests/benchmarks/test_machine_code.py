@@ -56,7 +56,7 @@ def committed():
     with (Path(machine_code.__file__).parent / "results/machine_code.csv").open() as file:
         found = [one for one in csv.DictReader(file) if one["sources"] == machine_code.sources()]
     assert found, (
-        "kernels/ changed since its machine code was last reported; run: python -P "
+        "kernels/ changed since its machine code was last reported; run: python "
         "benchmarks/machine_code.py --csv benchmarks/results/machine_code.csv"
     )
     return found
