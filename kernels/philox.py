@@ -35,6 +35,12 @@ def site_key(seed_ptr, site):
 
 
 @triton.jit
+def top_byte(threshold):
+    """``threshold << 24``, uint32; in ``full``, as an argument of 1 is a constant without type."""
+    return tl.full((), threshold, tl.uint32) << 24
+
+
+@triton.jit
 def attention_keep(
     key, sequence, head, first_m, first_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -53,7 +59,7 @@ def attention_keep(
     chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     byte = 2 * (j & 1) + ((i >> 3) & 1)
     # Compared as the top byte: what lies below it cannot change the answer.
-    return (chosen << (24 - 8 * byte).to(tl.uint32)) >= (threshold << 24).to(tl.uint32)
+    return (chosen << (24 - 8 * byte).to(tl.uint32)) >= top_byte(threshold)
 
 
 @triton.jit
@@ -88,7 +94,7 @@ def hidden_keep(key, sequence, position, first_n, threshold, BLOCK_N: tl.constex
     word = tl.where(column < 4, low[:, :, None], high[:, :, None])
     # Compared as the top byte: what lies below it cannot change the answer.
     top = word << (24 - 8 * (column & 3)).to(tl.uint32)
-    keep = top >= (threshold << 24).to(tl.uint32)
+    keep = top >= top_byte(threshold)
     return tl.reshape(keep, (position.shape[0], BLOCK_N))
 
 

@@ -69,14 +69,30 @@ def own(gpu: str) -> Table:
 
 
 def table_of(entries: list[dict]) -> Table:
-    """The entries of a file; the reverse of entries_of."""
-    return {
+    """The entries of a file; the reverse of entries_of. ValueError for one that cannot run."""
+    table = {
         Key(e["kernel"], e["head"], getattr(torch, e["dtype"]), e["dropout"], e["pattern"]): {
             ANY if longest == "any" else int(longest): Setting(*setting)
             for longest, setting in e["settings"].items()
         }
         for e in entries
     }
+    for key, by_length in table.items():
+        _check(key, by_length)
+    return table
+
+
+def _check(key: Key, by_length: dict[int, Setting]) -> None:
+    one_tile = key.kernel == "one_tile"
+    if not one_tile and ANY not in by_length:
+        raise ValueError(f"{key} has no setting for any length")
+    for longest, setting in by_length.items():
+        sizes = setting[:2]
+        too_large = 64 if key.pattern == "blocks" else 128  # the smallest block of a mask; a tile
+        if any(n not in (32, 64, 128) or n > too_large for n in sizes):
+            raise ValueError(f"{key}: tile {sizes} must be of 32, 64 or (without blocks) 128")
+        if one_tile and (key.pattern == "blocks" or longest > min(sizes)):
+            raise ValueError(f"{key}: one tile of {sizes} cannot hold a mask, or {longest} tokens")
 
 
 def entries_of(table: Table) -> list[dict]:

@@ -302,7 +302,7 @@ def backward(
     }
     scores = configs.Scores.of(q, align, max_length, dropout_p, direction, block_mask)
     setting = configs.attention_if_served("one_tile", scores)
-    if setting is not None:
+    if setting is not None and not block_mask:
         _one_tile_kernel[len(cu_seqlens) - 1, heads](
             q_, k_, v_, grad_, dq_, dk_, dv_, lse_, lengths, *call[1:], **same, **setting.launch()
         )

@@ -30,9 +30,10 @@ class Rows(NamedTuple):
 
 
 def alignment(*operands: Tensor) -> int:
-    """The largest power of 2 up to 16 that divides every stride of a batch, row or head."""
+    """The largest power of 2 up to 16 that divides every address of a head's row, in numbers."""
     strides = [stride for x in operands for stride in x.stride()[:-1]]
-    return math.gcd(WIDEST_LOAD, *strides)
+    starts = [x.data_ptr() // x.element_size() for x in operands]
+    return math.gcd(WIDEST_LOAD, *strides, *starts)
 
 
 class Lengths(NamedTuple):
@@ -168,6 +169,7 @@ def segment(blocks, sequence, first, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Steps over one row of ``blocks: BlockList``, BLOCK positions each, of which ``SIDE // BLOCK``
     make an entry: [start, full) in partial blocks, [full, stop) in full ones.
     """
+    tl.static_assert(SIDE % BLOCK == 0 and BLOCK % 32 == 0, "a tile must divide a block")
     at = blocks.offsets + sequence * blocks.of_sequence + 2 * (first // SIDE)
     steps: tl.constexpr = SIDE // BLOCK
     return tl.load(at) * steps, tl.load(at + 1) * steps, tl.load(at + 2) * steps
