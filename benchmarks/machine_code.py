@@ -307,8 +307,8 @@ def sources() -> str:
     digest = hashlib.sha256()
     package = Path(tinybert_fast.__file__).parent
     spec = find_spec("tinybert_fast.kernels")
-    assert spec is not None and spec.origin is not None  # whatever is installed has it
-    kernels = Path(spec.origin).parent
+    assert spec is not None  # whatever is installed has it
+    kernels = Path(str(spec.origin)).parent
     files = [file for file in sorted(kernels.rglob("*.py")) if file.name != "settings.py"]
     for file in [*files, package / "reference/philox.py"]:
         tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -1,8 +1,9 @@
 """The fastest launch settings of the attention kernels on this GPU: `tinybert-fast bench --tune`.
 
-For each head, dropout and length the candidates take turns in the place of one kernel's setting,
-timed by the GPU's clock on bf16 operands that keep it busy for longer than a launch takes. fp16 has
-the same tiles, and takes the same settings. What wins is validated before it is written.
+For each head, dropout and length, each candidate is timed in the place of one kernel's setting, by
+the GPU's clock, on bf16 operands that keep it busy for longer than a launch takes. fp16 has the
+same tiles, and takes the same settings; directions and block masks keep the built-in ones. What
+wins is validated before it is written.
 """
 
 from __future__ import annotations

@@ -73,12 +73,12 @@ def test_one_tile_is_left_out_where_two_kernels_are_faster():
 def test_written_beside_what_is_there(tmp_path, monkeypatch):
     file = tmp_path / "new" / "settings.json"
     monkeypatch.setenv(settings.VARIABLE, str(file))
-    one, two = (Key(kernel, 32, torch.float16, True) for kernel in ("dq", "dkdv"))
+    one, two = (Key(kernel, 32, torch.float16, True) for kernel in ("dq", "one_tile"))
     tune.write("A", {one: {ANY: FASTEST["dq"]}})
-    tune.write("B", {two: {ANY: FASTEST["dkdv"]}})
+    tune.write("B", {two: {64: tune.ONE_TILE[64][0]}})
     tune.write("A", {two: {}})
     assert settings.own("A") == {one: {ANY: FASTEST["dq"]}, two: {}}
-    assert settings.own("B") == {two: {ANY: FASTEST["dkdv"]}}
+    assert settings.own("B") == {two: {64: tune.ONE_TILE[64][0]}}
     assert json.loads(file.read_text()).keys() == {"A", "B"}
 
 

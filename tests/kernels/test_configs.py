@@ -85,6 +85,28 @@ def test_a_device_has_ones_own_before_its_familys(file, monkeypatch):
     assert found == {**configs.FAMILIES[90], key: {ANY: CHOSEN}}
 
 
+@pytest.mark.parametrize(
+    ("key", "by_length"),
+    [
+        (Key("dq", 32, torch.float16, True), {64: CHOSEN}),  # longer sequences have none
+        (Key("dq", 32, torch.float16, True), {ANY: Setting(48, 64, 4, 1)}),
+        (Key("forward", 32, torch.float16, True), {ANY: Setting(256, 64, 8, 1)}),
+        (Key("dq", 32, torch.float16, True, "blocks"), {ANY: Setting(128, 64, 8, 1)}),
+        (Key("one_tile", 32, torch.float16, True), {128: Setting(64, 64, 4, 1)}),
+        (Key("one_tile", 32, torch.float16, True, "blocks"), {64: Setting(64, 64, 4, 1)}),
+    ],
+)
+def test_an_entry_that_would_be_wrong_is_refused(key, by_length, file):
+    file.write_text(json.dumps({"H100": settings.entries_of({key: by_length})}))
+    with pytest.raises(ValueError, match=r"settings\.json is no table of launch settings"):
+        settings.own("H100")
+
+
+def test_the_tables_are_such():
+    for family in (*configs.FAMILIES.values(), configs.INTERPRETED_TABLE):
+        assert settings.table_of(settings.entries_of(family)) == family
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"H100": [{"kernel": "dq"}]}', '{"H100": 3}'])
 def test_a_damaged_file_is_refused(text, file):
     file.write_text(text)

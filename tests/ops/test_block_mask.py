@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinybert_fast.ops import BlockMask
+from tinybert_fast.reference.block_mask import block_mask as reference
 from tinybert_fast.testing.operands import normal
 
 
@@ -56,5 +57,9 @@ def test_refuses():
     for wrong in (square.int(), square[:3], square[0], square[None, None]):
         with pytest.raises(ValueError, match=r"expected bool \(N, N\) or \(B, N, N\); got"):
             BlockMask.from_dense(wrong)
+    narrow = tuple(reference(square[None], 32))  # what no kernel walks
+    for lists in (narrow, narrow[:6], tuple(x.long() for x in BlockMask.from_dense(square).lists)):
+        with pytest.raises(ValueError, match="seven int32 tensors on one device"):
+            BlockMask(4, lists)
     with pytest.raises(ValueError, match="side=48 is not one of"):
         BlockMask.from_dense(square, side=48)

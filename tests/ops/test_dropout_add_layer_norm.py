@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tinybert_fast import ops
+from tinybert_fast.ops.dropout_add_layer_norm import LIMITS
 from tinybert_fast.reference.philox import hidden_keep
 from tinybert_fast.testing import proofs
 from tinybert_fast.testing.budgets import assert_within_budget
@@ -165,3 +166,17 @@ def test_refuses():
         op(x, c, x, c, c, layout=layout)
     with pytest.raises(ValueError, match="another mask than the reference's gradient"):
         op(x, c, x, c, c, dropout_p=0.1, seed=seed, impl=("torch", "reference"))
+
+
+def test_refuses_mixed_devices_and_fp64_beside_fp32():
+    x, _, residual, weight, ln_bias = dropout_add_layer_norm().operands
+
+    def refuses(match, *operands, **options):
+        with pytest.raises(ValueError, match=match):
+            ops.dropout_add_layer_norm(*operands, **options)
+
+    refuses("residual on meta", x, None, residual.to("meta"), weight, ln_bias)
+    refuses("weight on meta", x, None, residual, weight.to("meta"), ln_bias)
+    there = ops.SequenceLayout.from_lengths((len(x),), device="meta")
+    refuses("layout on meta", x, None, residual, weight, ln_bias, layout=there)
+    assert "an operand is float64" in LIMITS.triton.refuses(double=True)

@@ -146,9 +146,12 @@ def attention_function(
     """
     _check(module, query, key, value, attention_mask, kwargs)
     batch, _, width, _ = query.shape
+    layout = attention_mask
+    if layout is None:
+        layout = layout_class().full(batch, width, query.device)
     out = ops.attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        layout=attention_mask or layout_class().full(batch, width, query.device),
+        layout=layout,
         scale=scaling,
         dropout_p=dropout,
         seed=draw_seed(query.device) if dropout else None,

@@ -25,6 +25,15 @@ class BlockMask:
     size: int
     lists: tuple[Tensor, ...]
 
+    def __post_init__(self) -> None:
+        alike = len({(x.dtype, x.device) for x in self.lists}) == 1 and len(self.lists) == 7
+        if not alike or self.lists[0].dtype != torch.int32 or self.lists[6].shape[1] not in SIDES:
+            raise ValueError(
+                f"a BlockMask holds seven int32 tensors on one device, cells of blocks of {SIDES} "
+                f"last; got {', '.join(f'{x.dtype} {tuple(x.shape)}' for x in self.lists)}. Make "
+                "one with BlockMask.from_dense"
+            )
+
     @classmethod
     def from_dense(cls, allowed: Tensor, side: int = 64) -> BlockMask:
         """From bool (N, N), or (B, N, N) for a mask per sequence; True where attention is allowed.
@@ -42,6 +51,10 @@ class BlockMask:
             raise ValueError(f"block_mask: side={side} is not one of {SIDES}")
         whole = allowed if allowed.dim() == 3 else allowed[None]
         return cls(allowed.shape[-1], tuple(reference(whole, side)))
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same on another device."""
+        return BlockMask(self.size, tuple(x.to(device) for x in self.lists))
 
     @property
     def masks(self) -> int:

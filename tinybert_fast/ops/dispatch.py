@@ -31,7 +31,8 @@ from torch import Tensor
 from tinybert_fast.reference.philox import threshold
 
 FASTEST_FIRST = ("triton", "native", "torch", "reference")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on the CPU, slowly
+# Triton kernels run on the CPU, slowly. These are the words that Triton takes for yes.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 NAMESPACE = "tinybert_fast"
@@ -203,7 +204,8 @@ def define(
     def run(*args):
         *operands, impl = args
         module, _, function = implementations[impl].partition(":")
-        return without_autocast(getattr(import_module(module), function), *operands)
+        with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
+            return without_autocast(getattr(import_module(module), function), *operands)
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def run_fake(*args):

@@ -18,7 +18,13 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.layer_norm import check_columns, refuses_columns, statistic
+from tinybert_fast.ops.layer_norm import (
+    any_double,
+    check_alike,
+    check_columns,
+    refuses_columns,
+    statistic,
+)
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.dropout_add_layer_norm import dropout_add_layer_norm as reference
 
@@ -139,12 +145,14 @@ def dropout_add_layer_norm(
         ValueError: shapes that disagree, a dropout rate out of range, a layout of another size, or
             a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, x, dropout_p=dropout_p, columns=x.shape[-1])
+    double = any_double(bias, residual, weight, ln_bias)
+    impls = choose(impl, LIMITS, x, dropout_p=dropout_p, columns=x.shape[-1], double=double)
     if x.shape != residual.shape:
         raise ValueError(
             f"dropout_add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must "
             "have one shape"
         )
+    check_alike("dropout_add_layer_norm", x, residual=residual)
     check_columns("dropout_add_layer_norm", x, bias=bias, weight=weight, ln_bias=ln_bias)
     check_dropout("dropout_add_layer_norm", dropout_p, seed, x.device)
     rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
@@ -169,6 +177,7 @@ def token_places(op: str, x: Tensor, layout: SequenceLayout | None) -> tuple[Ten
             raise ValueError(
                 f"{op}: with a layout x is packed ({layout.total}, C); got {tuple(x.shape)}"
             )
+        check_alike(op, x, layout=layout.sequences)
         return layout.sequences, layout.positions
     batch, width = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[:-1].numel())
     row = torch.arange(batch * width, device=x.device, dtype=torch.int32)

@@ -21,7 +21,13 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.dropout_add_layer_norm import PLACE, kept_cells, token_places
-from tinybert_fast.ops.layer_norm import check_columns, refuses_columns, statistic
+from tinybert_fast.ops.layer_norm import (
+    any_double,
+    check_alike,
+    check_columns,
+    refuses_columns,
+    statistic,
+)
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.embedding_layer_norm import embedding_layer_norm as reference
 
@@ -150,7 +156,13 @@ def embedding_layer_norm(
         IndexError: an id outside its table.
     """
     impls = choose(
-        impl, LIMITS, word, dropout_p=dropout_p, columns=word.shape[-1], types=len(token_type)
+        impl,
+        LIMITS,
+        word,
+        dropout_p=dropout_p,
+        columns=word.shape[-1],
+        types=len(token_type),
+        double=any_double(position, token_type, weight, bias),
     )
     ids = (input_ids, position_ids, token_type_ids)
     if input_ids.dim() != 1 or any(i.shape != input_ids.shape for i in ids):
@@ -158,6 +170,15 @@ def embedding_layer_norm(
             "embedding_layer_norm: input_ids, position_ids and token_type_ids must share one shape "
             f"(T,); got {', '.join(str(tuple(i.shape)) for i in ids)}"
         )
+    if any(i.dtype not in (torch.int32, torch.int64) for i in ids):
+        raise ValueError(
+            "embedding_layer_norm: ids must be int32 or int64; got "
+            f"{', '.join(str(i.dtype) for i in ids)}"
+        )
+    check_alike(
+        "embedding_layer_norm", word, position=position, token_type=token_type,
+        input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids,
+    )  # fmt: skip
     if len({table.shape[1] for table in (word, position, token_type)}) > 1:
         raise ValueError(
             "embedding_layer_norm: word, position and token_type must share their width; got "

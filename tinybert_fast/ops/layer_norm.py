@@ -24,11 +24,13 @@ from tinybert_fast.reference.layer_norm import layer_norm as reference
 WIDEST_ROW = 8192  # of the Triton kernels, which hold whole rows in registers
 
 
-def refuses_columns(columns: int = 1, **others: Any) -> str | None:
-    """Why the Triton kernels of a layer norm cannot serve rows of ``columns`` numbers."""
+def refuses_columns(columns: int = 1, double: bool = False, **others: Any) -> str | None:
+    """Why the Triton kernels of a layer norm cannot serve rows of ``columns`` numbers, or operands
+    of which one is fp64.
+    """
     if columns > WIDEST_ROW:
         return f"rows of {columns} numbers are wider than {WIDEST_ROW}"
-    return None
+    return "an operand is float64, and the kernels compute in fp32" if double else None
 
 
 LIMITS = Limits(
@@ -90,7 +92,7 @@ def layer_norm(
     Raises:
         ValueError: weight or bias is not (C,), or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, x, columns=x.shape[-1])
+    impls = choose(impl, LIMITS, x, columns=x.shape[-1], double=any_double(weight, bias))
     check_columns("layer_norm", x, weight=weight, bias=bias)
     rows = x.reshape(-1, x.shape[-1])
     if impls[0] == "reference":
@@ -98,8 +100,24 @@ def layer_norm(
     return _LayerNorm.apply(rows, weight, bias, eps, impls).view(x.shape)
 
 
+def check_alike(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """ValueError unless every tensor given is on x's device."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{op}: all tensors must be on one device; got {name} on {other.device}, "
+                f"the first operand on {x.device}"
+            )
+
+
+def any_double(*operands: Tensor | None) -> bool:
+    """Whether one is fp64, which no kernel computes in."""
+    return any(x is not None and x.dtype == torch.float64 for x in operands)
+
+
 def check_columns(op: str, x: Tensor, **vectors: Tensor | None) -> None:
-    """ValueError unless every vector given is (C,) for x (..., C)."""
+    """ValueError unless every vector given is (C,) for x (..., C), and on its device."""
+    check_alike(op, x, **vectors)
     for name, vector in vectors.items():
         if vector is not None and vector.shape != x.shape[-1:]:
             raise ValueError(

@@ -101,7 +101,9 @@ class SequenceLayout:
     ) -> SequenceLayout:
         """Every position of a (B, N) batch is a token."""
         rows = torch.arange(batch_size * width, device=device)
-        return cls._build(width, [width] * batch_size, rows)
+        # Made there: a copy from the host could not be part of a CUDA graph.
+        stops = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * width
+        return cls._build(width, [width] * batch_size, rows, cu_seqlens=stops)
 
     @classmethod
     def _build(
@@ -112,9 +114,11 @@ class SequenceLayout:
         first_columns: Tensor | None = None,
         starts_padded: bool = False,
         has_holes: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> SequenceLayout:
-        counts = torch.tensor([0, *lengths], dtype=torch.int32)
-        cu_seqlens = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
+        if cu_seqlens is None:
+            counts = torch.tensor([0, *lengths], dtype=torch.int32)
+            cu_seqlens = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
         if first_columns is None:
             first_columns = torch.zeros(len(lengths), dtype=torch.int32, device=rows.device)
         sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
