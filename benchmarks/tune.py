@@ -130,7 +130,17 @@ def _call(
     cu_seqlens = torch.arange(0, TOKENS + 1, length, dtype=torch.int32, device=device)
     seed = torch.zeros(2, dtype=torch.int64, device=device)
     rate = DROPOUT if dropout else 0.0
-    rest = (cu_seqlens, None, length, head**-0.5, "both", rate, seed if dropout else None, 0, [])
+    rest: tuple = (
+        cu_seqlens,
+        None,
+        length,
+        head**-0.5,
+        "both",
+        rate,
+        seed if dropout else None,
+        0,
+        [],
+    )
     if which == "forward":
         return lambda: attention.forward(q, k, v, *rest)
     out, lse, rng = attention.forward(q, k, v, *rest)
@@ -166,7 +176,7 @@ def tune_this_gpu(
     if failed:
         first = failed[0]
         raise Invalid(f"{first.dtype}, {first.call}: {first.problem or first.worst}")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"pass": which, "head": head, "dropout": dropout, "length": length}
         for which in ("forward", "backward")
         for head in heads

@@ -111,7 +111,10 @@ def _device(interpret: bool, impl: str, model: str | None) -> str:
 def _operators(ops: list[str], device: str, dtypes: list[str] | None, impl: str) -> Any:
     from tinybert_fast.testing.validation import validate
 
-    return validate(ops, device, **_wanted(dtypes), **({} if impl == "auto" else {"impls": [impl]}))
+    wanted = _wanted(dtypes)
+    if impl != "auto":
+        wanted["impls"] = [impl]
+    return validate(ops, device, **wanted)
 
 
 def _checkpoint(path: str, device: str, dtypes: list[str] | None) -> Any:
@@ -147,7 +150,7 @@ def _show(findings: list[Any], failed: list[Any]) -> None:
         tensors = sum(len(finding.tensors) for finding in group)
         found = [finding for finding in group if finding.worst is not None]
         top = max(found, key=lambda finding: finding.worst.share, default=None)
-        worst = top.worst if top is not None else None
+        worst = top.worst if top else None
         rows.append(
             (
                 *names,
@@ -155,7 +158,7 @@ def _show(findings: list[Any], failed: list[Any]) -> None:
                 tensors,
                 f"{worst.error:.1e}" if worst else "",
                 f"{worst.budget:.1e}" if worst else "",
-                f"{worst.name} of {top.call}" if worst else "",
+                f"{worst.name} of {top.call}" if top and worst else "",
                 "ok" if all(finding.passed for finding in group) else "FAILED",
             )
         )
