@@ -70,7 +70,7 @@ SM_90 = Family(
         "dq": _any({32: PIPELINED, 64: PIPELINED, 128: TALL}),
         "dkdv": _any({32: PIPELINED, 64: PIPELINED, 128: NARROW}),
     },
-    direction={"dkdv": _any({64: NARROW_PIPELINED})},
+    direction={"dkdv": _any({32: NARROW_PIPELINED, 64: NARROW_PIPELINED})},
     blocks={
         "forward": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
         "dq": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
@@ -79,12 +79,19 @@ SM_90 = Family(
 )
 SM_80 = Family(
     all={
-        "forward": {**SM_90.all["forward"], 128: {ANY: TALL}},
+        "forward": {
+            **SM_90.all["forward"],
+            64: {64: PLAIN, ANY: TALL._replace(num_stages=2)},
+            128: {ANY: TALL},
+        },
         "one_tile": {32: ONE_TILE, 64: {64: PLAIN}},
         "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
     },
-    direction={"forward": _any({128: Setting(128, 32, 8, 1)})},
+    direction={
+        "forward": _any({128: Setting(128, 32, 8, 1)}),
+        "dkdv": _any({32: NARROW_PIPELINED}),
+    },
     blocks=SM_90.blocks,
 )
 # One stage: with two, ptxas is given 6 times as many instructions for a score.
