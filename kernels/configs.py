@@ -99,18 +99,14 @@ SM_100 = Family(
     all={
         "forward": {32: {ANY: PLAIN}, 64: {64: PLAIN, ANY: TALL}, 128: {ANY: TALL}},
         "one_tile": SM_90.all["one_tile"],
-        "dq": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
+        "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
     },
-    direction={
-        "forward": _any({64: PLAIN}),
-        "dq": _any({64: NARROW}),
-        "dkdv": _any({64: NARROW_PIPELINED}),
-    },
+    direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},
     blocks={
         "forward": _any({32: PLAIN, 64: NARROW, 128: NARROW}),
-        "dq": _any({32: PLAIN, 64: NARROW, 128: NARROW}),
-        "dkdv": _any({32: NARROW, 64: NARROW, 128: EIGHT}),
+        "dq": _any(dict.fromkeys(HEADS, NARROW)),
+        "dkdv": _any({32: NARROW, 64: NARROW, 128: Setting(32, 64, 8, 1)}),
     },
 )
 # No tensor core: small tiles keep it out of the stack.
