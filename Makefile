@@ -6,6 +6,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
+# Of the interpreted run, which ARGS of one's own leave out.
+INTERPRETED := tests/ops -k triton
+
+# One process per core, and the tests of a file in one of them, which shares its fixtures.
+PARALLEL := -n auto --dist loadfile
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -27,8 +33,10 @@ help:
 
 # Tests use tiny tensors, where one thread is fastest. `pytest`, not `python -m pytest`: the latter puts the
 # root on sys.path, where kernels/ would hide the PyPI package of that name.
+# The second run has the Triton kernels in their interpreter, which is a choice of the whole process.
 test: lint
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(ARGS)
+	$(if $(ARGS),,$(RUN) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) $(INTERPRETED))
 
 lint: $(DEV)
 	$(BIN)/ruff check

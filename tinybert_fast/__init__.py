@@ -16,6 +16,7 @@ _LAZY = {
     "accelerate": "integrations",
     "restore": "integrations",
     "is_accelerated": "integrations",
+    "register_attention": "integrations",
     "TinyBertConfig": "integrations",
     "TinyBertTokenizer": "integrations",
     "TinyBertModel": "integrations",

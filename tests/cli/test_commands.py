@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tinybert_fast.ops.dispatch import FASTEST_FIRST, OPS
 
-COMMANDS = ("info", "finetune", "distill", "evaluate", "demo", "bench")
+COMMANDS = ("info", "validate", "finetune", "distill", "evaluate", "demo", "bench")
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "numpy", "tensorboard")
 
 
@@ -51,6 +52,12 @@ def test_each_command_explains_itself(cli, command):
     assert "Examples" in answer.out
     assert f"tinybert-fast {command}" in " ".join(answer.out.split())
     assert "--json" in answer.out
+
+
+def test_head_is_of_tuning_alone(cli):
+    assert "give --tune too" in cli("bench", "--head", "32").line
+    if not torch.cuda.is_available():
+        assert "on an NVIDIA GPU: no CUDA device" in cli("bench", "--tune").line
 
 
 def test_version(cli):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tinybert_fast as tbf
-from tinybert_fast.modules import encode
+from tinybert_fast.modules import Capture, encode, encoder
 from tinybert_fast.modules.encoder import is_erf_gelu, is_plain
 from tinybert_fast.modules.heads import first_tokens, masked_lm_loss
 
@@ -77,7 +77,9 @@ def textbook(bert, ids, columns):
     return h
 
 
-def test_equals_the_textbook_in_fp64():
+@pytest.mark.parametrize("padded", [False, True], ids=["heads_of_4", "padded_to_8"])
+def test_equals_the_textbook_in_fp64(padded, monkeypatch):
+    monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
     bert = stand_in().double()
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     ids = torch.randint(1, 17, mask.shape)
@@ -101,6 +103,20 @@ def test_implementations_agree(name):
     ids = torch.randint(1, 17, (4, 6))
     want = encode(bert, layout, input_ids=ids)
     torch.testing.assert_close(encode(bert, layout, input_ids=ids, impl=name), want)
+
+
+def test_padded_heads_leave_no_trace(monkeypatch):
+    """Captured queries and keys have the model's width; layers that must be called are not read."""
+    bert, layout = stand_in(), tbf.SequenceLayout.from_lengths([5, 2])
+    ids = torch.randint(1, 17, (2, 5))
+    bert.encoder.layer[1].attention.self.value.register_forward_hook(lambda *call: None)
+    found = []
+    for padded in (False, True):
+        monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden, padded=padded: padded)
+        capture = Capture(attention=(1, 2))
+        hidden = encode(bert, layout, input_ids=ids, capture=capture)
+        found.append([hidden, *capture.queries.values(), *capture.keys.values()])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_dropout_does_not_depend_on_padding():

@@ -1,10 +1,12 @@
-"""Uninitialised memory holds NaN in every test here, so that an unwritten output shows."""
+"""Which implementations a test of an op gets, and NaN in all uninitialised memory, so that an
+unwritten output shows.
+"""
 
 import pytest
 import torch
 
 from tinybert_fast.ops import dispatch
-from tinybert_fast.testing.proofs import implementations
+from tinybert_fast.testing.proofs import implementations, serves
 
 
 @pytest.fixture(autouse=True)
@@ -16,17 +18,52 @@ def poison(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture
 def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return DEVICE
+
+
+def op_of(module):
+    return module.__name__.rpartition("test_")[2]
 
 
 def pytest_generate_tests(metafunc):
-    """``fast``: each fast implementation of the file's op; ``impl``: the reference too."""
-    op = metafunc.module.__name__.rpartition("test_")[2]
+    """Parameters of a test of one op, each a name for ``impl=``.
+
+    fast: each fast implementation of the file's op; impl: the reference too; exact: those of them
+    that take fp64; counted: the fast ones that drop the reference's cells (torch draws its own).
+    """
+    op = op_of(metafunc.module)
     if op not in dispatch.OPS:
         return
-    if "fast" in metafunc.fixturenames:
-        metafunc.parametrize("fast", implementations(op))
-    if "impl" in metafunc.fixturenames:
-        metafunc.parametrize("impl", [*implementations(op), "reference"])
+    fast = implementations(op)
+    named = {
+        "fast": fast,
+        "impl": [*fast, "reference"],
+        "exact": [i for i in (*fast, "reference") if serves(op, i, torch.float64, DEVICE)],
+        # Absent ones are left out below: no parameter at all would be a skipped test.
+        "counted": [i for i in ("triton",) if getattr(dispatch.OPS[op], i) is not None],
+    }
+    for name in named.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, named[name])
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out tests of an implementation that is absent, or that the test's dtype excludes:
+    Triton's interpreter, for one, has no bf16.
+    """
+    left_out = [item for item in items if not can_run(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def can_run(item):
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    op = given.get("op", op_of(item.module))
+    names = {given.get(name) for name in ("fast", "impl", "counted")} & set(dispatch.FASTEST_FIRST)
+    dtype = given.get("dtype", torch.float32)
+    return op not in dispatch.OPS or all(serves(op, name, dtype, DEVICE) for name in names)

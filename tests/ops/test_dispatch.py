@@ -23,6 +23,7 @@ def limits(monkeypatch):
     monkeypatch.setattr(dispatch, "OPS", {})
     monkeypatch.setattr(dispatch, "UNAVAILABLE", dict.fromkeys(dispatch.FASTEST_FIRST))
     monkeypatch.setattr(dispatch, "FROM_ENVIRONMENT", {})
+    monkeypatch.setattr(dispatch, "AUTOMATIC", dispatch.FASTEST_FIRST)  # as if never interpreted
 
     def refuses(columns=0, **facts):
         return f"{columns} columns are more than 8" if columns > 8 else None
@@ -201,3 +202,7 @@ def test_reasons_of_this_process():
     why = dispatch._probe()
     assert why["torch"] is why["reference"] is None
     assert "CUDA" in why["triton"] or "not installed" in why["triton"]
+
+
+def test_auto_never_takes_the_interpreter():
+    assert ("triton" in dispatch.AUTOMATIC) == (not dispatch.INTERPRETED)

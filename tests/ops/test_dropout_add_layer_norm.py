@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tinybert_fast import ops
+from tinybert_fast.ops.dropout_add_layer_norm import LIMITS
+from tinybert_fast.reference.philox import hidden_keep
 from tinybert_fast.testing import proofs
 from tinybert_fast.testing.budgets import assert_within_budget
 from tinybert_fast.testing.operands import DTYPES, dropout, dropout_add_layer_norm, normal
@@ -13,6 +15,8 @@ SHAPES = [
     (3, 312),  # TinyBERT-4
     (2, 2, 768),  # TinyBERT-6; two leading axes
     (5, 33),  # odd
+    (1, 8),  # one row
+    (3, 1024),  # four tiles of a kernel, without padding
     (0, 312),  # no row
 ]
 VARIANTS = [{}, {"with_bias": False}, {"dropout_p": 0.25}, {"with_bias": False, "dropout_p": 0.25}]
@@ -26,6 +30,33 @@ def test_matches_reference(shape, with_bias, dtype, fast, device):
     assert_within_budget(case.with_options(eps=0.1), fast)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference_dropping(shape, with_bias, dtype, counted, device):
+    """One mask on both sides: in the value, and drawn again in each gradient."""
+    case = dropout_add_layer_norm(
+        shape, with_bias=with_bias, dropout_p=0.1, dtype=dtype, device=device, eps=0.1
+    )
+    assert_within_budget(case, counted)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_branch_in_half_precision_beside_a_wider_residual(dropout_p, counted, device):
+    case = dropout_add_layer_norm((5, 312), dropout_p=dropout_p, device=device)
+    case = case.narrowed("x", dtype=torch.float16)
+    assert_within_budget(case, counted)
+    assert case.run(counted)["dx"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_deterministic_over_many_rows(dropout_p, counted, device):
+    """Each program adds several blocks of rows, and the second stage several programs."""
+    case = dropout_add_layer_norm((70, 33), dropout_p=dropout_p, device=device)
+    first, second = case.run(counted), case.run(counted)
+    torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
+
+
 def test_reference_is_the_definition():
     case = dropout_add_layer_norm((4, 7), dtype=torch.float64)
     x, bias, residual, weight, ln_bias = case.operands
@@ -34,8 +65,8 @@ def test_reference_is_the_definition():
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_gradients(variant, impl, device):
-    proofs.prove_gradient(dropout_add_layer_norm((3, 5), **variant, device=device), impl)
+def test_gradients(variant, exact, device):
+    proofs.prove_gradient(dropout_add_layer_norm((3, 5), **variant, device=device), exact)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -83,6 +114,24 @@ def test_dropout_is_a_function_of_seed_and_site(impl, device):
             assert not torch.equal(cells, dropped(impl, device, seed=seed))
 
 
+@pytest.mark.parametrize("columns", [33, 312])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.75])
+def test_drops_the_cells_of_the_reference(dropout_p, columns, counted, device):
+    """Cell for cell, in the value and in dx, through a layout with an empty sequence."""
+    layout = ops.SequenceLayout.from_lengths((5, 2, 0, 7), width=9, device=device)
+    options = {**dropout(dropout_p, device=device), "layout": layout}
+    keep = hidden_keep(
+        options["seed"], options["site"], layout.sequences, layout.positions, columns, dropout_p
+    )
+    # x towers over the residual: what is kept is far from the mean of what is dropped.
+    x = torch.full((layout.total, columns), 100.0, device=device, requires_grad=True)
+    residual, ones = normal(x.shape, 1, device=device), torch.ones(columns, device=device)
+    y = ops.dropout_add_layer_norm(x, None, residual, ones, 0 * ones, impl=counted, **options)
+    assert torch.equal(y > y.mean(-1, keepdim=True), keep)
+    (dx,) = torch.autograd.grad(y, x, normal(y.shape, 2, device=device))
+    assert torch.equal(dx != 0, keep)
+
+
 def test_reference_drops_the_same_cells_packed_and_padded():
     """Bit for bit: a cell's fate depends on sequence, rank and column, not on the layout."""
     layout = ops.SequenceLayout.from_lengths((5, 2, 0, 7), width=9)
@@ -117,3 +166,17 @@ def test_refuses():
         op(x, c, x, c, c, layout=layout)
     with pytest.raises(ValueError, match="another mask than the reference's gradient"):
         op(x, c, x, c, c, dropout_p=0.1, seed=seed, impl=("torch", "reference"))
+
+
+def test_refuses_mixed_devices_and_fp64_beside_fp32():
+    x, _, residual, weight, ln_bias = dropout_add_layer_norm().operands
+
+    def refuses(match, *operands, **options):
+        with pytest.raises(ValueError, match=match):
+            ops.dropout_add_layer_norm(*operands, **options)
+
+    refuses("residual on meta", x, None, residual.to("meta"), weight, ln_bias)
+    refuses("weight on meta", x, None, residual, weight.to("meta"), ln_bias)
+    there = ops.SequenceLayout.from_lengths((len(x),), device="meta")
+    refuses("layout on meta", x, None, residual, weight, ln_bias, layout=there)
+    assert "an operand is float64" in LIMITS.triton.refuses(double=True)

@@ -6,11 +6,14 @@ from functools import partial
 import pytest
 import torch
 
+from tinybert_fast.ops.dispatch import INTERPRETED
 from tinybert_fast.testing import operands, proofs
 from tinybert_fast.testing.budgets import assert_within_budget
 from tinybert_fast.testing.operands import FACTORIES, is_float
 
-# What bf16 autocast gives each op: these operands from a linear layer, the rest fp32 parameters,
+HALF = torch.float16 if INTERPRETED else torch.bfloat16  # Triton's interpreter has no bf16
+
+# What autocast gives each op: these operands from a linear layer, the rest fp32 parameters,
 # residuals and fp32 teachers.
 FROM_LINEAR = {
     "attention": ("q", "k", "v"),
@@ -23,20 +26,20 @@ FROM_LINEAR = {
     "linear_cross_entropy": ("hidden",),
     "soft_cross_entropy": ("student_logits",),
 }
-VALUE = {"attention": torch.bfloat16, "bias_gelu": torch.bfloat16, "layer_norm": torch.bfloat16}
+VALUE = {"attention": HALF, "bias_gelu": HALF, "layer_norm": HALF}
 MULTIPLY_BY_A_PARAMETER = ("hidden_mse", "linear_cross_entropy")
 DROPPING = ("attention", "dropout_add_layer_norm", "embedding_layer_norm")
 
 each_op = pytest.mark.parametrize("op", FACTORIES)
 
 
-@pytest.fixture(params=["torch", "pair", "reference"])
+@pytest.fixture(params=["triton", "torch", "pair", "reference"])
 def impl(request):
     return ("torch", "reference") if request.param == "pair" else request.param
 
 
 def mixed(op, device):
-    return FACTORIES[op](device=device).narrowed(*FROM_LINEAR[op])
+    return FACTORIES[op](device=device).narrowed(*FROM_LINEAR[op], dtype=HALF)
 
 
 @each_op
@@ -61,7 +64,7 @@ def autocast_run(case, impl, **options):
 
     def wrap(function):
         def call(*leaves):
-            with torch.autocast(leaves[0].device.type, torch.bfloat16):
+            with torch.autocast(leaves[0].device.type, HALF):
                 return function(*leaves)
 
         return call
@@ -74,7 +77,7 @@ def test_autocast_decides_for_a_product_with_a_parameter(op, impl, device):
     """As in ``F.linear``: fp32 operands are multiplied in autocast's dtype, fp64 ones in fp64."""
     case = FACTORIES[op](device=device)
     want = mixed(op, device).run(impl)
-    got = autocast_run(case, impl, upstream_dtype=torch.bfloat16)
+    got = autocast_run(case, impl, upstream_dtype=HALF)
     student = next(name for name in want if name != "value")
     want[student] = want[student].float()
     torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
@@ -85,7 +88,7 @@ def test_autocast_decides_for_a_product_with_a_parameter(op, impl, device):
 
 @each_op
 def test_compiles_under_autocast(op, device):
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, HALF):
         proofs.prove_compiles(mixed(op, device), "torch")
 
 
@@ -153,9 +156,9 @@ def test_backward_twice(op, impl, device):
 
 
 @pytest.mark.parametrize("op", DROPPING)
-@pytest.mark.parametrize("name", ["torch", "reference"])
-def test_backward_twice_replays_dropout(op, name, device):
-    twice(FACTORIES[op](device=device, dropout_p=0.25), name)
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_backward_twice_replays_dropout(op, impl, device):
+    twice(FACTORIES[op](device=device, dropout_p=0.25), impl)
 
 
 def twice(case, impl):

@@ -36,8 +36,12 @@ def test_any_mask_packs_and_pads_back(mask):
     assert layout.first_rows.tolist() == first
     assert layout.is_full == bool(mask.all())
     assert layout.starts_padded == any(mask[b].any() and not mask[b, 0] for b in range(batch))
+    columns = [[n for n in range(width) if mask[b, n]] for b in range(batch)]
+    assert layout.first_columns.tolist() == [min(of_row, default=0) for of_row in columns]
+    assert layout.has_holes == any(c and c[-1] - c[0] + 1 != len(c) for c in columns)
     kinds = {"cu_seqlens": torch.int32, "sequences": torch.int32, "positions": torch.int32,
-             "rows": torch.int64, "columns": torch.int64, "first_rows": torch.int64}  # fmt: skip
+             "first_columns": torch.int32, "rows": torch.int64, "columns": torch.int64,
+             "first_rows": torch.int64}  # fmt: skip
     assert {name: getattr(layout, name).dtype for name in kinds} == kinds
 
     x = torch.arange(batch * width * 3.0).view(batch, width, 3)
@@ -56,10 +60,32 @@ def test_lengths_are_right_padded_masks(lengths, extra):
 
 
 def assert_same(a, b):
-    for name in ("batch_size", "width", "lengths", "max_length", "starts_padded"):
+    for name in ("batch_size", "width", "lengths", "max_length", "starts_padded", "has_holes"):
         assert getattr(a, name) == getattr(b, name)
-    for name in ("cu_seqlens", "rows", "sequences", "positions"):
+    for name in ("cu_seqlens", "rows", "sequences", "positions", "first_columns"):
         assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 6), max_size=5))
+def test_cu_seqlens_are_lengths(lengths):
+    want = SequenceLayout.from_lengths(lengths)
+    assert_same(SequenceLayout.from_cu_seqlens(want.cu_seqlens), want)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (torch.tensor([0, 4, 3]), r"never decrease; got \[0, 4, 3\]"),
+        (torch.tensor([1, 4]), r"begin with 0"),
+        (torch.tensor([0.0, 4.0]), r"int32 \(batch \+ 1,\); got torch.float32 \(2,\)"),
+        (torch.zeros(0, dtype=torch.int32), r"got torch.int32 \(0,\)"),
+        (torch.zeros(1, 2, dtype=torch.int32), r"got torch.int32 \(1, 2\)"),
+    ],
+)
+def test_refuses_cu_seqlens(cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceLayout.from_cu_seqlens(cu_seqlens)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)], ids=str)

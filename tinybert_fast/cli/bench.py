@@ -1,5 +1,6 @@
 """tinybert-fast bench"""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ EPILOG = (
     "tinybert-fast bench\n\n"
     "tinybert-fast bench --suite step --case mlm --dtype both --json step.json\n\n"
     "tinybert-fast bench --suite memory\n\n"
+    "tinybert-fast bench --tune --head 32\n\n"
     "Before any speed is shown, all candidates must agree in loss and gradients at dropout 0 "
     "(exit code 1 if they don't). They then take turns; medians are shown."
 )
@@ -46,12 +48,31 @@ def bench(
             help="Also show where the time of our runs goes; --json gets it too, --csv does not.",
         ),
     ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Instead: find this GPU's fastest settings of the attention kernels and keep them "
+            "in ~/.config/tinybert_fast/settings.json, which later runs read.",
+        ),
+    ] = False,
+    head: Annotated[
+        list[int] | None,
+        typer.Option(metavar="WIDTH", help="With --tune: only heads of 32, 64 or 128."),
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append the rows to FILE.")
     ] = None,
     json_file: options.Json = None,
 ) -> None:
     """Time one training step beside what one would use otherwise: Transformers, careful PyTorch."""
+    if tune:
+        if csv is not None or case or profile:
+            raise ValueError("--tune writes settings and no rows: leave --csv, --case, --profile")
+        _tune(head or (), json_file)
+        return
+    if head:
+        raise ValueError("--head chooses what --tune tunes; give --tune too")
     from tinybert_fast.benchmarks.runner import Disagreement, run_suite
 
     try:
@@ -72,3 +93,24 @@ def bench(
     except Disagreement as error:
         output.say(f"no speed is shown: {error}")
         raise typer.Exit(1) from None
+
+
+def _tune(heads: Collection[int], json_file: Path | None) -> None:
+    from rich.console import Console
+
+    from tinybert_fast.ops.dispatch import INTERPRETED, UNAVAILABLE
+
+    if INTERPRETED or UNAVAILABLE["triton"] is not None:
+        reason = UNAVAILABLE["triton"] or "TRITON_INTERPRET=1 runs kernels on the CPU"
+        raise ValueError(f"--tune times the Triton kernels on an NVIDIA GPU: {reason}")
+    from tinybert_fast.benchmarks.tune import Invalid, tune_this_gpu
+
+    try:
+        with Console(stderr=True).status("tuning") as status:
+            file, rows = tune_this_gpu(heads, status.update)
+    except Invalid as error:
+        output.say(f"nothing is written: {error}")
+        raise typer.Exit(1) from None
+    output.show(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    output.say(f"settings in {file}")
+    output.write_json("bench --tune", {"settings": str(file), "rows": rows}, json_file)

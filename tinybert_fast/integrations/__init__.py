@@ -1,5 +1,6 @@
-"""Transformers: accelerate() / restore() for any BERT, and the TinyBert* classes."""
+"""Transformers: accelerate() / restore(), the attention plug-in and the TinyBert* classes."""
 
+from tinybert_fast.integrations.attention import register_attention
 from tinybert_fast.integrations.bert import accelerate, is_accelerated, restore
 from tinybert_fast.integrations.tinybert import (
     TinyBertConfig,
@@ -25,5 +26,6 @@ __all__ = [
     "TinyBertTokenizer",
     "accelerate",
     "is_accelerated",
+    "register_attention",
     "restore",
 ]

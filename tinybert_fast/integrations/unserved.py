@@ -18,8 +18,9 @@ from transformers.utils import output_capturing
 
 from tinybert_fast.modules.encoder import hooks_of
 
+PLUG_IN = "tinybert_fast"  # the name that attention.py registers
 # These compute the same attention; any other name is the user's own and is left to run.
-EQUIVALENT_ATTENTION = {None, "eager", "sdpa", "flex_attention"}
+EQUIVALENT_ATTENTION = {None, "eager", "sdpa", "flex_attention", PLUG_IN}
 # Keywords that reach BertModel.forward and change nothing in an encoder.
 INERT_KEYWORDS = {"use_cache", "num_items_in_batch", "return_dict"}
 # Where Transformers defines the hooks that it registers itself.

@@ -5,7 +5,9 @@
     s   = LN(h_{m-1} + dropout(a W_o + b_o))
     h_m = LN(s + dropout(gelu(s W_1 + b_1) W_2 + b_2))              m = 1..M
 
-B sequences, N padded width, T real tokens, C channels, H heads, D head width, M layers.
+B sequences, N padded width, T real tokens, C channels, H heads, D head width, M layers. On a GPU
+heads are padded in the weights to a multiple of HEAD_UNIT, W by rows and W_o by columns of zeros:
+q, k, v, their gradients and the output's padded numbers are zero, so nothing else changes.
 Every dropout place has its own site number, 4 m + place, under one seed per forward.
 """
 
@@ -23,6 +25,7 @@ from tinybert_fast import ops
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
 
+HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
 SITES_PER_LAYER = 4
 ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = 0, 1, 2  # places in a layer; the embeddings are site 0
 
@@ -48,7 +51,7 @@ def encode(
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
     capture.start(len(layers), layout)
-    seed = _draw_seed(layout.rows.device) if _drops(bert) else None
+    seed = draw_seed(layout.rows.device) if _drops(bert) else None
     hidden = embed(
         bert.embeddings,
         layout,
@@ -144,10 +147,15 @@ def encode_layer(
     """Layer m: (T, C) -> (T, C), with its queries and keys (T, H, D) if ``give_scores``."""
     attention, site = layer.attention, SITES_PER_LAYER * m
     heads = attention.self
-    shape = (hidden.shape[0], heads.num_attention_heads, heads.attention_head_size)
+    size = heads.attention_head_size
+    dense = attention.output.dense
+    projections = (heads.query, heads.key, heads.value)
+    padding = -size % HEAD_UNIT if pays_to_pad(hidden) else 0
+    if not all(map(is_plain, (*projections, dense))):
+        padding = 0
     # Three products: one over concatenated weights would pay for its launch with copies.
     queries, keys, values = (
-        project(hidden).view(shape) for project in (heads.query, heads.key, heads.value)
+        _project(projection, hidden, size, padding) for projection in projections
     )
     context = ops.attention(
         queries,
@@ -161,8 +169,9 @@ def encode_layer(
         impl=impl,
     )
     common = {"layout": layout, "seed": seed, "impl": impl}
+    weight = _pad_heads(dense.weight.mT, size, padding).mT if padding else None
     hidden = _output(
-        attention.output, context.flatten(1), hidden, site + ATTENTION_OUTPUT, **common
+        attention.output, context.flatten(1), hidden, site + ATTENTION_OUTPUT, weight, **common
     )
     inner = layer.intermediate
     if is_erf_gelu(inner.intermediate_act_fn) and is_plain(inner.dense):
@@ -170,14 +179,37 @@ def encode_layer(
     else:
         expanded = inner(hidden)
     hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, **common)
-    return (hidden, queries, keys) if give_scores else hidden
+    return (hidden, queries[..., :size], keys[..., :size]) if give_scores else hidden
 
 
-def _output(block: Any, x: Tensor, residual: Tensor, site: int, **common: Any) -> Tensor:
-    """LN(residual + dropout(dense(x))): BertSelfOutput and BertOutput, (T, any) -> (T, C)."""
+def pays_to_pad(hidden: Tensor) -> bool:
+    """Whether kernels here read a head faster in whole units: on a GPU, not on a CPU."""
+    return hidden.is_cuda
+
+
+def _project(dense: Any, hidden: Tensor, size: int, padding: int) -> Tensor:
+    """(T, C) -> heads (T, H, size + padding)."""
+    if not padding:
+        return dense(hidden).unflatten(1, (-1, size))
+    weight, bias = (_pad_heads(x, size, padding) for x in (dense.weight, dense.bias))
+    return F.linear(hidden, weight, bias).unflatten(1, (-1, size + padding))
+
+
+def _pad_heads(x: Tensor, size: int, padding: int) -> Tensor:
+    """(H size, ...) -> (H (size + padding), ...), zeros at the end of each head."""
+    return F.pad(x.unflatten(0, (-1, size)), (0, 0) * (x.dim() - 1) + (0, padding)).flatten(0, 1)
+
+
+def _output(
+    block: Any, x: Tensor, residual: Tensor, site: int, weight: Tensor | None = None, **common: Any
+) -> Tensor:
+    """LN(residual + dropout(x @ weight.mT + b)): BertSelfOutput and BertOutput, (T, any) -> (T, C).
+
+    ``weight`` stands for that of ``block.dense``, which must be plain.
+    """
     dense, norm = block.dense, block.LayerNorm
     if is_plain(dense):
-        x, bias = F.linear(x, dense.weight), dense.bias
+        x, bias = F.linear(x, dense.weight if weight is None else weight), dense.bias
     else:
         x, bias = dense(x), None
     return ops.dropout_add_layer_norm(
@@ -215,7 +247,7 @@ def is_erf_gelu(activation: Any) -> bool:
     return type(activation).__name__ == "GELUActivation"
 
 
-def _draw_seed(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """int64 (2,) from torch's generator, another on each process: Trainers seed all ranks alike."""
     seed = torch.randint(2**62, (2,), device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -4,6 +4,7 @@ from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.attention import attention
 from tinybert_fast.ops.attention_score_mse import attention_score_mse
 from tinybert_fast.ops.bias_gelu import bias_gelu
+from tinybert_fast.ops.block_mask import BlockMask
 from tinybert_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from tinybert_fast.ops.embedding_layer_norm import embedding_layer_norm
 from tinybert_fast.ops.hidden_mse import hidden_mse
@@ -15,6 +16,7 @@ from tinybert_fast.ops.soft_cross_entropy import soft_cross_entropy
 dispatch.check_environment()
 
 __all__ = [
+    "BlockMask",
     "SequenceLayout",
     "attention",
     "attention_score_mse",

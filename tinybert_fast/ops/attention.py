@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tinybert_fast.ops.block_mask import BlockMask
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -19,12 +24,29 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.attention import attention as reference
 
-LIMITS = Limits("attention", torch=Limit(FLOATS_AND_DOUBLE))
+WIDEST_HEAD = 128  # of the Triton kernels
+
+
+def _refuses(
+    width: int = 1, scale: float | None = None, dense_mask: bool = False, **others: Any
+) -> str | None:
+    if width > WIDEST_HEAD:
+        return f"heads of {width} numbers are wider than {WIDEST_HEAD}"
+    if scale is not None and not scale > 0:
+        return f"scale={scale} is not positive"
+    return "block_mask is a dense tensor; give BlockMask.from_dense(mask)" if dense_mask else None
+
+
+LIMITS = Limits(
+    "attention",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
+)
 DIRECTIONS = ("both", "causal", "anti_causal")
 
 _CALL = (
-    "Tensor cu_seqlens, SymInt max_length, float scale, str direction, float dropout_p,"
-    " Tensor? seed, int site, Tensor? block_mask"
+    "Tensor cu_seqlens, Tensor? first_columns, SymInt max_length, float scale, str direction,"
+    " float dropout_p, Tensor? seed, int site, Tensor[] block_mask"
 )
 
 
@@ -36,42 +58,65 @@ _forward = define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse, Tensor rng)",
     fake=lambda q, k, v, *call: (
         q.new_empty(v.shape),
-        q.new_empty(q.shape[:2], dtype=_wide(q)),
+        q.new_empty(q.shape[:-1], dtype=_wide(q)),
         q.new_empty(2, dtype=torch.int64),
     ),
     torch="tinybert_fast.tuned.attention:forward",
+    triton="tinybert_fast.kernels.attention:forward",
 )
 _backward = define(
     "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rng,"
     f" {_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)",
     fake=lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     torch="tinybert_fast.tuned.attention:backward",
+    triton="tinybert_fast.kernels.attention:backward",
 )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, seed, block_mask, settings, impls):
-        max_length, scale, direction, dropout_p, site = settings
-        call = (cu_seqlens, max_length, scale, direction, dropout_p, seed, site, block_mask)
-        out, lse, rng = _forward(q, k, v, *call, impls[0])
-        ctx.save_for_backward(q, k, v, out, lse, rng, cu_seqlens, seed, block_mask)
+    def forward(ctx, q, k, v, cu_seqlens, first_columns, seed, settings, impls, *masks):
+        *call, forward_masks = settings
+        mask = list(masks[:forward_masks])
+        arguments = _arguments(cu_seqlens, first_columns, seed, mask, call)
+        out, lse, rng = _forward(q, k, v, *arguments, impls[0])
+        ctx.save_for_backward(q, k, v, out, lse, rng, cu_seqlens, first_columns, seed, *masks)
         ctx.settings, ctx.impl = settings, impls[1]
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, out, lse, rng, cu_seqlens, seed, block_mask = ctx.saved_tensors
-        max_length, scale, direction, dropout_p, site = ctx.settings
+        q, k, v, out, lse, rng, cu_seqlens, first_columns, seed, *masks = ctx.saved_tensors
+        *call, forward_masks = ctx.settings
         if ctx.impl == "reference":
-            operands = (q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, block_mask)
+            _, scale, direction, dropout_p, site = call
+            mask = masks[forward_masks] if len(masks) > forward_masks else None
+            operands = (q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, mask)
             needs = (*ctx.needs_input_grad[:3], *(False,) * 7)
             grads = reference_gradient(reference, operands, needs, grad)[:3]
         else:
-            call = (cu_seqlens, max_length, scale, direction, dropout_p, seed, site, block_mask)
-            grads = _backward(grad, q, k, v, out, lse, rng, *call, ctx.impl)
-        return (*grads, None, None, None, None, None)
+            arguments = _arguments(cu_seqlens, first_columns, seed, masks[:forward_masks], call)
+            grads = _backward(grad, q, k, v, out, lse, rng, *arguments, ctx.impl)
+        return (*grads, *(None,) * (5 + len(masks)))
+
+
+def _arguments(cu_seqlens, first_columns, seed, mask, call) -> tuple:
+    max_length, scale, direction, dropout_p, site = call
+    return (
+        cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site, mask,
+    )  # fmt: skip
+
+
+def _mask_of(block_mask: BlockMask | Tensor | None, impl: str) -> tuple[Tensor, ...]:
+    """As an implementation takes it: the lists for triton, else one dense mask."""
+    if block_mask is None:
+        return ()
+    if isinstance(block_mask, Tensor):
+        return (block_mask,)
+    if impl == "triton":
+        return block_mask.lists
+    return (block_mask.dense[0] if block_mask.masks == 1 else block_mask.dense,)
 
 
 def attention(
@@ -85,7 +130,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
-    block_mask: Tensor | None = None,
+    block_mask: BlockMask | Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """``dropout(softmax(q @ k.mT * scale)) @ v`` within each sequence.
@@ -99,7 +144,8 @@ def attention(
             the model; the rate is 0 or above 1/512 and below 1 - 1/512. The ``torch``
             implementation draws from torch's own generator, every other one drops the cells of
             ``reference/philox.py``.
-        block_mask: bool (N, N) or (B, N, N) in token ranks, True where attention is allowed.
+        block_mask: a BlockMask; or bool (N, N) or (B, N, N), True where attention is allowed, which
+            ``triton`` does not take. Both are indexed by token ranks.
 
     Returns:
         The shape and dtype of ``q``; padding rows and queries with no allowed key are zero.
@@ -108,23 +154,35 @@ def attention(
         ValueError: shapes, dtypes or devices that disagree, an unknown direction, a dropout rate
             out of range, or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, q, dropout_p=dropout_p)
+    facts = {
+        "width": q.shape[-1],
+        "scale": scale,
+        "dense_mask": isinstance(block_mask, Tensor),
+    }
+    impls = choose(impl, LIMITS, q, dropout_p=dropout_p, **facts)
     _check(q, k, v, layout, direction, block_mask)
-    check_dropout("attention", dropout_p, seed)
+    check_dropout("attention", dropout_p, seed, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    in_place = impls == ("triton", "triton")  # reads padded rows where they are
     padded = q.dim() == 4
     layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
-    if padded:
+    packs = padded and not (in_place and not layout.has_holes)
+    if packs:
         q, k, v = (layout.pack(x) for x in (q, k, v))
-    cu_seqlens = layout.cu_seqlens
+    cu_seqlens, first_columns = layout.cu_seqlens, None
+    if padded and not packs:
+        first_columns = layout.first_columns
+    forms = [_mask_of(block_mask, name) for name in impls]
     if impls[0] == "reference":
+        mask = forms[0][0] if forms[0] else None
         out = without_autocast(
-            reference, q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, block_mask
+            reference, q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, mask
         )
     else:
-        settings = (layout.max_length, scale, direction, dropout_p, site)
-        out = _Attention.apply(q, k, v, cu_seqlens, seed, block_mask, settings, impls)
-    return layout.pad(out) if padded else out
+        settings = (layout.max_length, scale, direction, dropout_p, site, len(forms[0]))
+        masks = forms[0] if impls[0] == impls[1] else forms[0] + forms[1]
+        out = _Attention.apply(q, k, v, cu_seqlens, first_columns, seed, settings, impls, *masks)
+    return layout.pad(out) if packs else out
 
 
 def _check(q, k, v, layout, direction, block_mask) -> None:
@@ -150,15 +208,34 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
             raise ValueError(
                 f"attention: the layout describes leading sizes {expected}; got {shapes()}"
             )
+    if layout is not None and layout.cu_seqlens.device != q.device:
+        raise ValueError(
+            f"attention: the layout is on {layout.cu_seqlens.device}, q on {q.device}; build it "
+            "from a mask on the same device"
+        )
     if direction not in DIRECTIONS:
         raise ValueError(f"attention: direction={direction!r} is not one of {DIRECTIONS}")
     if block_mask is not None:
         longest = layout.max_length if layout is not None else q.shape[1]
         batch = layout.batch_size if layout is not None else q.shape[0]
-        sizes = block_mask.shape
-        square = len(sizes) >= 2 and sizes[-2] == sizes[-1] and sizes[:-2] in ((), (batch,))
-        if block_mask.dtype != torch.bool or not square or sizes[-1] < longest:
+        _check_mask(block_mask, longest, batch, q.device)
+
+
+def _check_mask(block_mask: BlockMask | Tensor, longest: int, batch: int, device) -> None:
+    expected = f"N >= {longest} on {device}"
+    if isinstance(block_mask, BlockMask):
+        where = block_mask.lists[0].device
+        if block_mask.size < longest or block_mask.masks not in (1, batch) or where != device:
             raise ValueError(
-                f"attention: block_mask must be bool (N, N) or ({batch}, N, N), N >= {longest}; "
-                f"got {block_mask.dtype} {tuple(sizes)}"
+                f"attention: block_mask must hold 1 or {batch} masks of size {expected}; got "
+                f"{block_mask.masks} of size {block_mask.size} on {where}"
             )
+        return
+    sizes = block_mask.shape
+    square = len(sizes) >= 2 and sizes[-2] == sizes[-1] and sizes[:-2] in ((), (batch,))
+    right = block_mask.dtype == torch.bool and block_mask.device == device
+    if not right or not square or sizes[-1] < longest:
+        raise ValueError(
+            f"attention: block_mask must be bool (N, N) or ({batch}, N, N), {expected}; got "
+            f"{block_mask.dtype} {tuple(sizes)} on {block_mask.device}"
+        )

@@ -31,9 +31,15 @@ from torch import Tensor
 from tinybert_fast.reference.philox import threshold
 
 FASTEST_FIRST = ("triton", "native", "torch", "reference")
+# Triton kernels run on the CPU, slowly. These are the words that Triton takes for yes.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 NAMESPACE = "tinybert_fast"
+
+# What "auto" looks at, in this order: nobody is served fastest by the interpreter.
+AUTOMATIC = tuple(name for name in FASTEST_FIRST if not (name == "triton" and INTERPRETED))
+TRITON_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 
 Impl = str | tuple[str, str]
 
@@ -45,7 +51,7 @@ def _probe() -> dict[str, str | None]:
         why["native"] = "the compiled module tinybert_fast._native is not installed"
     if find_spec("triton") is None:
         why["triton"] = "the package triton is not installed"
-    elif not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    elif not torch.cuda.is_available() and not INTERPRETED:
         why["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, slowly)"
     return why
 
@@ -110,6 +116,8 @@ class Limits:
             return UNAVAILABLE[impl]
         if tensor.dtype not in limit.dtypes:
             return f"dtype {tensor.dtype} is not one of {', '.join(map(str, limit.dtypes))}"
+        if impl == "triton" and INTERPRETED and tensor.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bf16 wrongly; it serves fp16 and fp32"
         if tensor.device.type not in limit.devices:
             return f"device {tensor.device.type} is not one of {', '.join(limit.devices)}"
         return limit.refuses(**facts)
@@ -161,10 +169,10 @@ def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]
             named = bare
         impl = named or "auto"
     if impl == "auto":
-        for name in FASTEST_FIRST:
+        for name in AUTOMATIC:
             if limits.refusal(name, tensor, facts) is None:
                 return name
-        reasons = "; ".join(f"{n}: {limits.refusal(n, tensor, facts)}" for n in FASTEST_FIRST)
+        reasons = "; ".join(f"{n}: {limits.refusal(n, tensor, facts)}" for n in AUTOMATIC)
         raise ValueError(f"{limits.op}: no implementation can serve this call ({reasons})")
     if impl not in FASTEST_FIRST:
         raise ValueError(
@@ -176,12 +184,16 @@ def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]
     return impl
 
 
-def define(schema: str, *, fake: Callable, **implementations: str) -> Callable:
+def define(
+    schema: str, *, fake: Callable, fake_knows_impl: bool = False, **implementations: str
+) -> Callable:
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its handle.
 
     Args:
         schema: ``name(Tensor x, ...) -> (...)`` as torch.library takes it.
         fake: shapes and dtypes of the outputs, from the same arguments without ``impl``.
+        fake_knows_impl: ``fake`` takes ``impl`` too, last: not every implementation fills every
+            output.
         implementations: name -> "module:function", imported when first executed.
     """
     name, _, rest = schema.partition("(")
@@ -192,11 +204,12 @@ def define(schema: str, *, fake: Callable, **implementations: str) -> Callable:
     def run(*args):
         *operands, impl = args
         module, _, function = implementations[impl].partition(":")
-        return without_autocast(getattr(import_module(module), function), *operands)
+        with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
+            return without_autocast(getattr(import_module(module), function), *operands)
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def run_fake(*args):
-        return fake(*args[:-1])
+        return fake(*args) if fake_knows_impl else fake(*args[:-1])
 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -236,8 +249,8 @@ def reference_gradient(
     return tuple(next(found) if need else None for need in needs)
 
 
-def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
-    """ValueError unless the rate fits 8 bits and a seed comes with it."""
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
+    """ValueError unless the rate fits 8 bits and a seed on ``device`` comes with it."""
     if dropout_p == 0.0:
         return
     threshold(dropout_p)
@@ -246,3 +259,5 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
         raise ValueError(
             f"{op}: dropout_p={dropout_p} needs seed, an int64 tensor of shape (2,); got {got}"
         )
+    if seed.device != device:
+        raise ValueError(f"{op}: seed is on {seed.device}, the operands on {device}: move it there")

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -16,42 +18,66 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.layer_norm import check_columns, statistic
+from tinybert_fast.ops.layer_norm import (
+    any_double,
+    check_alike,
+    check_columns,
+    refuses_columns,
+    statistic,
+)
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.dropout_add_layer_norm import dropout_add_layer_norm as reference
 
-LIMITS = Limits("dropout_add_layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
+LIMITS = Limits(
+    "dropout_add_layer_norm",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, refuses_columns),
+)
+
+# What decides a dropped cell; a schema's text and the names of its arguments.
+PLACE = "Tensor? seed, int site, Tensor sequences, Tensor positions"
 
 
-def _cells(x: Tensor, dropout_p: float) -> Tensor:
-    return x.new_empty(x.shape if dropout_p > 0.0 else (0,), dtype=torch.uint8)
+def kept_cells(y: Tensor, dropout_p: float, impl: str) -> Tensor:
+    """The random bytes that a forward keeps for its backward: torch's, which cannot be redrawn."""
+    stored = dropout_p > 0.0 and impl == "torch"
+    return y.new_empty(y.shape if stored else (0,), dtype=torch.uint8)
 
 
-def _forward_fake(x, bias, residual, weight, ln_bias, eps, dropout_p, *place):
-    like = torch.empty_like(residual)
-    cells = _cells(x, dropout_p)
-    return like, torch.empty_like(residual), statistic(residual), statistic(residual), cells
+def _forward_fake(x, bias, residual, weight, ln_bias, eps, dropout_p, *place_and_impl):
+    y, total = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+    cells = kept_cells(y, dropout_p, place_and_impl[-1])
+    return y, total, statistic(residual), statistic(residual), cells
 
 
-def _backward_fake(grad, total, mean, rstd, cells, weight, dropout_p, with_bias):
-    dx = torch.empty_like(total) if dropout_p > 0.0 else total.new_empty(0)
+def _backward_fake(
+    grad, total, mean, rstd, cells, weight, dropout_p, seed, site, sequences, positions, x_dtype,
+    with_bias,
+):  # fmt: skip
+    own = dropout_p > 0.0 or x_dtype != total.dtype
+    dx = total.new_empty(total.shape if own else (0,), dtype=x_dtype)
     dbias = torch.empty_like(weight) if with_bias else weight.new_empty(0)
-    return dx, torch.empty_like(total), dbias, torch.empty_like(weight), torch.empty_like(weight)
+    dtotal = total.new_empty(total.shape)
+    return dx, dtotal, dbias, torch.empty_like(weight), torch.empty_like(weight)
 
 
 _forward = define(
     "dropout_add_layer_norm_fwd(Tensor x, Tensor? bias, Tensor residual, Tensor weight,"
-    " Tensor ln_bias, float eps, float dropout_p, Tensor? seed, int site, Tensor sequences,"
-    " Tensor positions) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor cells)",
+    f" Tensor ln_bias, float eps, float dropout_p, {PLACE})"
+    " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor cells)",
     fake=_forward_fake,
+    fake_knows_impl=True,
     torch="tinybert_fast.tuned.dropout_add_layer_norm:forward",
+    triton="tinybert_fast.kernels.dropout_add_layer_norm:forward",
 )
+# dx is empty where it equals dtotal: without dropout, in one dtype.
 _backward = define(
     "dropout_add_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor cells,"
-    " Tensor weight, float dropout_p, bool with_bias)"
+    f" Tensor weight, float dropout_p, {PLACE}, ScalarType x_dtype, bool with_bias)"
     " -> (Tensor dx, Tensor dtotal, Tensor dbias, Tensor dweight, Tensor dln_bias)",
     fake=_backward_fake,
     torch="tinybert_fast.tuned.dropout_add_layer_norm:backward",
+    triton="tinybert_fast.kernels.dropout_add_layer_norm:backward",
 )
 
 
@@ -67,27 +93,26 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         if ctx.impl == "reference":
             ctx.save_for_backward(x, bias, residual, weight, ln_bias, seed, sequences, positions)
         else:
-            ctx.save_for_backward(total, mean, rstd, cells, weight)
+            ctx.save_for_backward(total, mean, rstd, cells, weight, seed, sequences, positions)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         eps, dropout_p, site = ctx.call
+        *operands, seed, sequences, positions = ctx.saved_tensors
+        place = (seed, site, sequences, positions)
         if ctx.impl == "reference":
-            *operands, seed, sequences, positions = ctx.saved_tensors
-            operands = (*operands, eps, dropout_p, seed, site, sequences, positions)
             needs = (*ctx.needs_input_grad[:5], *(False,) * 6)
-            grads = reference_gradient(reference, operands, needs, grad)[:5]
+            grads = reference_gradient(reference, (*operands, eps, dropout_p, *place), needs, grad)[
+                :5
+            ]
         else:
-            total, mean, rstd, cells, weight = ctx.saved_tensors
             dx, dtotal, dbias, dweight, dln_bias = _backward(
-                grad, total, mean, rstd, cells, weight, dropout_p, ctx.with_bias, ctx.impl
+                grad, *operands, dropout_p, *place, ctx.x_dtype, ctx.with_bias, ctx.impl
             )
-            dx = dx if dropout_p > 0.0 else dtotal
-            grads = (
-                dx.to(ctx.x_dtype), dbias if ctx.with_bias else None, dtotal, dweight, dln_bias,
-            )  # fmt: skip
+            dx = dtotal if dx.shape != dtotal.shape else dx
+            grads = (dx, dbias if ctx.with_bias else None, dtotal, dweight, dln_bias)
         return (*grads, None, None, None, None, None)
 
 
@@ -120,14 +145,16 @@ def dropout_add_layer_norm(
         ValueError: shapes that disagree, a dropout rate out of range, a layout of another size, or
             a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, x, dropout_p=dropout_p)
+    double = any_double(bias, residual, weight, ln_bias)
+    impls = choose(impl, LIMITS, x, dropout_p=dropout_p, columns=x.shape[-1], double=double)
     if x.shape != residual.shape:
         raise ValueError(
             f"dropout_add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must "
             "have one shape"
         )
+    check_alike("dropout_add_layer_norm", x, residual=residual)
     check_columns("dropout_add_layer_norm", x, bias=bias, weight=weight, ln_bias=ln_bias)
-    check_dropout("dropout_add_layer_norm", dropout_p, seed)
+    check_dropout("dropout_add_layer_norm", dropout_p, seed, x.device)
     rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
     sequences, positions = token_places("dropout_add_layer_norm", x, layout)
     if impls[0] == "reference":
@@ -150,6 +177,7 @@ def token_places(op: str, x: Tensor, layout: SequenceLayout | None) -> tuple[Ten
             raise ValueError(
                 f"{op}: with a layout x is packed ({layout.total}, C); got {tuple(x.shape)}"
             )
+        check_alike(op, x, layout=layout.sequences)
         return layout.sequences, layout.positions
     batch, width = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[:-1].numel())
     row = torch.arange(batch * width, device=x.device, dtype=torch.int32)

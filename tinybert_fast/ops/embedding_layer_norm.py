@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -16,28 +20,46 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.dropout_add_layer_norm import token_places
-from tinybert_fast.ops.layer_norm import check_columns, statistic
+from tinybert_fast.ops.dropout_add_layer_norm import PLACE, kept_cells, token_places
+from tinybert_fast.ops.layer_norm import (
+    any_double,
+    check_alike,
+    check_columns,
+    refuses_columns,
+    statistic,
+)
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.reference.embedding_layer_norm import embedding_layer_norm as reference
 
-LIMITS = Limits("embedding_layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
+MOST_TYPES = 2  # of the Triton kernels, which sum a token type's gradient in registers
+
+
+def _refuses(types: int = 1, **others: Any) -> str | None:
+    if types > MOST_TYPES:
+        return f"a token-type table of {types} rows has more than {MOST_TYPES}"
+    return refuses_columns(**others)
+
+
+LIMITS = Limits(
+    "embedding_layer_norm",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
+)
 
 
 def _forward_fake(word, position, token_type, weight, bias, input_ids, *call):
-    dropout_p = call[4]
+    dropout_p, impl = call[4], call[-1]
     y = word.new_empty(input_ids.shape[0], word.shape[1])
-    cells = y.new_empty(y.shape if dropout_p > 0.0 else (0,), dtype=torch.uint8)
-    return y, torch.empty_like(y), statistic(y), statistic(y), cells
+    return y, torch.empty_like(y), statistic(y), statistic(y), kept_cells(y, dropout_p, impl)
 
 
 def _backward_fake(
-    grad, total, mean, rstd, cells, weight, input_ids, position_ids, token_type_ids, *tables
-):
-    words, positions, types, *_ = tables
+    grad, total, mean, rstd, cells, weight, input_ids, position_ids, token_type_ids, seed, site,
+    sequences, positions, words, position_rows, types, padding_idx, dropout_p,
+):  # fmt: skip
     columns = total.shape[1]
     return (
-        *(total.new_empty(rows, columns) for rows in (words, positions, types)),
+        *(total.new_empty(rows, columns) for rows in (words, position_rows, types)),
         torch.empty_like(weight),
         torch.empty_like(weight),
     )
@@ -46,18 +68,21 @@ def _backward_fake(
 _forward = define(
     "embedding_layer_norm_fwd(Tensor word, Tensor position, Tensor token_type, Tensor weight,"
     " Tensor bias, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, int padding_idx,"
-    " float eps, float dropout_p, Tensor? seed, int site, Tensor sequences, Tensor positions)"
+    f" float eps, float dropout_p, {PLACE})"
     " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor cells)",
     fake=_forward_fake,
+    fake_knows_impl=True,
     torch="tinybert_fast.tuned.embedding_layer_norm:forward",
+    triton="tinybert_fast.kernels.embedding_layer_norm:forward",
 )
 _backward = define(
     "embedding_layer_norm_bwd(Tensor grad, Tensor total, Tensor mean, Tensor rstd, Tensor cells,"
-    " Tensor weight, Tensor input_ids, Tensor position_ids, Tensor token_type_ids, int words,"
-    " int positions, int types, int padding_idx, float dropout_p)"
+    " Tensor weight, Tensor input_ids, Tensor position_ids, Tensor token_type_ids,"
+    f" {PLACE}, int words, int position_rows, int types, int padding_idx, float dropout_p)"
     " -> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     fake=_backward_fake,
     torch="tinybert_fast.tuned.embedding_layer_norm:backward",
+    triton="tinybert_fast.kernels.embedding_layer_norm:backward",
 )
 
 
@@ -76,22 +101,22 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         if ctx.impl == "reference":
             ctx.save_for_backward(*tables, *ids, seed, sequences, positions)
         else:
-            ctx.save_for_backward(total, mean, rstd, cells, weight, *ids)
+            statistics = (total, mean, rstd, cells, weight)
+            ctx.save_for_backward(*statistics, *ids, seed, sequences, positions)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         padding_idx, eps, dropout_p, site = ctx.call
+        *operands, seed, sequences, positions = ctx.saved_tensors
+        place = (seed, site, sequences, positions)
         if ctx.impl == "reference":
-            *operands, seed, sequences, positions = ctx.saved_tensors
-            call = (padding_idx, eps, dropout_p, seed, site, sequences, positions)
             needs = (*ctx.needs_input_grad[:5], *(False,) * 10)
-            grads = reference_gradient(reference, (*operands, *call), needs, grad)[:5]
+            operands = (*operands, padding_idx, eps, dropout_p, *place)
+            grads = reference_gradient(reference, operands, needs, grad)[:5]
         else:
-            grads = _backward(
-                grad, *ctx.saved_tensors, *ctx.sizes, padding_idx, dropout_p, ctx.impl
-            )
+            grads = _backward(grad, *operands, *place, *ctx.sizes, padding_idx, dropout_p, ctx.impl)
         return (*grads, None, None, None, None, None, None)
 
 
@@ -130,13 +155,30 @@ def embedding_layer_norm(
             range, or a named ``impl`` that cannot serve the call.
         IndexError: an id outside its table.
     """
-    impls = choose(impl, LIMITS, word, dropout_p=dropout_p)
+    impls = choose(
+        impl,
+        LIMITS,
+        word,
+        dropout_p=dropout_p,
+        columns=word.shape[-1],
+        types=len(token_type),
+        double=any_double(position, token_type, weight, bias),
+    )
     ids = (input_ids, position_ids, token_type_ids)
     if input_ids.dim() != 1 or any(i.shape != input_ids.shape for i in ids):
         raise ValueError(
             "embedding_layer_norm: input_ids, position_ids and token_type_ids must share one shape "
             f"(T,); got {', '.join(str(tuple(i.shape)) for i in ids)}"
         )
+    if any(i.dtype not in (torch.int32, torch.int64) for i in ids):
+        raise ValueError(
+            "embedding_layer_norm: ids must be int32 or int64; got "
+            f"{', '.join(str(i.dtype) for i in ids)}"
+        )
+    check_alike(
+        "embedding_layer_norm", word, position=position, token_type=token_type,
+        input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids,
+    )  # fmt: skip
     if len({table.shape[1] for table in (word, position, token_type)}) > 1:
         raise ValueError(
             "embedding_layer_norm: word, position and token_type must share their width; got "
@@ -148,7 +190,7 @@ def embedding_layer_norm(
             f"{tuple(word.shape)}; None means no padding word"
         )
     check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
-    check_dropout("embedding_layer_norm", dropout_p, seed)
+    check_dropout("embedding_layer_norm", dropout_p, seed, word.device)
     sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)
     padding = -1 if padding_idx is None else padding_idx
     tables = (word, position, token_type, weight, bias)

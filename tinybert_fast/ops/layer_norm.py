@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -17,7 +21,23 @@ from tinybert_fast.ops.dispatch import (
 )
 from tinybert_fast.reference.layer_norm import layer_norm as reference
 
-LIMITS = Limits("layer_norm", torch=Limit(FLOATS_AND_DOUBLE))
+WIDEST_ROW = 8192  # of the Triton kernels, which hold whole rows in registers
+
+
+def refuses_columns(columns: int = 1, double: bool = False, **others: Any) -> str | None:
+    """Why the Triton kernels of a layer norm cannot serve rows of ``columns`` numbers, or operands
+    of which one is fp64.
+    """
+    if columns > WIDEST_ROW:
+        return f"rows of {columns} numbers are wider than {WIDEST_ROW}"
+    return "an operand is float64, and the kernels compute in fp32" if double else None
+
+
+LIMITS = Limits(
+    "layer_norm",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, refuses_columns),
+)
 
 
 def statistic(x: Tensor) -> Tensor:
@@ -28,18 +48,20 @@ def statistic(x: Tensor) -> Tensor:
 _forward = define(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor y, Tensor mean, Tensor rstd)",
-    fake=lambda x, weight, bias, eps: (torch.empty_like(x), statistic(x), statistic(x)),
+    fake=lambda x, weight, bias, eps: (x.new_empty(x.shape), statistic(x), statistic(x)),
     torch="tinybert_fast.tuned.layer_norm:forward",
+    triton="tinybert_fast.kernels.layer_norm:forward",
 )
 _backward = define(
     "layer_norm_bwd(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     fake=lambda grad, x, weight, mean, rstd: (
-        torch.empty_like(x),
+        x.new_empty(x.shape),
         torch.empty_like(weight),
         torch.empty_like(weight),
     ),
     torch="tinybert_fast.tuned.layer_norm:backward",
+    triton="tinybert_fast.kernels.layer_norm:backward",
 )
 
 
@@ -70,7 +92,7 @@ def layer_norm(
     Raises:
         ValueError: weight or bias is not (C,), or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, x)
+    impls = choose(impl, LIMITS, x, columns=x.shape[-1], double=any_double(weight, bias))
     check_columns("layer_norm", x, weight=weight, bias=bias)
     rows = x.reshape(-1, x.shape[-1])
     if impls[0] == "reference":
@@ -78,8 +100,24 @@ def layer_norm(
     return _LayerNorm.apply(rows, weight, bias, eps, impls).view(x.shape)
 
 
+def check_alike(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """ValueError unless every tensor given is on x's device."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{op}: all tensors must be on one device; got {name} on {other.device}, "
+                f"the first operand on {x.device}"
+            )
+
+
+def any_double(*operands: Tensor | None) -> bool:
+    """Whether one is fp64, which no kernel computes in."""
+    return any(x is not None and x.dtype == torch.float64 for x in operands)
+
+
 def check_columns(op: str, x: Tensor, **vectors: Tensor | None) -> None:
-    """ValueError unless every vector given is (C,) for x (..., C)."""
+    """ValueError unless every vector given is (C,) for x (..., C), and on its device."""
+    check_alike(op, x, **vectors)
     for name, vector in vectors.items():
         if vector is not None and vector.shape != x.shape[-1:]:
             raise ValueError(

@@ -7,6 +7,7 @@ left, holes, and sequences with no token at all.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,11 +25,13 @@ class SequenceLayout:
         width: N, positions of a padded row.
         lengths: valid tokens of each sequence, on the host; max_length: the longest.
         starts_padded: whether a sequence that has tokens has padding in column 0.
+        has_holes: whether a sequence has padding between two tokens.
         cu_seqlens: int32 (B + 1,), exclusive running sum of the lengths.
         rows: int64 (T,), flat index ``b * N + n`` of each valid token, increasing.
         sequences: int32 (T,), the sequence b that a token belongs to.
         positions: int32 (T,), rank of a token among the valid tokens of its sequence. Dropout
             counters, causal order and block masks use it, so they don't depend on padding.
+        first_columns: int32 (B,), padded column of each sequence's first token; 0 if none.
     """
 
     batch_size: int
@@ -36,10 +39,12 @@ class SequenceLayout:
     lengths: tuple[int, ...]
     max_length: int
     starts_padded: bool
+    has_holes: bool
     cu_seqlens: Tensor
     rows: Tensor
     sequences: Tensor
     positions: Tensor
+    first_columns: Tensor
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> SequenceLayout:
@@ -50,11 +55,14 @@ class SequenceLayout:
                 f"{tuple(mask.shape)}. Reduce a 3-D or 4-D attention mask to (batch, width) first"
             )
         mask = mask.detach() != 0
-        lengths, firsts = torch.stack([mask.sum(1), mask[:, :1].sum(1)]).tolist()
-        starts_padded = any(n and not first for n, first in zip(lengths, firsts, strict=True))
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        stops = (mask * (columns + 1)).amax(1) if mask.shape[1] else mask.sum(1)
+        firsts = (~mask).cumprod(1).sum(1) * (stops > 0)  # padding before the first token
+        lengths, starts, ends = torch.stack([mask.sum(1), firsts, stops]).tolist()
         # The count is known by now, so this one does not wait for the device.
         rows = torch.nonzero_static(mask.flatten(), size=sum(lengths)).flatten()
-        return cls._build(mask.shape[1], lengths, rows, starts_padded)
+        has_holes = any(n != b - a for n, a, b in zip(lengths, starts, ends, strict=True))
+        return cls._build(mask.shape[1], lengths, rows, firsts.int(), any(starts), has_holes)
 
     @classmethod
     def from_lengths(
@@ -73,19 +81,46 @@ class SequenceLayout:
         return cls._build(width, lengths, rows.to(device, non_blocking=True))
 
     @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, width: int | None = None) -> SequenceLayout:
+        """Of packed rows, as FlashAttention's varlen functions describe them. One host sync."""
+        integers = cu_seqlens.dtype in (torch.int32, torch.int64)
+        if not integers or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+            raise ValueError(
+                "cu_seqlens is the running sum of the lengths, int32 (batch + 1,); got "
+                f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            )
+        stops = cu_seqlens.tolist()
+        lengths = [b - a for a, b in itertools.pairwise(stops)]
+        if stops[0] != 0 or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens must begin with 0 and never decrease; got {stops}")
+        return cls.from_lengths(lengths, width, cu_seqlens.device)
+
+    @classmethod
     def full(
         cls, batch_size: int, width: int, device: torch.device | str = "cpu"
     ) -> SequenceLayout:
         """Every position of a (B, N) batch is a token."""
         rows = torch.arange(batch_size * width, device=device)
-        return cls._build(width, [width] * batch_size, rows)
+        # Made there: a copy from the host could not be part of a CUDA graph.
+        stops = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * width
+        return cls._build(width, [width] * batch_size, rows, cu_seqlens=stops)
 
     @classmethod
     def _build(
-        cls, width: int, lengths: list[int], rows: Tensor, starts_padded: bool = False
+        cls,
+        width: int,
+        lengths: list[int],
+        rows: Tensor,
+        first_columns: Tensor | None = None,
+        starts_padded: bool = False,
+        has_holes: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> SequenceLayout:
-        counts = torch.tensor([0, *lengths], dtype=torch.int32)
-        cu_seqlens = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
+        if cu_seqlens is None:
+            counts = torch.tensor([0, *lengths], dtype=torch.int32)
+            cu_seqlens = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
+        if first_columns is None:
+            first_columns = torch.zeros(len(lengths), dtype=torch.int32, device=rows.device)
         sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
         positions = torch.arange(len(rows), device=rows.device) - cu_seqlens[sequences]
         return cls(
@@ -94,10 +129,12 @@ class SequenceLayout:
             lengths=tuple(lengths),
             max_length=max(lengths, default=0),
             starts_padded=starts_padded,
+            has_holes=has_holes,
             cu_seqlens=cu_seqlens,
             rows=rows,
             sequences=sequences.int(),
             positions=positions.int(),
+            first_columns=first_columns,
         )
 
     @property

@@ -11,6 +11,8 @@ relative to a quarter of that.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +35,14 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.budget  # False for NaN
+        return self.error <= self.budget < math.inf  # False for NaN
+
+    @property
+    def share(self) -> float:
+        """Error over budget; infinite for NaN, and beyond a budget of 0."""
+        if self.error == 0.0:
+            return 0.0
+        return self.error / self.budget if self.budget > 0.0 and self.error < math.inf else math.inf
 
     def __str__(self) -> str:
         return f"{self.name}: error {self.error:.3e}, budget {self.budget:.3e}"
@@ -46,7 +55,35 @@ def verdicts(case: Case, impl: Impl, slack: int = 1) -> list[Verdict]:
     """
     actual, low = case.run(impl), case.run("reference")
     exact = case.to(torch.float64).run("reference", upstream_dtype=case.dtype)
-    largest = max(largest_of(x) for name, x in exact.items() if name != "value")
+    return compare(actual, low, exact, slack * rounding(case.dtype))
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What a budget allows a result of ``dtype`` beside the reference's own error, relative."""
+    return ROUNDINGS[dtype] * torch.finfo(dtype).eps
+
+
+def compare(
+    actual: dict[str, Tensor],
+    low: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    rounding: float,
+    group: Callable[[str], str] = lambda name: "",
+) -> list[Verdict]:
+    """A verdict per tensor: ``actual`` against ``exact`` (fp64), beside the error of ``low``.
+
+    Names of gradients begin with "d"; their roundings are relative to SMALLEST_SHARE of the largest
+    gradient of their ``group`` at least, the others' to themselves alone.
+
+    Raises:
+        AssertionError: a name, shape or dtype is another than ``low``'s.
+    """
+    if actual.keys() != exact.keys():
+        raise AssertionError(f"only one side has {sorted(actual.keys() ^ exact.keys())[0]}")
+    largest: dict[str, float] = {}
+    for name, x in exact.items():
+        if name.startswith("d"):
+            largest[group(name)] = max(largest.get(group(name), 0.0), largest_of(x))
     found = []
     for name, want in exact.items():
         if actual[name].shape != want.shape or actual[name].dtype != low[name].dtype:
@@ -54,9 +91,10 @@ def verdicts(case: Case, impl: Impl, slack: int = 1) -> list[Verdict]:
                 f"{name}: expected {low[name].dtype} {tuple(want.shape)}; got "
                 f"{actual[name].dtype} {tuple(actual[name].shape)}"
             )
-        scale = max(largest_of(want), SMALLEST_SHARE * largest)
-        rounding = slack * ROUNDINGS[case.dtype] * torch.finfo(case.dtype).eps * scale
-        budget = 2 * largest_of(low[name].double() - want) + rounding
+        scale = largest_of(want)
+        if name.startswith("d"):
+            scale = max(scale, SMALLEST_SHARE * largest[group(name)])
+        budget = 2 * largest_of(low[name].double() - want) + rounding * scale
         found.append(Verdict(name, largest_of(actual[name].double() - want), budget))
     return found
 

@@ -171,6 +171,27 @@ def attention(
     return Case(ops.attention, leaves(shape, shape, shape, dtype=dtype, device=device), options)
 
 
+def padded_attention(
+    lengths: tuple[int, ...] = LENGTHS["ragged"],
+    heads: int = 2,
+    width: int = 26,
+    *,
+    dropout_p: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Case:
+    """q, k, v (B, N, H, D), padded on the left, as views of (B, H, N, D): Transformers' strides."""
+    columns = torch.arange(max(lengths, default=0), device=device)
+    starts = len(columns) - torch.tensor(lengths, device=device)
+    layout = SequenceLayout.from_mask(columns >= starts[:, None])
+    shape = (len(lengths), heads, len(columns), width)
+    whole = leaves(shape, shape, shape, dtype=dtype, device=device)
+    options = {"layout": layout, **dropout(dropout_p, device=device), **options}
+    views = tuple(x.detach().transpose(1, 2).requires_grad_() for x in whole)
+    return Case(ops.attention, views, options)
+
+
 def attention_score_mse(
     lengths: tuple[int, ...] = LENGTHS["ragged"],
     heads: int = 2,

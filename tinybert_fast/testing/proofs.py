@@ -25,8 +25,14 @@ def implementations(op: str) -> list[str]:
     ]
 
 
+def serves(op: str, impl: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+    """Whether ``impl`` of ``op`` takes operands of ``dtype`` here."""
+    return dispatch.OPS[op].refusal(impl, torch.empty(0, dtype=dtype, device=device), {}) is None
+
+
 def prove_gradient(case: Case, impl: dispatch.Impl) -> None:
-    """Analytic gradients equal numeric ones; ``case`` is small, and taken in fp64.
+    """Analytic gradients equal numeric ones; ``case`` is small, and taken in fp64, which ``impl``
+    must serve: what does not is held against the reference's gradient.
 
     An implementation that drops cells replays them at a fixed seed, so dropout is no exception.
     """
@@ -55,6 +61,18 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == dispatch.NAMESPACE:
             copies = (x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
             self.calls.append((func, tuple(copies)))
+        return func(*args, **(kwargs or {}))
+
+
+class OwnCalls(TorchDispatchMode):
+    """Counts the calls of this package's registered operators in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == dispatch.NAMESPACE
         return func(*args, **(kwargs or {}))
 
 

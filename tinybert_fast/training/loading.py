@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -79,6 +80,23 @@ def load_encoder(path: str | Path):
     """AutoModel: the encoder alone, whatever heads were saved with it. A pooler may be missing."""
     model, info = _load(AutoModel, path, output_loading_info=True, dtype=torch.float32)
     lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if lost:
+        raise ValueError(
+            f"{path} does not hold the weights its config.json asks for: "
+            f"{len(lost)} are missing, {lost[0]} among them"
+        )
+    return model
+
+
+def load_saved(path: str | Path):
+    """The model as it was saved, heads included: of the class that its configuration names."""
+    name = (load_config(path).architectures or ["AutoModel"])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{path} was saved by {name}, which is not a class of Transformers")
+    model, info = _load(
+        getattr(transformers, name), path, output_loading_info=True, dtype=torch.float32
+    )
+    lost = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if lost:
         raise ValueError(
             f"{path} does not hold the weights its config.json asks for: "

@@ -30,12 +30,15 @@ FLASH_ALIGNMENT = 8  # head dims of FlashAttention-2
 aten = torch.ops.aten
 
 
-def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site, block_mask):
+def forward(
+    q, k, v, cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site, masks
+):
     """(T, H, D) operands -> out (T, H, D), lse (T, H) and the rng state that fused kernels return.
 
     Blocked scores leave lse at 0: their backward computes the softmax again and does not read it.
     """
     q, k, v = (_rows_together(x) for x in (q, k, v))
+    block_mask = masks[0] if masks else None
     if _fused_on_gpu(q, direction, block_mask):
         return _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -57,11 +60,12 @@ def forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, 
 
 
 def backward(
-    grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p, seed, site,
-    block_mask,
+    grad, q, k, v, out, lse, rng, cu_seqlens, first_columns, max_length, scale, direction,
+    dropout_p, seed, site, masks,
 ):  # fmt: skip
     """Gradients of q, k, v (T, H, D); dropout masks are drawn again, in the forward's order."""
     grad, q, k, v = (_rows_together(x) for x in (grad, q, k, v))
+    block_mask = masks[0] if masks else None
     if _fused_on_gpu(q, direction, block_mask):
         return _flash_backward(
             grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p

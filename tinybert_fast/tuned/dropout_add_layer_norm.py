@@ -38,21 +38,25 @@ def _add(total: Tensor, more: Tensor, x: Tensor) -> Tensor:
     return total + more if total is x else total.add_(more)
 
 
-def backward(grad, total, mean, rstd, cells, weight, dropout_p, with_bias):
-    """Gradients of x (empty without dropout: it equals the sum's), sum, bias, weight, ln_bias."""
+def backward(
+    grad, total, mean, rstd, cells, weight, dropout_p, seed, site, sequences, positions, x_dtype,
+    with_bias,
+):  # fmt: skip
+    """Gradients of x (in ``x_dtype``; empty where it equals the sum's), sum, bias, weight, ln_bias.
+
+    ``cells`` holds the mask, so nothing is drawn from the seed again.
+    """
     wide = mean.dtype
     dtotal, dweight, dln_bias = aten.native_layer_norm_backward(
         grad.to(wide).contiguous(), total.to(wide), total.shape[-1:], mean, rstd, weight.to(wide),
         weight.to(wide), (True, True, True),
     )  # fmt: skip
-    dx = dtotal.new_empty(0)
+    dx = dtotal
     if dropout_p > 0.0:
         dx = random.keep_mask(cells, dropout_p, wide).mul_(keep_scale(dropout_p)).mul_(dtotal)
-    dbias = dtotal.new_empty(0)
-    if with_bias:
-        dbias = (dx if dropout_p > 0.0 else dtotal).sum(0)
-    narrow = total.dtype
+    dbias = dx.sum(0) if with_bias else dtotal.new_empty(0)
+    own = dropout_p > 0.0 or x_dtype != total.dtype
     return (
-        dx.to(narrow), dtotal.to(narrow), dbias.to(weight.dtype), dweight.to(weight.dtype),
-        dln_bias.to(weight.dtype),
+        dx.to(x_dtype) if own else dtotal.new_empty(0, dtype=x_dtype), dtotal.to(total.dtype),
+        dbias.to(weight.dtype), dweight.to(weight.dtype), dln_bias.to(weight.dtype),
     )  # fmt: skip

@@ -30,10 +30,13 @@ def forward(
 
 
 def backward(
-    grad, total, mean, rstd, cells, weight, input_ids, position_ids, token_type_ids, words,
-    position_rows, types, padding_idx, dropout_p,
+    grad, total, mean, rstd, cells, weight, input_ids, position_ids, token_type_ids, seed, site,
+    sequences, positions, words, position_rows, types, padding_idx, dropout_p,
 ):  # fmt: skip
-    """Gradients of the three tables (words, position_rows, types rows), weight and bias."""
+    """Gradients of the three tables (words, position_rows, types rows), weight and bias.
+
+    ``cells`` holds the mask, so nothing is drawn from the seed again.
+    """
     wide = mean.dtype
     grad = grad.to(wide)
     if dropout_p > 0.0:

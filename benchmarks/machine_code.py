@@ -1,0 +1,367 @@
+"""What the compiler makes of every Triton kernel, read from machine code; no GPU is needed.
+
+    python benchmarks/machine_code.py [--json FILE] [--csv FILE] [--arch 90] [--op attention]
+
+The launchers run as on a GPU, on operands of the shapes below, but each kernel is only compiled. A
+row per kernel, architecture and case:
+
+    registers, stack_bytes, spill_bytes, shared_bytes   of one thread; of one block
+    warps                                               resident on an SM, by those: an estimate
+    tensor_core                                         HMMA / HGMMA / tcgen05 instructions
+    load_bytes      narrowest load of a two-dimensional tile in the operands' dtype
+    per_element     instructions per score: of the loop without a mask, or of the whole kernel where
+                    it has no loop, over BLOCK_M * BLOCK_N / threads; none for a layer norm, and
+                    where the first loop has a mask
+    sources         a digest of kernels/, by which a test sees that rows are those of its kernels
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import tinybert_fast
+from tinybert_fast.benchmarks.hardware import facts
+from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.ops.block_mask import SIDES, BlockMask
+
+ARCHITECTURES = (80, 90, 100)
+HEADS = (26, 32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16)
+DROPOUT = (0.0, 0.1)
+LONGEST = (64, 128, 512)  # one of each bucket of kernels/configs.py
+VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDES)]
+MODEL_HEADS = 12  # so that rows are as far apart as in BERT
+COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
+ROWS = 64
+
+PASSES = {
+    "_forward_kernel": "forward",
+    "_backward_kernel": "backward",
+    "_one_tile_kernel": "backward, one tile",
+    "_dq_kernel": "backward, dq",
+    "_dkdv_kernel": "backward, dk and dv",
+    "_add_kernel": "backward, sums of vectors",
+}
+
+# Of one SM: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+SM_REGISTERS = 65536
+SM_WARPS = 64
+SM_SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+BLOCK_RESERVED_BYTES = 1024  # shared memory that each block takes for the system
+REGISTER_UNIT = 8  # a thread's registers are given out in eights
+
+TABLE_WIDTH = 220  # columns
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+SPILL = re.compile(r"\bSTL(?:\.(64|128))?\b")
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+BACKWARDS = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
+TILE_LOAD = re.compile(
+    r"(?:tt\.load|ttg\.async_copy_global_to_local).*"
+    r" : tensor<\d+x\d+x!tt\.ptr<(f16|bf16|f32)>, (#\w+)>"
+)
+BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+LAYOUT = re.compile(r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1, (\d+)\]", re.MULTILINE)
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+class Compiled(NamedTuple):
+    """A kernel as a launcher asked for it."""
+
+    op: str
+    kernel: str
+    code: Any  # triton's CompiledKernel
+    constants: dict[str, Any]
+
+
+class _Target:
+    """Stands in for Triton's driver of a GPU: it names the architecture and runs nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[list[Compiled]]:
+    """Inside, launches compile for sm_``arch`` instead, and are listed."""
+    from tinybert_fast.kernels import configs
+
+    found: list[Compiled] = []
+    run, programs, active = JITFunction.run, configs.row_programs, driver._active
+
+    def compile_only(self, *args, grid, warmup, **constants):
+        self.device_caches.clear()  # their keys do not name the architecture
+        code = run(self, *args, grid=grid, warmup=True, **constants)
+        op = self.fn.__module__.removeprefix("tinybert_fast.kernels.").partition(".")[0]
+        op = "layer_norm" if op == "rows" else op  # what all layer norms share
+        found.append(Compiled(op, self.__name__, code, constants))
+        return code
+
+    JITFunction.run = compile_only
+    configs.row_programs = lambda device: 1  # an argument, which no code depends on
+    driver.set_active(_Target(arch))
+    try:
+        with configs.forced(configs.FAMILIES[arch]):
+            yield found
+    finally:
+        JITFunction.run, configs.row_programs = run, programs
+        driver._active = active  # reset_active() would look for a GPU
+
+
+def attention_kernels(
+    arch: int,
+    head: int,
+    dtype: torch.dtype,
+    dropout_p: float,
+    longest: int,
+    direction: str = "both",
+    side: int = 0,
+) -> list[Compiled]:
+    """Forward and backward of one call; with a block mask of ``side``, if that is not 0."""
+    from tinybert_fast.kernels import attention
+
+    q, k, v, grad = (torch.zeros(longest, MODEL_HEADS, head, dtype=dtype) for _ in range(4))
+    seed = torch.zeros(2, dtype=torch.int64) if dropout_p else None
+    cu_seqlens = torch.tensor([0, longest], dtype=torch.int32)
+    mask = []
+    if side:
+        mask = list(BlockMask.from_dense(torch.ones(longest, longest).tril() > 0, side).lists)
+    call: tuple = (cu_seqlens, None, longest, head**-0.5, direction, dropout_p, seed, 0, mask)
+    with compiling_for(arch) as found:
+        out, lse, rng = attention.forward(q, k, v, *call)
+        attention.backward(grad, q, k, v, out, lse, rng, *call)
+    return found
+
+
+def layer_norm_kernels(
+    arch: int, columns: int, dtype: torch.dtype, dropout_p: float
+) -> list[Compiled]:
+    """Forward and backward of one call of each op with a layer norm."""
+    from tinybert_fast.kernels import dropout_add_layer_norm, embedding_layer_norm, layer_norm
+
+    x, residual, grad = (torch.zeros(ROWS, columns, dtype=dtype) for _ in range(3))
+    bias, weight, ln_bias = (torch.zeros(columns, dtype=dtype) for _ in range(3))
+    ids = torch.zeros(ROWS, dtype=torch.int64)
+    seed = torch.zeros(2, dtype=torch.int64) if dropout_p else None
+    place = (ids.int(), ids.int())  # sequences, positions
+    eps, site = 1e-12, 0
+    with compiling_for(arch) as found:
+        if not dropout_p:
+            _, mean, rstd = layer_norm.forward(x, weight, ln_bias, eps)
+            layer_norm.backward(grad, x, weight, mean, rstd)
+        _, *kept = dropout_add_layer_norm.forward(
+            x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, *place
+        )
+        dropout_add_layer_norm.backward(
+            grad, *kept, weight, dropout_p, seed, site, *place, dtype, True
+        )
+        _, *kept = embedding_layer_norm.forward(
+            x, x, x[:2], weight, ln_bias, ids, ids, ids, 0, eps, dropout_p, seed, site, *place
+        )
+        embedding_layer_norm.backward(
+            grad, *kept, weight, ids, ids, ids, seed, site, *place, ROWS, ROWS, 2, 0, dropout_p
+        )
+    return found
+
+
+def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The figures of one kernel."""
+    constants, code = compiled.constants, compiled.code
+    usage, sass = _disassemble(code.asm["cubin"])
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if numbers is None:
+        raise RuntimeError(f"{CUOBJDUMP} says nothing of registers: {usage!r}")
+    registers, stack = (int(n) for n in numbers.groups())
+    warps = code.metadata.num_warps
+    threads = 32 * warps
+    attention = compiled.op == "attention"
+    plain = attention and constants["DIRECTION"] != "anti_causal" and not constants.get("SIDE")
+    scores = constants["BLOCK_M"] * constants["BLOCK_N"] / threads
+    return {
+        "op": compiled.op,
+        "pass": PASSES[compiled.kernel],
+        "arch": f"sm_{arch}",
+        "head_dim": constants["D"] if attention else None,
+        "columns": None if attention else constants["C"],
+        "dtype": str(dtype).removeprefix("torch."),
+        "dropout": constants.get("DROPOUT", False),
+        "direction": constants.get("DIRECTION"),
+        "mask_side": constants.get("SIDE", 0),
+        "tile": f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
+        "num_warps": warps,
+        "num_stages": code.metadata.num_stages,
+        "registers": registers,
+        "spill_bytes": sum(int(width or 32) // 8 for width in SPILL.findall(sass)),
+        "stack_bytes": stack,
+        "shared_bytes": code.metadata.shared,
+        "warps": resident_warps(arch, registers, code.metadata.shared, warps),
+        "tensor_core": len(TENSOR_CORE.findall(sass)),
+        "tensor_core_kind": "+".join(sorted(set(TENSOR_CORE.findall(sass)))),
+        "load_bytes": load_bytes(code.asm["ttgir"]),
+        "per_element": round(body(sass) / scores, 1) if plain else None,
+    }
+
+
+def resident_warps(arch: int, registers: int, shared: int, num_warps: int) -> int:
+    """Warps of one kernel that an SM holds at a time, by registers and shared memory."""
+    given = triton.cdiv(registers, REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = SM_REGISTERS // (given * 32 * num_warps)
+    by_shared = SM_SHARED_BYTES[arch] // (shared + BLOCK_RESERVED_BYTES)
+    return min(by_registers, by_shared, SM_WARPS // num_warps) * num_warps
+
+
+def load_bytes(ttgir: str) -> int:
+    """The narrowest of the loads that fill two-dimensional tiles."""
+    widths = dict(LAYOUT.findall(ttgir))
+    return min(BYTES[kind] * int(widths[layout]) for kind, layout in TILE_LOAD.findall(ttgir))
+
+
+def body(sass: str) -> int:
+    """Instructions of the first loop that multiplies and exponentiates; of all if none does."""
+    listing = [(int(at, 16), text) for at, text in INSTRUCTION.findall(sass)]
+    loops = []
+    for at, text in listing:
+        target = BACKWARDS.search(text)
+        if target is None or (start := int(target[1], 16)) >= at:
+            continue
+        inside = [other for where, other in listing if start <= where <= at]
+        joined = "\n".join(inside)
+        if TENSOR_CORE.search(joined) and "MUFU.EX2" in joined:
+            loops.append((start, len(inside)))
+    return min(loops)[1] if loops else len(listing)
+
+
+def _disassemble(cubin: bytes) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return [
+            subprocess.run(
+                [CUOBJDUMP, what, file], capture_output=True, text=True, check=True
+            ).stdout
+            for what in ("-res-usage", "-sass")
+        ]
+
+
+def report(
+    architectures: tuple[int, ...] = ARCHITECTURES, op: str | None = None
+) -> list[dict[str, Any]]:
+    """A row for every default configuration of one op, or of all, in fp16 and bf16. Directions and
+    block masks are compiled in bf16 with dropout alone, where they need most registers.
+    """
+    rows = {}
+    for arch, dtype, dropout_p in itertools.product(architectures, DTYPES, DROPOUT):
+        found = []
+        if op in (None, "attention"):
+            for head, longest in itertools.product(HEADS, LONGEST):
+                found += attention_kernels(arch, head, dtype, dropout_p, longest)
+            if dropout_p and dtype == torch.bfloat16:  # what needs most registers
+                for head, (direction, side) in itertools.product(HEADS, VARIANTS):
+                    found += attention_kernels(arch, head, dtype, dropout_p, 512, direction, side)
+        if op != "attention":
+            for columns in COLUMNS:
+                found += layer_norm_kernels(arch, columns, dtype, dropout_p)
+        for compiled in found:
+            if op in (None, compiled.op):
+                new = row(compiled, arch, dtype)
+                rows[tuple(new.values())] = new  # two lengths may share a configuration
+    return list(rows.values())
+
+
+def sources() -> str:
+    """A digest of the kernels' code, which comments and docstrings don't change."""
+    digest = hashlib.sha256()
+    package = Path(tinybert_fast.__file__).parent
+    spec = find_spec("tinybert_fast.kernels")
+    assert spec is not None  # whatever is installed has it
+    kernels = Path(str(spec.origin)).parent
+    files = [file for file in sorted(kernels.rglob("*.py")) if file.name != "settings.py"]
+    for file in [*files, package / "reference/philox.py"]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for one in rows:
+        table.add_row(*map(str, one.values()))
+    Console(width=TABLE_WIDTH).print(table)
+
+
+def add_to_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Append the rows with the commit and the compiler; a file with other columns is refused."""
+    known = facts(torch.device("cpu"))
+    known["sources"] = sources()
+    names = ("sources", "triton", "commit", "date")
+    rows = [{**one, **{name: known[name] for name in names}} for one in rows]
+    old = file.read_text(encoding="utf-8") if file.exists() else ",".join(rows[0]) + "\n"
+    if old.partition("\n")[0] != ",".join(rows[0]):
+        raise SystemExit(f"{file} has other columns than these rows: name a new file")
+    new = io.StringIO()
+    csv.DictWriter(new, list(rows[0]), lineterminator="\n").writerows(rows)
+    atomic_write(file, old + new.getvalue())
+
+
+def main() -> None:
+    """Print the rows, and write them where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--op", help="only this operator")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--csv", type=Path, help="add the rows, with the commit, to this file")
+    given = parser.parse_args()
+    rows = report(tuple(given.arch), given.op)
+    if not rows:
+        parser.error(f"--op {given.op}: no kernel of that name")
+    show(rows)
+    if given.json:
+        atomic_write(given.json, json.dumps(rows, indent=1) + "\n")
+    if given.csv:
+        add_to_csv(given.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Scaled dot-product attention within each sequence, a tile of scores at a time.
+
+    S = scale Q K^T,   P = exp(S - lse),   O = (P * M) V
+    delta = rowsum(dO * O),   dS = P * ((dO V^T) * M - delta)
+    dQ = scale dS K,   dK = scale dS^T Q,   dV = (P * M)^T dO
+
+Shapes: q, k, v, out and their gradients (T, H, D), or padded (B, N, H, D), whose sequences begin at
+first_columns int32 (B,); any strides with neighbouring D; lse and delta without D, fp32; cu_seqlens
+int32 (B + 1,); block_mask the seven lists of reference/block_mask.py, or none. M is keep / keep
+rate of reference/philox.py. Products in the operands' dtype with fp32 sums (fp32 operands: IEEE
+products, on no tensor core); softmax in fp32 and base 2, so lse and the scale of S carry log2(e).
+One program writes a tile and nobody adds to it: two runs give the same bits.
+Sources: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
+"""
+
+from tinybert_fast.kernels.attention.backward import backward
+from tinybert_fast.kernels.attention.forward import forward
+
+__all__ = ["backward", "forward"]

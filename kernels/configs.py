@@ -1,0 +1,269 @@
+"""Launch settings: tile sizes, warps and pipeline stages of every kernel.
+
+Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16) and not yet by a
+GPU's clock. A file of one's own, which `tinybert-fast bench --tune` writes, goes before these.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from tinybert_fast.kernels.settings import ANY, Key, Setting, Table, own
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+HEADS = (32, 64, 128)
+HALF = (torch.float16, torch.bfloat16)
+
+# kernel -> head -> longest -> setting
+Settings = dict[str, dict[int, dict[int, Setting]]]
+
+
+def _spread(settings: Settings, dtypes: tuple[torch.dtype, ...], *patterns: str) -> Table:
+    """The same for each dtype and pattern, with dropout and without."""
+    return {
+        Key(kernel, head, dtype, dropout, pattern): by_length
+        for kernel, heads in settings.items()
+        for head, by_length in heads.items()
+        for dtype in dtypes
+        for dropout in (False, True)
+        for pattern in patterns
+    }
+
+
+def _everywhere(by_length: dict[int, Setting], *kernels: str) -> Settings:
+    return {kernel: dict.fromkeys(HEADS, by_length) for kernel in kernels}
+
+
+PIPELINED, PLAIN = Setting(64, 64, 4, 2), Setting(64, 64, 4, 1)
+TALL, NARROW, EIGHT = Setting(128, 64, 8, 1), Setting(64, 32, 4, 1), Setting(64, 64, 8, 1)
+NARROW_PIPELINED = NARROW._replace(num_stages=2)
+ONE_TILE = {64: PLAIN, 128: Setting(128, 128, 8, 1)}
+
+
+def _any(settings: dict[int, Setting]) -> dict[int, dict[int, Setting]]:
+    """head -> longest -> setting, for every length."""
+    return {head: {ANY: setting} for head, setting in settings.items()}
+
+
+class Family(NamedTuple):
+    """The settings of one pattern; of the others where they need more registers."""
+
+    all: Settings
+    direction: Settings  # of what differs
+    blocks: Settings  # a tile is no larger than a block; what a list names is not fetched ahead
+
+
+SM_90 = Family(
+    all={
+        "forward": {
+            32: {ANY: PIPELINED},
+            64: {64: PIPELINED, ANY: TALL._replace(num_stages=2)},
+            128: {ANY: TALL._replace(num_stages=2)},
+        },
+        "one_tile": {32: ONE_TILE, 64: ONE_TILE},
+        "dq": _any({32: PIPELINED, 64: PIPELINED, 128: TALL}),
+        "dkdv": _any({32: PIPELINED, 64: PIPELINED, 128: NARROW}),
+    },
+    direction={"dkdv": _any({32: NARROW_PIPELINED, 64: NARROW_PIPELINED})},
+    blocks={
+        "forward": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
+        "dq": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
+        "dkdv": _any({32: NARROW, 64: NARROW, 128: NARROW}),
+    },
+)
+SM_80 = Family(
+    all={
+        "forward": {
+            **SM_90.all["forward"],
+            64: {64: PLAIN, ANY: TALL._replace(num_stages=2)},
+            128: {ANY: TALL},
+        },
+        "one_tile": {32: ONE_TILE, 64: {64: PLAIN}},
+        "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
+        "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
+    },
+    direction={
+        "forward": _any({128: Setting(128, 32, 8, 1)}),
+        "dkdv": _any({32: NARROW_PIPELINED}),
+    },
+    blocks=SM_90.blocks,
+)
+# One stage: with two, ptxas is given 6 times as many instructions for a score.
+SM_100 = Family(
+    all={
+        "forward": {32: {ANY: PLAIN}, 64: {64: PLAIN, ANY: TALL}, 128: {ANY: TALL}},
+        "one_tile": SM_90.all["one_tile"],
+        "dq": _any(dict.fromkeys(HEADS, NARROW)),
+        "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
+    },
+    direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},
+    blocks={
+        "forward": _any({32: PLAIN, 64: NARROW, 128: NARROW}),
+        "dq": _any(dict.fromkeys(HEADS, NARROW)),
+        "dkdv": _any({32: NARROW, 64: NARROW, 128: Setting(32, 64, 8, 1)}),
+    },
+)
+# No tensor core: small tiles keep it out of the stack.
+FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, "forward", "dq", "dkdv")
+FAMILIES: dict[int, Table] = {
+    number: {
+        **_spread(family.all, HALF, "all", "direction"),
+        **_spread(family.direction, HALF, "direction"),
+        **_spread(family.blocks, HALF, "blocks"),
+        **_spread(FP32, (torch.float32,), "all", "direction", "blocks"),
+    }
+    for number, family in ((80, SM_80), (90, SM_90), (100, SM_100))
+}
+# Small, so that short sequences have several blocks.
+SMALL = Setting(32, 32, 1, 1)
+SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}
+DTYPES_INTERPRETED = (torch.float16, torch.float32)
+INTERPRETED_TABLE = {
+    **_spread(
+        _everywhere(SEVERAL, "forward", "dq", "dkdv"), DTYPES_INTERPRETED, "all", "direction"
+    ),
+    **_spread(_everywhere({32: SMALL}, "one_tile"), DTYPES_INTERPRETED, "all", "direction"),
+    **_spread(
+        _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv"),
+        DTYPES_INTERPRETED,
+        "blocks",
+    ),
+}
+
+NARROWEST_PIPELINE = 16  # bytes of a load; narrower ones, copied ahead, would spill
+SMALLEST_DOT = 16  # of tl.dot, each dimension
+
+_forced: list[Table] = []
+
+
+@contextmanager
+def forced(table: Table) -> Iterator[None]:
+    """Inside, launches take their settings from ``table``."""
+    _forced.append(table)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def table(device: torch.device) -> Table:
+    """The settings of a device."""
+    return _forced[-1] if _forced else _table(device)
+
+
+@cache
+def _table(device: torch.device) -> Table:
+    """One's own, then those of the newest family that the device can run."""
+    if INTERPRETED:
+        return INTERPRETED_TABLE
+    major, minor = torch.cuda.get_device_capability(device)
+    newest = max((f for f in FAMILIES if f <= 10 * major + minor), default=min(FAMILIES))
+    return {**FAMILIES[newest], **own(torch.cuda.get_device_name(device))}
+
+
+def head_block(width: int) -> int:
+    """The width of a tile that holds a head: a power of 2."""
+    return max(triton.next_power_of_2(width), SMALLEST_DOT)
+
+
+class Scores(NamedTuple):
+    """What decides the setting of an attention kernel."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int  # of a head
+    longest: int
+    dropout: bool
+    load_bytes: int  # at a time, that the strides allow
+    pattern: str  # as in Key
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        align: int,
+        longest: int,
+        dropout_p: float,
+        direction: str,
+        block_mask: list[torch.Tensor],
+    ) -> "Scores":
+        """For operands like ``q`` whose strides are multiples of ``align``."""
+        pattern = "blocks" if block_mask else "all" if direction == "both" else "direction"
+        load_bytes = align * q.element_size()
+        return cls(q.device, q.dtype, q.shape[-1], longest, dropout_p > 0.0, load_bytes, pattern)
+
+
+def attention(kernel: str, scores: Scores) -> Setting:
+    """The setting of an attention kernel that serves all scores."""
+    setting = attention_if_served(kernel, scores)
+    assert setting is not None, f"{kernel} has no setting for {scores}"
+    return setting
+
+
+def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
+    """The setting of one attention kernel, or None where it does not serve such scores."""
+    head = max(head_block(scores.width), min(HEADS))
+    key = Key(kernel, head, scores.dtype, scores.dropout, scores.pattern)
+    by_length = table(scores.device).get(key, {})
+    setting = next((by_length[n] for n in sorted(by_length) if scores.longest <= n), None)
+    if setting is not None and scores.load_bytes < NARROWEST_PIPELINE:
+        setting = setting._replace(num_stages=1)
+    return setting
+
+
+class RowSetting(NamedTuple):
+    """Rows that a program of a layer-norm kernel holds at a time, as tiles (BLOCK_M, BLOCK_N)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    def launch(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+
+
+# Neighbouring numbers that a thread loads, 16 bytes in half precision, and whose dropout it draws
+# at once (philox.hidden_keep). Widened to fp32, so the dtype does not matter to what follows.
+LOADED = 8
+WARP = 32 * LOADED
+ONE_WARP = 1024  # columns that one warp holds: a row's sums then need no barrier
+COLUMNS_OF_A_WARP = 512  # of wider rows
+# Widths of a tile to choose from, for one warp. A backward keeps sums of its tiles: narrow tiles
+# would cost it registers, as a thread holds as many columns as it has tiles.
+TILE_WIDTHS = {"forward": (64, 128, 256), "backward": (128, 256)}
+NUMBERS_OF_A_THREAD = {"forward": 48, "backward": LOADED}  # of one operand; of one row any number
+MOST_ROWS = 32
+ROWS_INTERPRETED = 4  # so that few rows have several blocks
+PROGRAMS_PER_SM = 8
+PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
+
+
+def rows(kernel: str, columns: int) -> RowSetting:
+    """The setting of one layer-norm kernel for rows of ``columns`` numbers."""
+    whole = triton.next_power_of_2(columns)
+    num_warps = 1 if columns <= ONE_WARP else whole // COLUMNS_OF_A_WARP
+    widths = [num_warps * width for width in TILE_WIDTHS[kernel]]
+    # The least padding; of equals the widest. A row that fits the narrowest is one tile.
+    block_n = min(widths, key=lambda width: (triton.cdiv(columns, width) * width, -width))
+    block_n = max(min(block_n, whole), LOADED)
+    block_m = max(num_warps * WARP // block_n, 1)  # each thread in one row
+    numbers = triton.cdiv(columns, block_n) * LOADED
+    while numbers * 2 <= NUMBERS_OF_A_THREAD[kernel]:
+        block_m, numbers = block_m * 2, numbers * 2
+    block_m = ROWS_INTERPRETED if INTERPRETED else min(block_m, MOST_ROWS)
+    return RowSetting(block_m, block_n, num_warps)
+
+
+@cache
+def row_programs(device: torch.device) -> int:
+    """Programs of a kernel that sums over all rows; also how many partial sums there are."""
+    if INTERPRETED:
+        return PROGRAMS_INTERPRETED
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,127 @@
+"""Machine code of the default kernels: no spill, tensor cores, wide loads.
+
+A few are compiled here, for sm_90; the rows of all are in machine_code.csv, which must be those of
+the kernels as they are.
+"""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinybert_fast.benchmarks import machine_code
+from tinybert_fast.ops.dispatch import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+
+# Instructions per score of the forward at heads of 32.
+LIMIT, LIMIT_WITH_DROPOUT = 22, 34
+
+
+def rows(head, dropout_p, longest):
+    found = machine_code.attention_kernels(90, head, torch.bfloat16, dropout_p, longest)
+    return {one["pass"]: one for one in (machine_code.row(f, 90, torch.bfloat16) for f in found)}
+
+
+@pytest.mark.parametrize("longest", [128, 512], ids=["one_tile", "two_kernels"])
+@pytest.mark.parametrize("head", [32, 64])
+def test_default_settings_compile_well(head, longest):
+    passes = {128: {"forward", "backward, one tile"}}.get(
+        longest, {"forward", "backward, dq", "backward, dk and dv"}
+    )
+    found = rows(head, 0.1, longest)
+    assert found.keys() == passes
+    for one in found.values():
+        assert one["stack_bytes"] == one["spill_bytes"] == 0, one
+        assert one["load_bytes"] == 16, one
+        assert one["tensor_core"] > 0, one
+        assert one["tensor_core_kind"] == "HGMMA", one
+    if head == 32:
+        assert found["forward"]["per_element"] <= LIMIT_WITH_DROPOUT
+
+
+def test_forward_without_dropout():
+    assert rows(32, 0.0, 512)["forward"]["per_element"] <= LIMIT
+
+
+def test_narrow_strides_show():
+    """Heads of 26, as a model without padded heads hands them over: 4 bytes at a time."""
+    assert rows(26, 0.0, 64)["forward"]["load_bytes"] == 4
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """The rows of the kernels as they are, of every architecture."""
+    with (Path(machine_code.__file__).parent / "results/machine_code.csv").open() as file:
+        found = [one for one in csv.DictReader(file) if one["sources"] == machine_code.sources()]
+    assert found, (
+        "kernels/ changed since its machine code was last reported; run: python "
+        "benchmarks/machine_code.py --csv benchmarks/results/machine_code.csv"
+    )
+    return found
+
+
+def test_every_default_is_reported(committed):
+    assert {one["arch"] for one in committed} == {"sm_80", "sm_90", "sm_100"}
+    assert {one["dtype"] for one in committed} == {"float16", "bfloat16"}
+    assert {one["head_dim"] for one in committed} == {"", "26", "32", "64", "128"}
+    assert {one["columns"] for one in committed} == {"", "312", "384", "768", "1024"}
+    passes = {(one["op"], one["pass"]) for one in committed}
+    norms = ("layer_norm", "dropout_add_layer_norm", "embedding_layer_norm")
+    assert passes >= {(op, which) for op in norms for which in ("forward", "backward")}
+    assert passes >= {
+        ("attention", which)
+        for which in ("forward", "backward, one tile", "backward, dq", "backward, dk and dv")
+    }
+
+
+def test_no_default_spills(committed):
+    for one in committed:
+        assert (one["spill_bytes"], one["stack_bytes"]) == ("0", "0"), one
+
+
+def test_attention_has_tensor_cores_and_wide_loads(committed):
+    kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    for one in committed:
+        if one["op"] == "attention":
+            assert int(one["tensor_core"]) > 0, one
+            # A product of 32 columns may take the older instruction beside its family's own.
+            assert kinds[one["arch"]] in one["tensor_core_kind"].split("+"), one
+            assert one["load_bytes"] == ("4" if one["head_dim"] == "26" else "16"), one
+
+
+def test_few_instructions_for_a_score(committed):
+    forward = [
+        one for one in committed
+        if (one["op"], one["pass"], one["head_dim"]) == ("attention", "forward", "32")
+        and (one["direction"], one["mask_side"]) == ("both", "0")
+    ]  # fmt: skip
+    assert {one["arch"] for one in forward} == {"sm_80", "sm_90", "sm_100"}
+    for one in forward:
+        limit = LIMIT_WITH_DROPOUT if one["dropout"] == "True" else LIMIT
+        assert float(one["per_element"]) <= limit, one
+
+
+def test_layer_norms_load_16_bytes(committed):
+    for one in committed:
+        assert one["op"] == "attention" or one["load_bytes"] == "16", one
+
+
+def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):
+    package = tmp_path / "tinybert_fast"
+    monkeypatch.setattr(machine_code, "find_spec", lambda name: Spec(package / "kernels"))
+    monkeypatch.setattr(machine_code.tinybert_fast, "__file__", str(package / "__init__.py"))
+    for folder in ("kernels", "reference"):
+        (package / folder).mkdir(parents=True)
+    (package / "reference/philox.py").write_text("KEY = 1\n")
+    digests = []
+    for code in ('"""A."""\nx = 1\n', '"""B."""\n# why\nx = 1\n', "x = 2\n"):
+        (package / "kernels/one.py").write_text(code)
+        digests.append(machine_code.sources())
+    assert digests[0] == digests[1] != digests[2]
+
+
+class Spec:
+    def __init__(self, folder):
+        self.origin = str(folder / "__init__.py")

@@ -1,0 +1,197 @@
+"""tinybert-fast validate: what is held against fp64, and that a wrong kernel is found."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tinybert_fast.ops import dispatch
+from tinybert_fast.testing import validation
+from tinybert_fast.testing.budgets import Verdict
+from tinybert_fast.testing.checkpoint import validate_checkpoint
+from tinybert_fast.testing.proofs import implementations
+from tinybert_fast.testing.tiny_models import tiny_classifier, tiny_config
+from tinybert_fast.testing.validation import Finding
+from tinybert_fast.tuned import layer_norm as tuned
+
+FP32 = ("--dtype", "fp32")
+
+
+def test_every_op_and_implementation_passes(cli, tmp_path):
+    answer = cli("validate", *FP32, "--json", tmp_path / "found.json")
+    assert answer.code == 0, answer.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["passed"] is True
+    assert {(one["op"], one["impl"]) for one in found["findings"]} == {
+        (op, impl) for op in dispatch.OPS for impl in implementations(op)
+    }
+    assert all(one["tensors"] for one in found["findings"])
+    assert "all within their budgets" in answer.out
+
+
+def test_every_op_has_calls():
+    assert validation.CALLS.keys() == dispatch.OPS.keys()
+
+
+@pytest.mark.parametrize("op", validation.CALLS)
+def test_calls_differ_and_some_have_no_element(op):
+    cases = [make(dtype=torch.float16) for make in validation.CALLS[op]().values()]
+    seen = [
+        (
+            *((tuple(x.shape), x.dtype) for x in case.operands if isinstance(x, torch.Tensor)),
+            *((name, str(getattr(x, "lengths", x))) for name, x in case.options.items()),
+        )
+        for case in cases
+    ]
+    assert len(set(seen)) == len(seen)
+    operands = (x for case in cases for x in case.operands if isinstance(x, torch.Tensor))
+    empty = any(x.numel() == 0 for x in operands)
+    assert empty == (op not in ("hidden_mse", "soft_cross_entropy", "attention_score_mse"))
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_a_wrong_kernel_is_found(pass_, cli, monkeypatch):
+    right = getattr(tuned, pass_)
+
+    def wrong(*operands):
+        first, *others = right(*operands)
+        return (first * (1 + 1e-5), *others)
+
+    monkeypatch.setattr(tuned, pass_, wrong)
+    answer = cli("validate", *FP32, "--op", "layer_norm", "--impl", "torch")
+    assert answer.code == 1
+    assert "FAILED" in answer.out
+    assert ("value: error" if pass_ == "forward" else "dx: error") in answer.out
+
+
+def test_a_kernel_that_raises_is_found_and_others_follow(cli, monkeypatch):
+    def broken(*operands):
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(tuned, "forward", broken)
+    ops = ("--op", "layer_norm", "--op", "soft_cross_entropy")
+    answer = cli("validate", *FP32, "--impl", "torch", *ops)
+    assert answer.code == 1
+    assert "RuntimeError: out of shared memory" in answer.out
+    after = [line for line in answer.out.splitlines() if line.startswith("soft_cross_entropy")]
+    assert after[0].split()[-1] == "ok"
+
+
+def test_an_infinite_budget_holds_nothing():
+    assert not Verdict("value", 1.0, float("inf")).passed
+
+
+def test_nan_is_over_every_budget():
+    worst = Verdict("value", float("nan"), 1.0)
+    finding = Finding("op", "impl", "float32", "call", (Verdict("dx", 0.5, 1.0), worst))
+    assert not finding.passed
+    assert finding.worst is worst
+
+
+def test_dropout_of_torch_is_left_out():
+    found = list(validation.validate(["attention"], dtypes=[torch.float32], impls=["torch"]))
+    assert found
+    assert not any("dropout" in finding.call for finding in found)
+
+
+def test_interpret_sets_the_interpreter(tmp_path):
+    """In a process of its own: it is read when triton is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tinybert_fast.cli", "validate", "--interpret", "--op",
+         "layer_norm", "--impl", "triton", "--json", str(tmp_path / "found.json")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["findings"]
+    assert {(one["impl"], one["dtype"]) for one in found} == {
+        ("triton", "float32"), ("triton", "float16"),
+    }  # fmt: skip
+
+
+def test_a_checkpoint_passes(cli, tmp_path):
+    folder = tiny_classifier(tmp_path / "model")
+    answer = cli("validate", "--model", folder, "--json", tmp_path / "found.json")
+    assert answer.code == 0, answer.out
+    found = json.loads((tmp_path / "found.json").read_text())["findings"]
+    assert {(one["op"], one["impl"], one["dtype"]) for one in found} == {
+        ("BertForSequenceClassification", way, dtype)
+        for way in ("accelerate()", "attention alone")
+        for dtype in ("float32", "bfloat16")
+    }
+    for one in found:
+        names = {tensor["name"] for tensor in one["tensors"]}
+        assert {"logits", "dclassifier.weight", "dbert.embeddings.word_embeddings.weight"} <= names
+
+
+def test_a_wrong_layer_of_a_checkpoint_is_found(monkeypatch):
+    from transformers import BertModel
+
+    monkeypatch.setattr(
+        "tinybert_fast.tuned.bias_gelu.forward", lambda x, bias: torch.relu(x + bias)
+    )
+    torch.manual_seed(0)
+    found = list(validate_checkpoint(BertModel(tiny_config()), dtypes=[torch.float32]))
+    assert [finding.passed for finding in found] == [False, True]
+
+
+def test_a_lost_gradient_is_found(monkeypatch):
+    from transformers import BertModel
+
+    from tinybert_fast.tuned import attention
+
+    right = attention.backward
+    monkeypatch.setattr(
+        attention, "backward", lambda *call: (torch.zeros_like(call[1]), *right(*call)[1:])
+    )
+    torch.manual_seed(0)
+    for finding in validate_checkpoint(BertModel(tiny_config()), dtypes=[torch.float32]):
+        over = [tensor.name for tensor in finding.tensors if not tensor.passed]
+        assert any("query.weight" in name for name in over), (finding, over)
+
+
+def test_code_of_transformers_is_no_proof():
+    """What accelerate() cannot serve runs Transformers' own code."""
+    from transformers import BertModel
+
+    model = BertModel(tiny_config(output_attentions=True, attn_implementation="eager"))
+    found = next(validate_checkpoint(model, dtypes=[torch.float32]))
+    assert "compared with itself" in found.problem
+
+
+def test_refuses_what_it_leaves_alone():
+    from transformers import BertModel
+
+    with pytest.raises(ValueError, match="BertModel is not an encoder of words"):
+        next(validate_checkpoint(BertModel(tiny_config(is_decoder=True))))
+
+
+def test_a_distilbert_has_its_attention_alone():
+    from transformers import DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=50, dim=24, n_layers=2, n_heads=2, hidden_dim=48, max_position_embeddings=40
+    )
+    found = list(validate_checkpoint(DistilBertModel(config), dtypes=[torch.float32]))
+    assert [finding.impl for finding in found] == ["attention alone"]
+    assert found[0].passed, found[0].problem or found[0].worst
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "softmax"], "'softmax' is not one of attention,"),
+        (["--dtype", "fp64"], "--dtype 'fp64' is not one of fp32, fp16, bf16"),
+        (["--impl", "fast"], "--impl 'fast' is not one of auto, triton"),
+        (["--impl", "native"], "native cannot be validated here: "),
+        (["--op", "attention", "--model", "x"], "give one of them"),
+        (["--op", "bias_gelu", "--impl", "reference"], "what the others are held against"),
+        (["--model", "nowhere"], "nowhere is no folder"),
+    ],
+)
+def test_refuses(arguments, message, cli):
+    assert message in cli("validate", *arguments).line

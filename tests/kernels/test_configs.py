@@ -1,0 +1,114 @@
+"""Launch settings: what a call gets, and the file of one's own."""
+
+import json
+
+import pytest
+import torch
+
+from tinybert_fast.kernels import configs, settings
+from tinybert_fast.kernels.settings import ANY, Key, Setting
+from tinybert_fast.ops.block_mask import SIDES
+
+DEVICE = torch.device("cuda")
+CHOSEN = Setting(32, 128, 2, 3)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv(settings.VARIABLE, str(tmp_path / "settings.json"))
+    return tmp_path / "settings.json"
+
+
+def scores(**changes):
+    given = {"device": DEVICE, "dtype": torch.bfloat16, "width": 26, "longest": 128,
+             "dropout": True, "load_bytes": 16, "pattern": "all"}  # fmt: skip
+    return configs.Scores(**{**given, **changes})
+
+
+@pytest.mark.parametrize("family", configs.FAMILIES)
+@pytest.mark.parametrize("dtype", [*configs.HALF, torch.float32])
+@pytest.mark.parametrize("width", [1, 26, 32, 64, 65, 128])
+@pytest.mark.parametrize("longest", [1, 64, 65, 512, 1 << 20])
+@pytest.mark.parametrize("pattern", ["all", "direction", "blocks"])
+def test_every_call_is_served(family, dtype, width, longest, pattern):
+    call = scores(dtype=dtype, width=width, longest=longest, pattern=pattern)
+    with configs.forced(configs.FAMILIES[family]):
+        for kernel in ("forward", "dq", "dkdv"):
+            assert min(configs.attention(kernel, call)[:2]) >= 32
+        one = configs.attention_if_served("one_tile", call)
+    assert one is None or (pattern != "blocks" and one.block_m == one.block_n >= longest)
+
+
+def test_an_entry_is_of_one_kernel_head_dtype_and_dropout():
+    table = {
+        **configs.FAMILIES[90],
+        Key("dq", 32, torch.bfloat16, True): {128: CHOSEN, ANY: Setting(64, 64, 4, 1)},
+    }
+    with configs.forced(table):
+        assert configs.attention("dq", scores()) == CHOSEN
+        for other in (
+            {"longest": 129}, {"dtype": torch.float16}, {"dropout": False}, {"width": 33},
+        ):  # fmt: skip
+            assert configs.attention("dq", scores(**other)) != CHOSEN
+        assert configs.attention("dkdv", scores()) != CHOSEN
+
+
+def test_narrow_loads_have_no_pipeline():
+    with configs.forced(configs.FAMILIES[90]):
+        assert configs.attention("forward", scores()).num_stages == 2
+        assert configs.attention("forward", scores(load_bytes=4)).num_stages == 1
+
+
+def test_a_tile_divides_every_block_of_a_mask():
+    for family in (*configs.FAMILIES.values(), configs.INTERPRETED_TABLE):
+        found = [by for key, by in family.items() if key.pattern == "blocks"]
+        assert found
+        for setting in (setting for by_length in found for setting in by_length.values()):
+            assert all(side % block == 0 for side in SIDES for block in setting[:2])
+
+
+def test_a_file_of_ones_own_goes_first(file):
+    entry = {Key("dq", 32, torch.float16, False): {64: CHOSEN, ANY: Setting(64, 64, 4, 1)},
+             Key("one_tile", 32, torch.float16, False): {}}  # fmt: skip
+    assert settings.own("H100") == {}
+    file.write_text(json.dumps({"H100": settings.entries_of(entry)}))
+    assert settings.own("H100") == entry
+    assert settings.own("another GPU") == {}
+
+
+def test_a_device_has_ones_own_before_its_familys(file, monkeypatch):
+    key = Key("dq", 32, torch.float16, False)
+    file.write_text(json.dumps({"H100": settings.entries_of({key: {ANY: CHOSEN}})}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    found = configs._table.__wrapped__(DEVICE)
+    assert found == {**configs.FAMILIES[90], key: {ANY: CHOSEN}}
+
+
+@pytest.mark.parametrize(
+    ("key", "by_length"),
+    [
+        (Key("dq", 32, torch.float16, True), {64: CHOSEN}),  # longer sequences have none
+        (Key("dq", 32, torch.float16, True), {ANY: Setting(48, 64, 4, 1)}),
+        (Key("forward", 32, torch.float16, True), {ANY: Setting(256, 64, 8, 1)}),
+        (Key("dq", 32, torch.float16, True, "blocks"), {ANY: Setting(128, 64, 8, 1)}),
+        (Key("one_tile", 32, torch.float16, True), {128: Setting(64, 64, 4, 1)}),
+        (Key("one_tile", 32, torch.float16, True, "blocks"), {64: Setting(64, 64, 4, 1)}),
+    ],
+)
+def test_an_entry_that_would_be_wrong_is_refused(key, by_length, file):
+    file.write_text(json.dumps({"H100": settings.entries_of({key: by_length})}))
+    with pytest.raises(ValueError, match=r"settings\.json is no table of launch settings"):
+        settings.own("H100")
+
+
+def test_the_tables_are_such():
+    for family in (*configs.FAMILIES.values(), configs.INTERPRETED_TABLE):
+        assert settings.table_of(settings.entries_of(family)) == family
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"H100": [{"kernel": "dq"}]}', '{"H100": 3}'])
+def test_a_damaged_file_is_refused(text, file):
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"settings\.json is no table of launch settings"):
+        settings.own("H100")

@@ -1,0 +1,78 @@
+"""A boolean attention mask as lists of blocks, for kernels that visit no other.
+
+A mask (N, N) is cut into blocks of ``side`` queries by ``side`` keys. A block is left out if it
+allows nothing, full if it allows every pair of its positions below N, else partial. CSR lists the
+blocks of each row of blocks, CSC those of each column: partial ones first, then full ones, each in
+increasing order, so that sums have one order.
+
+    offsets (M, 2 n + 1)  row r of mask m: partial entries offsets[m, 2 r] up to
+                          offsets[m, 2 r + 1], full ones from there up to offsets[m, 2 r + 2]
+    blocks (E,)           the entry's column of blocks (CSR) or row of blocks (CSC)
+    tiles (E,)            the entry's place in ``cells``, -1 for a full one
+    cells (P, side, side / 32)  a bit for each pair of a partial block: bit (j % 32) of word j // 32
+
+with M masks, n = ceil(N / side), E entries of all masks; everything int32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORD_BITS = 32
+
+
+def block_mask(allowed: Tensor, side: int) -> list[Tensor]:
+    """Bool (M, N, N) -> CSR offsets, blocks, tiles; CSC offsets, blocks, tiles; cells."""
+    size = allowed.shape[1]
+    count = -(-size // side)
+    beyond = (0, count * side - size) * 2
+    inside = _blocks(F.pad(allowed, beyond), side)
+    outside = _blocks(F.pad(torch.ones_like(allowed), beyond), side).logical_not()
+    some = inside.flatten(3).any(3)  # (M, n, n)
+    full = (inside | outside).flatten(3).all(3) & some
+    partial = some & ~full
+    tile = torch.full(partial.shape, -1, device=allowed.device)
+    tile[partial] = torch.arange(int(partial.sum()), device=allowed.device)
+    by_query = _lists(partial, full, tile)
+    by_key = _lists(partial.mT, full.mT, tile.mT)
+    return [*by_query, *by_key, _words(inside[partial])]
+
+
+def allowed_pairs(lists: list[Tensor], size: int) -> Tensor:
+    """The bool (M, N, N) that ``block_mask`` was given."""
+    offsets, blocks, tiles, *_, cells = lists
+    masks, side = offsets.shape[0], cells.shape[1]
+    count = -(-size // side)
+    entries = torch.arange(len(blocks), device=blocks.device)
+    segment = torch.searchsorted(offsets.flatten(), entries.int(), right=True) - 1
+    mask, row = segment // offsets.shape[1], segment % offsets.shape[1] // 2
+    bit = torch.arange(WORD_BITS, device=cells.device)
+    pairs = ((cells[..., None] >> bit) & 1).bool().flatten(2)  # (P, side, side)
+    whole = torch.ones(1, side, side, dtype=torch.bool, device=cells.device)
+    out = torch.zeros(masks, count, count, side, side, dtype=torch.bool, device=cells.device)
+    out[mask, row, blocks.long()] = torch.cat([pairs, whole])[tiles.long()]  # -1 is the last
+    return out.transpose(2, 3).reshape(masks, count * side, count * side)[:, :size, :size]
+
+
+def _blocks(x: Tensor, side: int) -> Tensor:
+    """(M, n side, n side) -> (M, n, n, side, side)."""
+    count = x.shape[1] // side
+    return x.unflatten(2, (count, side)).unflatten(1, (count, side)).transpose(2, 3)
+
+
+def _lists(partial: Tensor, full: Tensor, tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kinds = torch.stack([partial, full], 2)  # (M, n, 2, n)
+    mask, row, _, block = kinds.nonzero(as_tuple=True)
+    stops = kinds.sum(3).flatten().cumsum(0).view(len(kinds), -1)  # (M, 2 n)
+    starts = F.pad(stops[:-1, -1:], (0, 0, 1, 0))  # (M, 1): where the mask before ends
+    offsets = torch.cat([starts, stops], 1)
+    return offsets.int(), block.int(), tile[mask, row, block].int()
+
+
+def _words(pairs: Tensor) -> Tensor:
+    """Bool (P, side, side) -> int32 (P, side, side / 32)."""
+    bit = torch.arange(WORD_BITS, device=pairs.device)
+    words = (pairs.unflatten(2, (-1, WORD_BITS)).long() << bit).sum(3)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()

@@ -1,0 +1,218 @@
+"""What `tinybert-fast validate` holds against fp64: every op, implementation and dtype here.
+
+The shapes are TinyBERT's and BERT-base's, and the lengths at which kernels branch: one token, below
+and beyond a tile, a whole tile, several, none at all. Budgets are those of ``testing/budgets.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tinybert_fast.ops import BlockMask, dispatch
+from tinybert_fast.ops.block_mask import SIDES
+from tinybert_fast.testing import operands
+from tinybert_fast.testing.budgets import Verdict, verdicts
+from tinybert_fast.testing.operands import DTYPES, Case
+from tinybert_fast.testing.proofs import implementations, serves
+
+# What distinguishes a call -> its case, by dtype= and device=.
+Calls = dict[str, Callable[..., Case]]
+
+DROPOUT = 0.1
+MIXED = (0, 1, 2, 31, 127, 128, 129)
+# Width of a head -> lengths of its calls. Each bucket of kernels/configs.py is there for each width
+# of a tile; the interpreter, which is slow, has other tiles.
+ATTENTION = dict.fromkeys(
+    (26, 32, 64, 128), ((5, 32), (1, 2, 64), (0, 31, 127, 128), (*MIXED, 512))
+)
+ATTENTION_INTERPRETED = {
+    26: ((5, 32), MIXED),
+    32: ((2, 31, 129), (512,)),
+    64: ((1, 31, 128),),
+    128: ((5, 32), (31, 65)),
+}
+ROWS = ((0, 312), (1, 312), (131, 312), (33, 384), (1, 768), (33, 768))  # of a layer norm
+HIDDEN = (312, 384, 768)  # TinyBERT-4, MiniLM, BERT-base
+MASKED = 256  # tokens under a block mask
+# Roundings beside the usual: attention's dS = P (dP - rowsum(P dP)) is a difference of larger
+# numbers, and hidden_mse's loss one number of 100,000 squares of sums.
+SLACK = {"attention": 4, "hidden_mse": 2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One call of one implementation: each tensor beside its budget, or why there is none."""
+
+    op: str
+    impl: str
+    dtype: str
+    call: str
+    tensors: tuple[Verdict, ...] = ()
+    problem: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        impl: str,
+        dtype: torch.dtype,
+        call: str,
+        hold: Callable[[], Collection[Verdict]],
+    ) -> Finding:
+        """What ``hold()`` finds. If it raises, that is the problem, and others can follow."""
+        finding = partial(cls, op, impl, str(dtype).removeprefix("torch."), call)
+        try:
+            return finding(tuple(hold()))
+        except Exception as error:  # noqa: BLE001  whatever a kernel or its compiler raises
+            return finding(problem=f"{type(error).__name__}: {error}")
+
+    @property
+    def passed(self) -> bool:
+        return self.problem is None and all(tensor.passed for tensor in self.tensors)
+
+    @property
+    def worst(self) -> Verdict | None:
+        """The tensor that uses most of its budget."""
+        return max(self.tensors, key=lambda tensor: tensor.share, default=None)
+
+
+def validate(
+    ops: Collection[str] = (),
+    device: torch.device | str = "cpu",
+    dtypes: Collection[torch.dtype] = DTYPES,
+    impls: Collection[str] = dispatch.FASTEST_FIRST,
+) -> Iterator[Finding]:
+    """A finding per op, implementation, dtype and call, as they are made.
+
+    ``torch`` draws other cells than the reference, so it is held against it without dropout alone.
+
+    Raises:
+        ValueError: an op that does not exist.
+    """
+    unknown = sorted(set(ops) - set(CALLS))
+    if unknown:
+        raise ValueError(f"op {unknown[0]!r} is not one of {', '.join(sorted(CALLS))}")
+    for op in sorted(ops or CALLS):
+        for impl in implementations(op):
+            for dtype in dtypes:
+                if impl in impls and serves(op, impl, dtype, device):
+                    for label, make in CALLS[op]().items():
+                        case = make(dtype=dtype, device=device)
+                        if impl != "torch" or "dropout_p" not in case.options:
+                            hold = partial(verdicts, case, impl, SLACK.get(op, 1))
+                            yield Finding.of(op, impl, case.dtype, label, hold)
+
+
+def _dropped(calls: Calls) -> Calls:
+    """The calls, and each with dropout."""
+    dropping = {
+        f"{label}, dropout {DROPOUT}": partial(make, dropout_p=DROPOUT)
+        for label, make in calls.items()
+    }
+    return {**calls, **dropping}
+
+
+def _attention() -> Calls:
+    widths = ATTENTION_INTERPRETED if dispatch.INTERPRETED else ATTENTION
+    calls: Calls = {
+        f"heads of {width}, lengths {_list(lengths)}": partial(
+            operands.attention, lengths, 1, width
+        )
+        for width, by_width in widths.items()
+        for lengths in by_width
+    }
+    for direction, lengths in itertools.product(("causal", "anti_causal"), ((5, 32), (31, 129))):
+        calls[f"heads of 26, {direction}, lengths {_list(lengths)}"] = partial(
+            operands.attention, lengths, 1, 26, direction=direction
+        )
+    calls["2 heads of 26, padded on the left, lengths 31 0 65"] = partial(
+        operands.padded_attention, (31, 0, 65), 2, 26
+    )
+    for side in SIDES:
+        calls[f"heads of 64, mask of blocks of {side}, lengths {MASKED} 31"] = partial(
+            _masked_attention, side
+        )
+    calls["no token"] = partial(operands.attention, (0, 0), 2, 26)
+    return _dropped(calls)
+
+
+def _masked_attention(side: int, device: torch.device | str = "cpu", **options) -> Case:
+    """A window of keys, a block of queries without any, and queries without any between others."""
+    place = torch.arange(MASKED, device=device)
+    allowed = (place[:, None] - place).abs() < 96
+    allowed[64:128] = False
+    allowed[140::7] = False
+    mask = BlockMask.from_dense(allowed, side)
+    return operands.attention((MASKED, 31), 1, 64, device=device, block_mask=mask, **options)
+
+
+def _list(lengths: tuple[int, ...]) -> str:
+    return " ".join(map(str, lengths))
+
+
+def _rows(factory: Callable[..., Case]) -> Calls:
+    return {f"{rows} x {columns}": partial(factory, (rows, columns)) for rows, columns in ROWS}
+
+
+def _dropout_add_layer_norm() -> Calls:
+    calls = _rows(operands.dropout_add_layer_norm)
+    return _dropped({**calls, "131 x 312 beside an fp32 residual": _narrow_branch})
+
+
+def _narrow_branch(dtype: torch.dtype = torch.float32, **options) -> Case:
+    """As autocast has it: the linear's output narrow, residual and parameters in fp32."""
+    return operands.dropout_add_layer_norm((131, 312), **options).narrowed("x", dtype=dtype)
+
+
+def _embedding_layer_norm() -> Calls:
+    return _dropped(
+        {
+            f"{tokens} tokens of {columns}": partial(operands.embedding_layer_norm, tokens, columns)
+            for tokens, columns in ROWS
+        }
+    )
+
+
+def _attention_score_mse() -> Calls:
+    return {
+        f"heads of {width} against {teacher}, lengths {_list(MIXED)}": partial(
+            operands.attention_score_mse, MIXED, 2, width, teacher
+        )
+        for width, teacher in ((26, 64), (32, 32), (64, 64))
+    }
+
+
+def _linear_cross_entropy() -> Calls:
+    return {
+        f"{labelled} of 131 rows of {columns}, 1,009 words": partial(
+            operands.linear_cross_entropy, 131, labelled, columns, 1009
+        )
+        for columns in (312, 768)
+        for labelled in (0, 20)
+    }
+
+
+CALLS: dict[str, Callable[[], Calls]] = {
+    "attention": _attention,
+    "attention_score_mse": _attention_score_mse,
+    "bias_gelu": lambda: {
+        f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))
+        for rows, columns in ((0, 1200), (131, 1200), (131, 3072))  # of TinyBERT-4 and BERT-base
+    },
+    "dropout_add_layer_norm": _dropout_add_layer_norm,
+    "embedding_layer_norm": _embedding_layer_norm,
+    "hidden_mse": lambda: {
+        f"131 x {columns} against 768": partial(operands.hidden_mse, (131,), columns)
+        for columns in HIDDEN
+    },
+    "layer_norm": lambda: _rows(operands.layer_norm),
+    "linear_cross_entropy": _linear_cross_entropy,
+    "soft_cross_entropy": lambda: {
+        f"32 x {classes}": partial(operands.soft_cross_entropy, 32, classes) for classes in (2, 30)
+    },
+}
