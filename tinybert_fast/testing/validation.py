@@ -32,8 +32,8 @@ ATTENTION = dict.fromkeys(
 )
 ATTENTION_INTERPRETED = {
     26: ((5, 32), MIXED),
-    32: ((2, 31, 129), (512,)),
-    64: ((1, 31, 128),),
+    32: ((2, 31, 65), (512,)),
+    64: ((1, 31, 97),),
     128: ((5, 32), (31, 65)),
 }
 ROWS = ((0, 312), (1, 312), (131, 312), (33, 384), (1, 768), (33, 768))  # of a layer norm
@@ -126,7 +126,8 @@ def _attention() -> Calls:
         for width, by_width in widths.items()
         for lengths in by_width
     }
-    for direction, lengths in itertools.product(("causal", "anti_causal"), ((5, 32), (31, 129))):
+    several = (31, 65 if dispatch.INTERPRETED else 129)  # tiles
+    for direction, lengths in itertools.product(("causal", "anti_causal"), ((5, 32), several)):
         calls[f"heads of 26, {direction}, lengths {_list(lengths)}"] = partial(
             operands.attention, lengths, 1, 26, direction=direction
         )
