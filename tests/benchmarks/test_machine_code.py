@@ -45,6 +45,12 @@ def test_forward_without_dropout():
     assert rows(32, 0.0, 512)["forward"]["per_element"] <= LIMIT
 
 
+def test_a_rate_whose_threshold_is_1_compiles():
+    """Triton takes an argument of 1 for a constant, which has no type; the interpreter does not."""
+    assert machine_code.attention_kernels(90, 32, torch.bfloat16, 0.005, 64)
+    assert machine_code.layer_norm_kernels(90, 312, torch.bfloat16, 0.005)
+
+
 def test_narrow_strides_show():
     """Heads of 26, as a model without padded heads hands them over: 4 bytes at a time."""
     assert rows(26, 0.0, 64)["forward"]["load_bytes"] == 4

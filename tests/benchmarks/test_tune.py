@@ -65,6 +65,11 @@ def test_the_fastest_of_each_kernel_is_chosen():
             assert all(setting.block_m == up_to for up_to, setting in one_tile.items())
 
 
+def test_nothing_is_chosen_where_nothing_runs():
+    with pytest.raises(tune.Invalid, match="forward of heads of 32 runs with no setting"):
+        tune.tune([32], BASE, lambda *call: float("inf"), lambda _: None)
+
+
 def test_one_tile_is_left_out_where_two_kernels_are_faster():
     found = tune.tune([32], start(), clock_of(1e9), lambda _: None)
     assert found[Key("one_tile", 32, torch.float16, True)] == {}

@@ -37,3 +37,9 @@ def test_int64_where_a_tile_may_start_and_int32_inside(shape, strides, fits):
 )
 def test_numbers_that_can_be_loaded_at_a_time(strides, numbers):
     assert alignment(meta((8, 12, strides[1]), strides)) == numbers
+
+
+def test_a_slice_that_begins_between_two_loads():
+    store = torch.zeros(8 * 12 * 32 + 4, dtype=torch.float16)
+    assert alignment(store[:-4].view(8, 12, 32)) == 16
+    assert alignment(store[4:].view(8, 12, 32)) == 4

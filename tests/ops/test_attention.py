@@ -342,7 +342,7 @@ def test_refuses():
     refuses("float32 on cpu, torch.float64 on cpu", q, k.double(), v, layout=layout)
     refuses("need layout=", q, k, v)
     there = ops.SequenceLayout.from_lengths((2, 3), device="meta")
-    refuses("the layout is on meta, q on cpu", q, k, v, layout=there)
+    refuses("layout is on meta, the first operand on cpu", q, k, v, layout=there)
     nowhere = torch.zeros(2, dtype=torch.int64, device="meta")
     refuses("seed is on meta", q, k, v, layout=layout, dropout_p=0.1, seed=nowhere)
     refuses("float32 on cpu, torch.float32 on meta", q, k.to("meta"), v, layout=layout)

@@ -175,8 +175,8 @@ def test_refuses_mixed_devices_and_fp64_beside_fp32():
         with pytest.raises(ValueError, match=match):
             ops.dropout_add_layer_norm(*operands, **options)
 
-    refuses("residual on meta", x, None, residual.to("meta"), weight, ln_bias)
-    refuses("weight on meta", x, None, residual, weight.to("meta"), ln_bias)
+    refuses("residual is on meta", x, None, residual.to("meta"), weight, ln_bias)
+    refuses("weight is on meta", x, None, residual, weight.to("meta"), ln_bias)
     there = ops.SequenceLayout.from_lengths((len(x),), device="meta")
-    refuses("layout on meta", x, None, residual, weight, ln_bias, layout=there)
+    refuses("layout is on meta", x, None, residual, weight, ln_bias, layout=there)
     assert "an operand is float64" in LIMITS.triton.refuses(double=True)

@@ -15,6 +15,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    check_devices,
     check_dropout,
     choose,
     define,
@@ -208,11 +209,7 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
             raise ValueError(
                 f"attention: the layout describes leading sizes {expected}; got {shapes()}"
             )
-    if layout is not None and layout.cu_seqlens.device != q.device:
-        raise ValueError(
-            f"attention: the layout is on {layout.cu_seqlens.device}, q on {q.device}; build it "
-            "from a mask on the same device"
-        )
+        check_devices("attention", q.device, layout=layout.cu_seqlens)
     if direction not in DIRECTIONS:
         raise ValueError(f"attention: direction={direction!r} is not one of {DIRECTIONS}")
     if block_mask is not None:

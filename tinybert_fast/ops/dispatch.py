@@ -259,5 +259,13 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.
         raise ValueError(
             f"{op}: dropout_p={dropout_p} needs seed, an int64 tensor of shape (2,); got {got}"
         )
-    if seed.device != device:
-        raise ValueError(f"{op}: seed is on {seed.device}, the operands on {device}: move it there")
+    check_devices(op, device, seed=seed)
+
+
+def check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """ValueError unless every tensor given is on ``device``, that of the first operand."""
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {x.device}, the first operand on {device}; move one of them"
+            )

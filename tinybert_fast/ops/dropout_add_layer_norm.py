@@ -12,6 +12,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    check_devices,
     check_dropout,
     choose,
     define,
@@ -20,7 +21,6 @@ from tinybert_fast.ops.dispatch import (
 )
 from tinybert_fast.ops.layer_norm import (
     any_double,
-    check_alike,
     check_columns,
     refuses_columns,
     statistic,
@@ -152,7 +152,7 @@ def dropout_add_layer_norm(
             f"dropout_add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must "
             "have one shape"
         )
-    check_alike("dropout_add_layer_norm", x, residual=residual)
+    check_devices("dropout_add_layer_norm", x.device, residual=residual)
     check_columns("dropout_add_layer_norm", x, bias=bias, weight=weight, ln_bias=ln_bias)
     check_dropout("dropout_add_layer_norm", dropout_p, seed, x.device)
     rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
@@ -177,7 +177,7 @@ def token_places(op: str, x: Tensor, layout: SequenceLayout | None) -> tuple[Ten
             raise ValueError(
                 f"{op}: with a layout x is packed ({layout.total}, C); got {tuple(x.shape)}"
             )
-        check_alike(op, x, layout=layout.sequences)
+        check_devices(op, x.device, layout=layout.sequences)
         return layout.sequences, layout.positions
     batch, width = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[:-1].numel())
     row = torch.arange(batch * width, device=x.device, dtype=torch.int32)

@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    check_devices,
     check_dropout,
     choose,
     define,
@@ -23,7 +24,6 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.ops.dropout_add_layer_norm import PLACE, kept_cells, token_places
 from tinybert_fast.ops.layer_norm import (
     any_double,
-    check_alike,
     check_columns,
     refuses_columns,
     statistic,
@@ -175,8 +175,8 @@ def embedding_layer_norm(
             "embedding_layer_norm: ids must be int32 or int64; got "
             f"{', '.join(str(i.dtype) for i in ids)}"
         )
-    check_alike(
-        "embedding_layer_norm", word, position=position, token_type=token_type,
+    check_devices(
+        "embedding_layer_norm", word.device, position=position, token_type=token_type,
         input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids,
     )  # fmt: skip
     if len({table.shape[1] for table in (word, position, token_type)}) > 1:
@@ -192,6 +192,8 @@ def embedding_layer_norm(
     check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
     check_dropout("embedding_layer_norm", dropout_p, seed, word.device)
     sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)
+    # A row may be further into its table than int32 counts.
+    ids = (input_ids.long(), position_ids.long(), token_type_ids.long())
     padding = -1 if padding_idx is None else padding_idx
     tables = (word, position, token_type, weight, bias)
     if impls[0] == "reference":

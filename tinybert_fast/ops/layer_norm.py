@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    check_devices,
     choose,
     define,
     reference_gradient,
@@ -100,16 +101,6 @@ def layer_norm(
     return _LayerNorm.apply(rows, weight, bias, eps, impls).view(x.shape)
 
 
-def check_alike(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """ValueError unless every tensor given is on x's device."""
-    for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(
-                f"{op}: all tensors must be on one device; got {name} on {other.device}, "
-                f"the first operand on {x.device}"
-            )
-
-
 def any_double(*operands: Tensor | None) -> bool:
     """Whether one is fp64, which no kernel computes in."""
     return any(x is not None and x.dtype == torch.float64 for x in operands)
@@ -117,7 +108,7 @@ def any_double(*operands: Tensor | None) -> bool:
 
 def check_columns(op: str, x: Tensor, **vectors: Tensor | None) -> None:
     """ValueError unless every vector given is (C,) for x (..., C), and on its device."""
-    check_alike(op, x, **vectors)
+    check_devices(op, x.device, **vectors)
     for name, vector in vectors.items():
         if vector is not None and vector.shape != x.shape[-1:]:
             raise ValueError(

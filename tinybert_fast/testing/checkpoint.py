@@ -58,19 +58,26 @@ def validate_checkpoint(
     for dtype in dtypes:
         low = _results(copy.deepcopy(model).to(dtype), inputs, dtype)
         exact = _results(copy.deepcopy(model).double(), inputs, dtype)
-
-        def hold(change: Callable[[Any], Any], dtype=dtype, low=low, exact=exact) -> list[Verdict]:
-            ours = copy.deepcopy(model).to(dtype)
-            change(ours)
-            with OwnCalls() as calls:
-                actual = _results(ours, inputs, dtype)
-            if calls.count == 0:
-                raise AssertionError("Transformers' own code ran, and was compared with itself")
-            return compare(actual, low, exact, SLACK * rounding(dtype), _layer_of)
-
         for way, change in ways.items():
             about = (type(model).__name__, way, dtype, f"lengths {lengths}")
-            yield Finding.of(*about, partial(hold, change))
+            ours = copy.deepcopy(model).to(dtype)
+            yield Finding.of(*about, partial(_hold, ours, change, inputs, dtype, low, exact))
+
+
+def _hold(
+    ours: Any,
+    change: Callable[[Any], Any],
+    inputs: dict[str, Tensor],
+    dtype: torch.dtype,
+    low: dict[str, Tensor],
+    exact: dict[str, Tensor],
+) -> list[Verdict]:
+    change(ours)
+    with OwnCalls() as calls:
+        actual = _results(ours, inputs, dtype)
+    if calls.count == 0:
+        raise AssertionError("Transformers' own code ran, and was compared with itself")
+    return compare(actual, low, exact, SLACK * rounding(dtype), _layer_of)
 
 
 def _layer_of(name: str) -> str:

@@ -159,37 +159,26 @@ def attention(
     heads: int = 2,
     width: int = 26,
     *,
+    padded: bool = False,
     dropout_p: float = 0.0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Case:
-    """q, k, v packed (T, H, D)."""
+    """q, k, v packed (T, H, D); or padded on the left, (B, N, H, D), with the strides that
+    Transformers hands over: views of (B, H, N, D).
+    """
     layout = SequenceLayout.from_lengths(lengths, device=device)
-    shape = (layout.total, heads, width)
+    shape: tuple[int, ...] = (layout.total, heads, width)
+    if padded:
+        columns = torch.arange(layout.width, 0, -1, device=device)
+        layout = SequenceLayout.from_mask(columns <= torch.tensor(lengths, device=device)[:, None])
+        shape = (len(lengths), heads, layout.width, width)
+    operands = leaves(shape, shape, shape, dtype=dtype, device=device)
+    if padded:
+        operands = tuple(x.detach().transpose(1, 2).requires_grad_() for x in operands)
     options = {"layout": layout, **dropout(dropout_p, device=device), **options}
-    return Case(ops.attention, leaves(shape, shape, shape, dtype=dtype, device=device), options)
-
-
-def padded_attention(
-    lengths: tuple[int, ...] = LENGTHS["ragged"],
-    heads: int = 2,
-    width: int = 26,
-    *,
-    dropout_p: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> Case:
-    """q, k, v (B, N, H, D), padded on the left, as views of (B, H, N, D): Transformers' strides."""
-    columns = torch.arange(max(lengths, default=0), device=device)
-    starts = len(columns) - torch.tensor(lengths, device=device)
-    layout = SequenceLayout.from_mask(columns >= starts[:, None])
-    shape = (len(lengths), heads, len(columns), width)
-    whole = leaves(shape, shape, shape, dtype=dtype, device=device)
-    options = {"layout": layout, **dropout(dropout_p, device=device), **options}
-    views = tuple(x.detach().transpose(1, 2).requires_grad_() for x in whole)
-    return Case(ops.attention, views, options)
+    return Case(ops.attention, operands, options)
 
 
 def attention_score_mse(

@@ -132,7 +132,7 @@ def _attention() -> Calls:
             operands.attention, lengths, 1, 26, direction=direction
         )
     calls["2 heads of 26, padded on the left, lengths 31 0 65"] = partial(
-        operands.padded_attention, (31, 0, 65), 2, 26
+        operands.attention, (31, 0, 65), 2, 26, padded=True
     )
     for side in SIDES:
         calls[f"heads of 64, mask of blocks of {side}, lengths {MASKED} 31"] = partial(

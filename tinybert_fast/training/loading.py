@@ -1,7 +1,7 @@
 """Tokenizers and classification models from a folder, with errors that say what is wrong."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,13 +64,7 @@ def load_classifier(path: str | Path, task: Task | None = None):
         for name, _ in model.named_parameters()
         if not name.startswith(f"{model.base_model_prefix}.")
     )
-    # A pooler may be missing: encoders trained with the MLM loss alone have none.
-    lost = sorted(name for name in new if name not in head and ".pooler." not in name)
-    if lost:
-        raise ValueError(
-            f"{path} does not hold the weights its config.json asks for: "
-            f"{len(lost)} are missing or have another shape, {lost[0]} among them"
-        )
+    _refuse_lost(path, (name for name in new if name not in head))
     if new and task is None:
         raise ValueError(f"{path} has no trained classification head; fine-tune it first")
     return model
@@ -79,12 +73,7 @@ def load_classifier(path: str | Path, task: Task | None = None):
 def load_encoder(path: str | Path):
     """AutoModel: the encoder alone, whatever heads were saved with it. A pooler may be missing."""
     model, info = _load(AutoModel, path, output_loading_info=True, dtype=torch.float32)
-    lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    if lost:
-        raise ValueError(
-            f"{path} does not hold the weights its config.json asks for: "
-            f"{len(lost)} are missing, {lost[0]} among them"
-        )
+    _refuse_lost(path, info["missing_keys"])
     return model
 
 
@@ -96,13 +85,20 @@ def load_saved(path: str | Path):
     model, info = _load(
         getattr(transformers, name), path, output_loading_info=True, dtype=torch.float32
     )
-    lost = sorted(key for key in info["missing_keys"] if "pooler." not in key)
+    _refuse_lost(path, info["missing_keys"])
+    return model
+
+
+def _refuse_lost(path: str | Path, names: Iterable[str]) -> None:
+    """ValueError for weights that new ones would stand in for. A pooler may be among them: encoders
+    trained with the MLM loss alone have none.
+    """
+    lost = sorted(name for name in names if "pooler" not in name.split("."))
     if lost:
         raise ValueError(
             f"{path} does not hold the weights its config.json asks for: "
-            f"{len(lost)} are missing, {lost[0]} among them"
+            f"{len(lost)} are missing or have another shape, {lost[0]} among them"
         )
-    return model
 
 
 def _load(auto, path: str | Path, **options):
