@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tinybert_fast.cli import options, output
+from tinybert_fast.cli.allocator import keep_freed_memory
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
@@ -68,6 +69,7 @@ def demo(
     it, first in general on unlabelled sentences, then the task (with --full on unlabelled sentences
     as well); the same student without a teacher stands beside it.
     """
+    keep_freed_memory()
     import torch
 
     from tinybert_fast.benchmarks.hardware import facts, has_bf16

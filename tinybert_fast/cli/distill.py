@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tinybert_fast.cli import options, output
+from tinybert_fast.cli.allocator import keep_freed_memory
 from tinybert_fast.cli.options import HOW, TRAINING
 
 GENERAL = "General distillation (with --corpus)"
@@ -194,6 +195,7 @@ def distill(
     given = _given(context, BOTH, TRAINING, HOW, GENERAL if corpus else TASK)
     for name in ("student", "corpus", "train", "dev", "json_file"):
         given.pop(name, None)
+    keep_freed_memory()
     from tinybert_fast.training import recipes
 
     if corpus:

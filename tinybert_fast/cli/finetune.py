@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tinybert_fast.cli import options, output
+from tinybert_fast.cli.allocator import keep_freed_memory
 from tinybert_fast.cli.options import DATA, TRAINING
 
 EPILOG = (
@@ -68,6 +69,7 @@ def finetune(
     json_file: options.Json = None,
 ) -> None:
     """Train a classifier or a regression for sentences or sentence pairs (a teacher, say)."""
+    keep_freed_memory()
     from tinybert_fast.training.finetune import finetune as run
 
     metrics = run(

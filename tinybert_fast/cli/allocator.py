@@ -1,0 +1,21 @@
+"""How a training command's process allocates host memory."""
+
+import ctypes
+import os
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+NEVER, NONE = -1, 0
+
+
+def keep_freed_memory() -> None:
+    """Freed memory stays in the process and large tensors get huge pages; before torch allocates.
+
+    glibc returns each large block to the kernel, which hands out zeroed pages again at the next
+    step, one fault for 4 KiB. Without that a step of TinyBERT-4L-312 (bf16, 32 short sentences, a
+    2-core AMD EPYC guest) took 177 ms instead of 217. Elsewhere than on glibc only torch is told.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, NONE)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
