@@ -2,11 +2,11 @@
 //
 // Query i may attend to key j of mask m where
 //
-//     (window: |i - j| <= window)  or  (global: i or j is one)  or  (random: its block was drawn)
+//     |i - j| <= window,  or their blocks are at most window_blocks apart,  or i or j is global,
+//     or their block was drawn at random;
 //     and both are in one document  and both are below the length of m  and dense[m, i, j]
 //
-// The three of the first line are left out together by `everything`; a null pointer leaves out its
-// condition. The lists are those of reference/block_mask.py.
+// `everything` stands for the first two lines; a null pointer leaves out its condition. The lists are those of reference/block_mask.py.
 #pragma once
 
 #include "philox.h"
@@ -20,6 +20,7 @@ struct Pattern {
   int64_t size, masks, side;  // N, M, positions of a block
   bool everything;
   int64_t window;                // tokens to either side; -1: none
+  int64_t window_blocks;         // blocks to either side; -1: none
   const uint8_t* global;         // (N,)
   int64_t random_blocks;         // of each row of blocks
   uint64_t seed;
@@ -41,8 +42,9 @@ TBF_HD uint32_t bits(int64_t from, int64_t to, int64_t base) {  // j - base for 
 
 // Whether random blocks may be drawn from key block c for query block r: no other rule meets it.
 TBF_HD bool open_block(const Pattern& pattern, int64_t r, int64_t c) {
-  const int64_t apart = r == c ? 0 : ((r > c ? r - c : c - r) - 1) * pattern.side + 1;
-  if (apart <= pattern.window) return false;
+  const int64_t blocks = r > c ? r - c : c - r;
+  const int64_t tokens = blocks == 0 ? 0 : (blocks - 1) * pattern.side + 1;
+  if (tokens <= pattern.window || blocks <= pattern.window_blocks) return false;
   if (!pattern.global) return true;
   const int64_t stop = (c + 1) * pattern.side;
   for (int64_t j = c * pattern.side; j < (stop < pattern.size ? stop : pattern.size); ++j) {
@@ -74,6 +76,8 @@ TBF_HD uint32_t allowed_word(const Pattern& pattern, int64_t m, int64_t i, int64
   const int64_t length = pattern.lengths ? pattern.lengths[m] : size;
   if (i >= length) return 0;
   uint32_t word = pattern.everything || drawn ? ~0u : 0;
+  const int64_t apart = i / pattern.side - base / pattern.side;
+  if (apart <= pattern.window_blocks && -apart <= pattern.window_blocks) word = ~0u;
   if (pattern.window >= 0) word |= bits(i - pattern.window, i + pattern.window + 1, base);
   if (pattern.global && word != ~0u) {
     if (pattern.global[i]) word = ~0u;
@@ -147,6 +151,7 @@ TBF_HD void fill_lists(Team& team, const Pattern& pattern, const PatternLists& l
   int32_t* const offsets = by_row ? lists.row_offsets : lists.column_offsets;
   int32_t* const blocks = by_row ? lists.row_blocks : lists.column_blocks;
   int32_t* const tiles = by_row ? lists.row_tiles : lists.column_tiles;
+  team.each(pattern.masks, [&](int64_t m) { offsets[m * (2 * n + 1) + 2 * n] = 0; });  // if n is 0
   auto place = [&](int64_t segment, int64_t other) {
     const int64_t m = segment / (2 * n), own = segment / 2 % n;
     return (m * n + (by_row ? own : other)) * n + (by_row ? other : own);

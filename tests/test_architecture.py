@@ -41,12 +41,14 @@ OPS = {
     "attention",
     "attention_score_mse",
     "bias_gelu",
+    "block_mask",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
     "hidden_mse",
     "layer_norm",
     "linear_cross_entropy",
     "mlm_mask",
+    "sequence_layout",
     "soft_cross_entropy",
 }
 

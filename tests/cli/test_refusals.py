@@ -213,7 +213,6 @@ def test_general_or_task(cli, files, out, more, words):
         ("--batch-size", 0), ("--epochs", 0), ("--seed", -1), ("--select-by", "bleu"),
         ("--kind", "ranking"), ("--impl", "cuda"), ("--max-length", 1), ("--accumulation", 0),
         ("--eval-steps", 0), ("--lr", -1), ("--lr", "nan"), ("--weight-decay", -1),
-        ("--impl", "native"),
     ],
 )  # fmt: skip
 def test_values_without_a_meaning(cli, files, out, option, value):

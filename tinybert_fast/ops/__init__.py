@@ -4,7 +4,7 @@ from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.attention import attention
 from tinybert_fast.ops.attention_score_mse import attention_score_mse
 from tinybert_fast.ops.bias_gelu import bias_gelu
-from tinybert_fast.ops.block_mask import BlockMask
+from tinybert_fast.ops.block_mask import BlockMask, BlockPattern
 from tinybert_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from tinybert_fast.ops.embedding_layer_norm import embedding_layer_norm
 from tinybert_fast.ops.hidden_mse import hidden_mse
@@ -12,12 +12,14 @@ from tinybert_fast.ops.layer_norm import layer_norm
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.linear_cross_entropy import linear_cross_entropy
 from tinybert_fast.ops.mlm_mask import MaskedTokens, MaskingRule, mlm_mask
+from tinybert_fast.ops.sequence_layout import sequence_layout
 from tinybert_fast.ops.soft_cross_entropy import soft_cross_entropy
 
 dispatch.check_environment()
 
 __all__ = [
     "BlockMask",
+    "BlockPattern",
     "MaskedTokens",
     "MaskingRule",
     "SequenceLayout",
@@ -30,5 +32,6 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mlm_mask",
+    "sequence_layout",
     "soft_cross_entropy",
 ]

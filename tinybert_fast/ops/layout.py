@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tinybert_fast.ops.sequence_layout import sequence_extents, sequence_layout
+
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
@@ -47,22 +49,28 @@ class SequenceLayout:
     first_columns: Tensor
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> SequenceLayout:
+    def from_mask(cls, mask: Tensor, impl: str = "auto") -> SequenceLayout:
         """From a (B, N) key-padding mask, non-zero where a token is real. One host sync."""
         if mask.dim() != 2:
             raise ValueError(
                 "a key-padding mask has 2 dimensions (batch, width); got shape "
                 f"{tuple(mask.shape)}. Reduce a 3-D or 4-D attention mask to (batch, width) first"
             )
-        mask = mask.detach() != 0
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        stops = (mask * (columns + 1)).amax(1) if mask.shape[1] else mask.sum(1)
-        firsts = (~mask).cumprod(1).sum(1) * (stops > 0)  # padding before the first token
-        lengths, starts, ends = torch.stack([mask.sum(1), firsts, stops]).tolist()
+        real = (mask.detach() != 0).contiguous()
+        extents = sequence_extents(real, impl)
+        lengths, starts, ends = extents.tolist()
+        cu_seqlens = _running_sum(lengths, real.device)
         # The count is known by now, so this one does not wait for the device.
-        rows = torch.nonzero_static(mask.flatten(), size=sum(lengths)).flatten()
-        has_holes = any(n != b - a for n, a, b in zip(lengths, starts, ends, strict=True))
-        return cls._build(mask.shape[1], lengths, rows, firsts.int(), any(starts), has_holes)
+        placed = sequence_layout(real, cu_seqlens, sum(lengths), impl)
+        return cls._made(
+            mask.shape[1],
+            lengths,
+            cu_seqlens,
+            *placed,
+            first_columns=extents[1].int(),
+            starts_padded=any(starts),
+            has_holes=any(n != b - a for n, a, b in zip(lengths, starts, ends, strict=True)),
+        )
 
     @classmethod
     def from_lengths(
@@ -107,22 +115,31 @@ class SequenceLayout:
 
     @classmethod
     def _build(
+        cls, width: int, lengths: list[int], rows: Tensor, cu_seqlens: Tensor | None = None
+    ) -> SequenceLayout:
+        """Of rows without padding before or between tokens."""
+        if cu_seqlens is None:
+            cu_seqlens = _running_sum(lengths, rows.device)
+        sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
+        positions = torch.arange(len(rows), device=rows.device) - cu_seqlens[sequences]
+        return cls._made(width, lengths, cu_seqlens, rows, sequences.int(), positions.int())
+
+    @classmethod
+    def _made(
         cls,
         width: int,
         lengths: list[int],
+        cu_seqlens: Tensor,
         rows: Tensor,
+        sequences: Tensor,
+        positions: Tensor,
+        *,
         first_columns: Tensor | None = None,
         starts_padded: bool = False,
         has_holes: bool = False,
-        cu_seqlens: Tensor | None = None,
     ) -> SequenceLayout:
-        if cu_seqlens is None:
-            counts = torch.tensor([0, *lengths], dtype=torch.int32)
-            cu_seqlens = counts.cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
         if first_columns is None:
             first_columns = torch.zeros(len(lengths), dtype=torch.int32, device=rows.device)
-        sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
-        positions = torch.arange(len(rows), device=rows.device) - cu_seqlens[sequences]
         return cls(
             batch_size=len(lengths),
             width=width,
@@ -132,8 +149,8 @@ class SequenceLayout:
             has_holes=has_holes,
             cu_seqlens=cu_seqlens,
             rows=rows,
-            sequences=sequences.int(),
-            positions=positions.int(),
+            sequences=sequences,
+            positions=positions,
             first_columns=first_columns,
         )
 
@@ -179,3 +196,9 @@ class SequenceLayout:
             return packed.reshape(shape)
         flat = packed.new_full((self.batch_size * self.width, *packed.shape[1:]), fill)
         return flat.index_copy(0, self.rows, packed).view(shape)
+
+
+def _running_sum(lengths: list[int], device: torch.device) -> Tensor:
+    """int32 (B + 1,), exclusive."""
+    counts = torch.tensor([0, *lengths], dtype=torch.int32)
+    return counts.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)

@@ -151,3 +151,59 @@ def hidden_cells(
         threads=torch.get_num_threads(),
     )
     return cells
+
+
+def block_mask_kinds(*operands: Any) -> Tensor:
+    """uint8 (M, n, n): 0 for a block that is left out, 1 for a partial one, 2 for a full one."""
+    pattern, (size, masks, side, *_), device = _pattern(*operands)
+    count = -(-size // side)
+    kinds = torch.empty(masks, count, count, dtype=torch.uint8, device=device)
+    _run("block_mask_kinds", device, pattern, _at(kinds))
+    return kinds
+
+
+def block_mask_lists(kinds: Tensor, entries: int, partial: int, *operands: Any) -> list[Tensor]:
+    """The seven lists of ``reference/block_mask.py``, of so many entries and partial blocks."""
+    pattern, (_, masks, side, *_), device = _pattern(*operands)
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    sizes = ((masks, 2 * kinds.shape[1] + 1), (entries,), (entries,))
+    by_row, by_column = ([new(*size) for size in sizes] for _ in range(2))
+    tile_of, cells = new(*kinds.shape), new(partial, side, side // 32)
+    lists = module().PatternLists(
+        kinds=_at(kinds),
+        tile_of=_at(tile_of),
+        row_offsets=_at(by_row[0]),
+        row_blocks=_at(by_row[1]),
+        row_tiles=_at(by_row[2]),
+        column_offsets=_at(by_column[0]),
+        column_blocks=_at(by_column[1]),
+        column_tiles=_at(by_column[2]),
+    )
+    _run("block_mask_fill", device, pattern, lists, _at(cells))
+    return [*by_row, *by_column, cells]
+
+
+def _pattern(
+    probe, document_first, document_stop, global_tokens, lengths, dense, size, masks, side,
+    everything, window, window_blocks, random_blocks, seed,
+):  # fmt: skip
+    """The C++ pattern; sizes; device."""
+    pattern = module().Pattern(
+        size=size,
+        masks=masks,
+        side=side,
+        everything=everything,
+        window=window,
+        window_blocks=window_blocks,
+        global_tokens=_at(global_tokens),
+        random_blocks=random_blocks,
+        seed=seed,
+        document_first=_at(document_first),
+        document_stop=_at(document_stop),
+        lengths=_at(lengths),
+        dense=_at(dense),
+    )
+    return pattern, (size, masks, side), probe.device

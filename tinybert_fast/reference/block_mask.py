@@ -16,11 +16,76 @@ with M masks, n = ceil(N / side), E entries of all masks; everything int32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinybert_fast.reference.philox import WORD, philox
+
 WORD_BITS = 32
+
+
+class Conditions(NamedTuple):
+    """When query i may attend to key j, of masks that are (size, size), in blocks of ``side``:
+
+    |i - j| <= window, or their blocks are at most window_blocks apart, or i or j is global, or
+    their block was drawn at random; or always, if ``everything``. And besides both are in one
+    document, below the length of their mask, and allowed by ``dense``. None leaves out a condition.
+    """
+
+    size: int
+    masks: int
+    side: int
+    everything: bool
+    window: int  # -1: none, as window_blocks
+    window_blocks: int
+    global_tokens: Tensor | None  # bool (N,)
+    random_blocks: int  # of a row of blocks, with no token that another rule lets it meet
+    seed: int
+    documents: Tensor | None  # int (M, N), increasing
+    lengths: Tensor | None  # int64 (M,)
+    dense: Tensor | None  # bool (M, N, N)
+
+
+def conditions_met(c: Conditions, device: torch.device | str) -> Tensor:
+    """Bool (M, N, N)."""
+    at = torch.arange(c.size, device=device)
+    i, j = at[:, None], at[None, :]
+    met = torch.full((c.size, c.size), c.everything, device=device)
+    if c.window >= 0:
+        met |= (i - j).abs() <= c.window
+    if c.window_blocks >= 0:
+        met |= (i // c.side - j // c.side).abs() <= c.window_blocks
+    if c.global_tokens is not None:
+        met |= c.global_tokens[:, None] | c.global_tokens[None, :]
+    if c.random_blocks:
+        met |= _drawn_blocks(c, device)[i // c.side, j // c.side]
+    met = met.expand(c.masks, -1, -1)
+    if c.documents is not None:
+        met = met & (c.documents[:, :, None] == c.documents[:, None, :])
+    if c.lengths is not None:
+        inside = at < c.lengths[:, None]
+        met = met & inside[:, :, None] & inside[:, None, :]
+    return met if c.dense is None else met & c.dense
+
+
+def _drawn_blocks(c: Conditions, device: torch.device | str) -> Tensor:
+    """Bool (n, n): the ``random_blocks`` key blocks of a row with the smallest (word, number)."""
+    count = -(-c.size // c.side)
+    r = torch.arange(count, device=device)[:, None].expand(count, count)
+    near = (r - r.mT).abs()
+    tokens = ((near - 1) * c.side + 1).clamp_min(0)  # between the nearest two
+    open_ = (tokens > c.window) & (near > c.window_blocks)
+    if c.global_tokens is not None:
+        padded = F.pad(c.global_tokens, (0, count * c.side - c.size))
+        open_ &= ~padded.view(count, c.side).any(1)
+    zero = torch.zeros_like(r)
+    key = (zero + (c.seed & WORD), zero + (c.seed >> 32 & WORD))
+    words = philox((r.mT, r, zero, zero), key)[0].masked_fill(~open_, 1 << 32)
+    chosen = torch.argsort(words, dim=1, stable=True)[:, : c.random_blocks]
+    return torch.zeros_like(open_).scatter_(1, chosen, True) & open_
 
 
 def block_mask(allowed: Tensor, side: int) -> list[Tensor]:
@@ -66,7 +131,8 @@ def _lists(partial: Tensor, full: Tensor, tile: Tensor) -> tuple[Tensor, Tensor,
     kinds = torch.stack([partial, full], 2)  # (M, n, 2, n)
     mask, row, _, block = kinds.nonzero(as_tuple=True)
     stops = kinds.sum(3).flatten().cumsum(0).view(len(kinds), -1)  # (M, 2 n)
-    starts = F.pad(stops[:-1, -1:], (0, 0, 1, 0))  # (M, 1): where the mask before ends
+    ends = kinds.flatten(1).sum(1).cumsum(0)
+    starts = F.pad(ends[:-1], (1, 0))[:, None]  # (M, 1): where the mask before ends
     offsets = torch.cat([starts, stops], 1)
     return offsets.int(), block.int(), tile[mask, row, block].int()
 

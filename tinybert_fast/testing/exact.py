@@ -1,36 +1,88 @@
-"""What `tinybert-fast validate` holds of mlm_mask: bits, counts, frequencies, replacements."""
+"""What `tinybert-fast validate` holds of ops on integers: every bit, counts and frequencies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops import MaskedTokens, MaskingRule, mlm_mask
+from tinybert_fast import ops
+from tinybert_fast.ops import BlockMask, BlockPattern, MaskedTokens, MaskingRule, SequenceLayout
+from tinybert_fast.ops.block_mask import SIDES
 from tinybert_fast.reference.mlm_mask import ONE, inclusion_probabilities
 from tinybert_fast.testing.budgets import Verdict
 
+UNLIKE = "numbers unlike the reference's"
 VOCABULARY, MASK, SPECIAL = 1000, 4, range(5)
 DRAWS, BATCH, WIDTH = 200_000, 1000, 32
 STANDARD_ERRORS = 4.0
 LENGTHS = (1, 2, 7, 31, 128, 129, 512)
 
 
-def claims(device: torch.device | str, impl: str) -> Iterator[tuple[str, Callable]]:
-    """What is claimed of mlm_mask, and a function that gives its verdicts."""
+# What is claimed of a call, and a function that gives its verdicts.
+Claims = Iterator[tuple[str, Callable[[], list[Verdict]]]]
+
+
+def sequence_layout(device: torch.device | str, impl: str) -> Claims:
+    source = torch.Generator().manual_seed(2)
+    for width in (0, 1, 128, 129, 512):
+        mask = torch.rand(33, width, generator=source) < 0.6
+        mask[5:7] = False
+        mask[7:9] = True
+        yield f"33 x {width}, with holes", partial(_same_layout, mask.to(device), impl)
+
+
+def _same_layout(mask: Tensor, impl: str) -> list[Verdict]:
+    """Numbers of a layout that differ from the reference's."""
+    got, want = (SequenceLayout.from_mask(mask, impl=name) for name in (impl, "reference"))
+    differ = 0
+    for a, b in ((getattr(got, name), getattr(want, name)) for name in want.__dict__):
+        differ += _differing(a, b) if isinstance(b, Tensor) else int(a != b)
+    return [Verdict(UNLIKE, float(differ), 0.0)]
+
+
+def mlm_mask(device: torch.device | str, impl: str) -> Claims:
     for unit in ("token", "word", "span"):
         for weighted in (False, True):
-            label = f"{unit}s, {'weighted' if weighted else 'uniform'}, lengths {min(LENGTHS)} to "
-            yield (
-                f"{label}{max(LENGTHS)}",
-                lambda u=unit, w=weighted: _equal(device, impl, u, w),
-            )
-    yield (
-        f"{DRAWS:,} draws, of {STANDARD_ERRORS:.0f} standard errors",
-        lambda: _frequencies(device, impl),
+            kind = "weighted" if weighted else "uniform"
+            label = f"{unit}s, {kind}, lengths {min(LENGTHS)} to {max(LENGTHS)}"
+            yield label, partial(_same_masking, device, impl, unit, weighted)
+    label = f"{DRAWS:,} draws, of {STANDARD_ERRORS:.0f} standard errors"
+    yield label, partial(_frequencies, device, impl)
+
+
+def block_mask(device: torch.device | str, impl: str) -> Claims:
+    source = torch.Generator().manual_seed(3)
+    for side in SIDES:
+        for size in (1, 129, 500):
+            steps = torch.rand(3, size, generator=source) < 0.02
+            options = {
+                "documents": steps.cumsum(1).int().to(device),
+                "lengths": torch.tensor([size, size // 2, 0], device=device),
+            }
+            patterns = {
+                "documents": BlockPattern(side=side),
+                "Longformer": BlockPattern.longformer(64, (0, 70), side=side),
+                "BigBird": BlockPattern.bigbird(3, 1, 1, side=side),
+            }
+            for name, pattern in patterns.items():
+                label = f"{name}, blocks of {side}, 3 x {size}"
+                yield label, partial(_same_lists, pattern, size, impl, options)
+
+
+def _same_lists(pattern: BlockPattern, size: int, impl: str, options: dict) -> list[Verdict]:
+    """Numbers of the lists that differ from the reference's."""
+    got, want = (
+        BlockMask.from_pattern(pattern, size, **options, impl=name) for name in (impl, "reference")
     )
+    differ = sum(_differing(a, b) for a, b in zip(got.lists, want.lists, strict=True))
+    return [Verdict(UNLIKE, float(differ), 0.0)]
+
+
+CLAIMS = {"block_mask": block_mask, "mlm_mask": mlm_mask, "sequence_layout": sequence_layout}
 
 
 def _rule(device: torch.device | str, unit: str = "token", weighted: bool = False) -> MaskingRule:
@@ -42,7 +94,9 @@ def _rule(device: torch.device | str, unit: str = "token", weighted: bool = Fals
     )  # fmt: skip
 
 
-def _equal(device: torch.device | str, impl: str, unit: str, weighted: bool) -> list[Verdict]:
+def _same_masking(
+    device: torch.device | str, impl: str, unit: str, weighted: bool
+) -> list[Verdict]:
     """Bits that differ from the reference; and rows whose count is not what k is by its formula."""
     source = torch.Generator().manual_seed(1)
     width = max(LENGTHS)
@@ -57,7 +111,7 @@ def _equal(device: torch.device | str, impl: str, unit: str, weighted: bool) -> 
     rule = _rule(device, unit, weighted)
 
     def run(impl: str) -> MaskedTokens:
-        return mlm_mask(
+        return ops.mlm_mask(
             ids.to(device), rule, seed=7, step=3, dense_labels=True, allow_empty_rows=True,
             impl=impl, **options,
         )  # fmt: skip
@@ -73,7 +127,7 @@ def _equal(device: torch.device | str, impl: str, unit: str, weighted: bool) -> 
         for count, k in zip(counts, budgets, strict=True)
     )
     return [
-        Verdict("numbers unlike the reference's", float(differ), 0.0),
+        Verdict(UNLIKE, float(differ), 0.0),
         Verdict("rows of another count than k", float(wrong), 0.0),
     ]
 
@@ -93,7 +147,7 @@ def _frequencies(device: torch.device | str, impl: str) -> list[Verdict]:
     chosen = torch.zeros(WIDTH, dtype=torch.int64, device=device)
     masked = changed = total = 0
     for step in range(DRAWS // BATCH):
-        got = mlm_mask(rows, rule, seed=5, step=step, impl=impl)
+        got = ops.mlm_mask(rows, rule, seed=5, step=step, impl=impl)
         chosen += torch.bincount(got.rows % WIDTH, minlength=WIDTH)
         new = got.input_ids.flatten()[got.rows]
         masked += int((new == MASK).sum())
