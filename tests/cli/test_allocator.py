@@ -27,4 +27,4 @@ def test_freed_memory_is_used_again():
         command = [sys.executable, "-c", FAULTS, how]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    assert faults("keep") < 50 < faults("leave")
+    assert 10 * faults("keep") < faults("leave")  # the kernel may reclaim a page meanwhile
