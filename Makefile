@@ -1,5 +1,5 @@
 # make test | demo | demo-full | lint | bench. Each creates .venv and installs what it needs at its first run;
-# it installs again only after pyproject.toml, setup.py or constraints.txt changed.
+# it installs again only after pyproject.toml, setup.py, constraints.txt or csrc/ changed.
 # pip's own settings apply (PIP_INDEX_URL and the like), say for torch's CPU-only or CUDA builds.
 
 PYTHON ?= python3
@@ -56,7 +56,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first and by its exact pin, so that no other package's range decides which build is taken.
-$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --constraint constraints.txt --editable '.[$*]'
 	@touch $@

@@ -14,7 +14,7 @@ MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed insid
 # Part of the package -> what it may import of the package: a part, or one module of it.
 ARROWS = {
     "reference": {"reference.philox"},
-    "tuned": {"tuned", "reference.philox", "ops.layout"},
+    "tuned": {"tuned", "reference.philox", "ops.layout", "ops.native"},
     "kernels": {"kernels", "reference.philox"},
     "ops": {"ops", "reference", "tuned", "kernels", "_native"},
     "testing": {"testing", "ops", "reference", "integrations"},
@@ -46,6 +46,7 @@ OPS = {
     "hidden_mse",
     "layer_norm",
     "linear_cross_entropy",
+    "mlm_mask",
     "soft_cross_entropy",
 }
 

@@ -14,30 +14,37 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
+    "MANIFEST.in",
     "pyproject.toml",
     "setup.py",
+    "csrc",
     "README.md",
     "LICENSE",
     "tinybert_fast",
     "kernels",
     "benchmarks",
 ]
-# Offline and without build isolation: setuptools is there because torch needs it.
+# Offline and without build isolation: setuptools, pybind11 and ninja come with [test].
 PIP = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
 FLAGS = ["--no-index", "--no-deps", "--no-build-isolation"]
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Standard output of a command that must succeed; nothing of this checkout is on its path."""
+def attempt(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """The command's end; nothing of this checkout is on its path."""
     env = {k: v for k, v in os.environ.items() if k not in {"PYTHONPATH", "PYTHONHOME"}}
-    result = subprocess.run(
+    return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env=env,
+        env={**env, "TINYBERT_FAST_NATIVE": "off", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Standard output of a command that must succeed."""
+    result = attempt(*command, cwd=cwd, **environment)
     assert result.returncode == 0, f"{command}:\n{result.stdout}\n{result.stderr}"
     return result.stdout.strip()
 
@@ -56,10 +63,18 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, *PIP, "wheel", *FLAGS, "--wheel-dir", folder, checkout, cwd=folder)
+    return build(checkout, tmp_path_factory.mktemp("wheel"), TINYBERT_FAST_NATIVE="cpu")
+
+
+def build(checkout: Path, folder: Path, **environment: str) -> zipfile.ZipFile:
+    wheel = (*PIP, "wheel", *FLAGS, "--wheel-dir", folder, checkout)
+    run(sys.executable, *wheel, cwd=folder, **environment)
     (path,) = folder.glob("tinybert_fast-*.whl")
     return zipfile.ZipFile(path)
+
+
+def compiled(wheel: zipfile.ZipFile) -> list[str]:
+    return [name for name in wheel.namelist() if name.startswith("tinybert_fast/_native.")]
 
 
 def text_of(wheel: zipfile.ZipFile, suffix: str) -> str:
@@ -104,6 +119,36 @@ def test_wheel_imports(wheel, tmp_path):
     assert [Path(line).parent for line in where.splitlines()] == [
         package, package / "kernels", package / "benchmarks",
     ]  # fmt: skip
+
+
+def test_wheel_has_the_compiled_module(wheel, tmp_path):
+    """Of this Python and machine, small, and importable without torch."""
+    (name,) = compiled(wheel)
+    assert wheel.getinfo(name).file_size < 5 << 20
+    assert f"cp{sys.version_info.major}{sys.version_info.minor}" in wheel.filename
+    wheel.extract(name, tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import _native; "
+        "print(_native.isa(), 'torch' in sys.modules)"
+    )
+    answer = run(sys.executable, "-I", "-c", code, tmp_path / "tinybert_fast", cwd=tmp_path)
+    assert answer.endswith(" False")
+
+
+def test_a_wheel_without_a_compiler_is_pure_python(checkout, tmp_path):
+    """And says so; a build that was forced is an error."""
+    missing = {"CXX": "no-such-compiler", "PATH": str(tmp_path), "CUDA_HOME": ""}
+    assert not compiled(build(checkout, tmp_path, TINYBERT_FAST_NATIVE="", **missing))
+    wheel = (sys.executable, *PIP, "wheel", *FLAGS, "--wheel-dir", tmp_path, checkout)
+    for forced, message in (
+        ("cpu", "no C++ compiler 'no-such-compiler' was found"),
+        ("cuda", "no nvcc was found"),
+        ("gpu", "TINYBERT_FAST_NATIVE='gpu' is not one of off, cpu, cuda"),
+    ):
+        compiler = missing if forced == "cpu" else {**missing, "CXX": sys.executable}
+        result = attempt(*wheel, cwd=tmp_path, TINYBERT_FAST_NATIVE=forced, **compiler)
+        assert result.returncode != 0
+        assert message in result.stderr + result.stdout
 
 
 def test_editable_install(checkout, tmp_path):

@@ -33,7 +33,7 @@ def test_every_op_and_implementation_passes(cli, tmp_path):
 
 
 def test_every_op_has_calls():
-    assert validation.CALLS.keys() == dispatch.OPS.keys()
+    assert validation.CALLS.keys() | {"mlm_mask"} == dispatch.OPS.keys()
 
 
 @pytest.mark.parametrize("op", validation.CALLS)
@@ -161,9 +161,9 @@ def test_a_lost_gradient_is_found(monkeypatch):
 
     from tinybert_fast.tuned import attention
 
-    right = attention.backward
+    right = attention._backward
     monkeypatch.setattr(
-        attention, "backward", lambda *call: (torch.zeros_like(call[1]), *right(*call)[1:])
+        attention, "_backward", lambda *call: (torch.zeros_like(call[2]), *right(*call)[1:])
     )
     torch.manual_seed(0)
     for finding in validate_checkpoint(BertModel(tiny_config()), dtypes=[torch.float32]):
@@ -205,7 +205,6 @@ def test_a_distilbert_has_its_attention_alone():
         (["--op", "softmax"], "'softmax' is not one of attention,"),
         (["--dtype", "fp64"], "--dtype 'fp64' is not one of fp32, fp16, bf16"),
         (["--impl", "fast"], "--impl 'fast' is not one of auto, triton"),
-        (["--impl", "native"], "native cannot be validated here: "),
         (["--op", "attention", "--model", "x"], "give one of them"),
         (["--op", "bias_gelu", "--impl", "reference"], "what the others are held against"),
         (["--model", "nowhere"], "nowhere is no folder"),
@@ -213,3 +212,28 @@ def test_a_distilbert_has_its_attention_alone():
 )
 def test_refuses(arguments, message, cli):
     assert message in cli("validate", *arguments).line
+
+
+def test_refuses_what_is_absent(cli, monkeypatch):
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "native", "nobody compiled it")
+    line = cli("validate", "--impl", "native").line
+    assert "native cannot be validated here: nobody compiled it" in line
+
+
+@pytest.mark.skipif(not implementations("mlm_mask"), reason=str(dispatch.UNAVAILABLE["native"]))
+def test_wrong_masking_is_found(cli, monkeypatch):
+    """One label of one row."""
+    from tinybert_fast.ops import native
+
+    right = native.mlm_mask
+
+    def wrong(*call):
+        rows, labels, offsets, dense = right(*call)
+        labels[0] += 1
+        return rows, labels, offsets, dense
+
+    assert cli("validate", "--op", "mlm_mask").code == 0
+    monkeypatch.setattr(native, "mlm_mask", wrong)
+    answer = cli("validate", "--op", "mlm_mask")
+    assert answer.code == 1
+    assert "numbers unlike the reference's: error 1.000e+00, budget 0" in answer.out

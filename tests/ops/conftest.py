@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc):
         "impl": [*fast, "reference"],
         "exact": [i for i in (*fast, "reference") if serves(op, i, torch.float64, DEVICE)],
         # Absent ones are left out below: no parameter at all would be a skipped test.
-        "counted": [i for i in ("triton",) if getattr(dispatch.OPS[op], i) is not None],
+        "counted": [i for i in ("triton", "native") if getattr(dispatch.OPS[op], i) is not None],
     }
     for name in named.keys() & set(metafunc.fixturenames):
         metafunc.parametrize(name, named[name])
@@ -64,6 +64,9 @@ def pytest_collection_modifyitems(config, items):
 def can_run(item):
     given = item.callspec.params if hasattr(item, "callspec") else {}
     op = given.get("op", op_of(item.module))
+    if op not in dispatch.OPS:
+        return True
     names = {given.get(name) for name in ("fast", "impl", "counted")} & set(dispatch.FASTEST_FIRST)
-    dtype = given.get("dtype", torch.float32)
-    return op not in dispatch.OPS or all(serves(op, name, dtype, DEVICE) for name in names)
+    dtypes = dispatch.OPS[op].reference.dtypes
+    dtype = given.get("dtype", torch.float32 if torch.float32 in dtypes else dtypes[0])
+    return all(serves(op, name, dtype, DEVICE) for name in names)

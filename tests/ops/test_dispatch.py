@@ -171,11 +171,10 @@ def test_environment_that_cannot_be_read():
 def test_every_op_says_why_it_cannot(op):
     case = FACTORIES[op]()
     for name in ("native", "triton"):
-        reason = (
-            f"{op} has no {name} implementation"
-            if getattr(dispatch.OPS[op], name) is None
-            else dispatch.UNAVAILABLE[name]
-        )
+        lacks = getattr(dispatch.OPS[op], name) is None
+        reason = f"{op} has no {name} implementation" if lacks else dispatch.UNAVAILABLE[name]
+        if reason is None:
+            continue  # it runs here, as tests/ops/test_<op>.py shows
         with pytest.raises(ValueError, match=f"{op}: impl='{name}' cannot serve this call: ") as e:
             case.run(name)
         assert reason in str(e.value)
@@ -186,11 +185,15 @@ def test_every_op_says_why_it_cannot(op):
 
 
 def test_every_op_is_listed():
-    assert set(FACTORIES) == set(dispatch.OPS)
+    assert set(FACTORIES) == set(dispatch.OPS) - {
+        "mlm_mask"
+    }  # of integers: tests/ops/test_mlm_mask
 
 
 def test_what_no_op_has_is_absent(monkeypatch):
     monkeypatch.setitem(dispatch.UNAVAILABLE, "native", None)
+    assert dispatch.absent("native") is None
+    monkeypatch.setattr(dispatch, "OPS", {"layer_norm": dispatch.OPS["layer_norm"]})
     assert dispatch.absent("native") == "no op has a native implementation"
     monkeypatch.setitem(dispatch.UNAVAILABLE, "native", "nobody compiled it")
     assert dispatch.absent("native") == "nobody compiled it"

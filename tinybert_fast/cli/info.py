@@ -62,8 +62,10 @@ def _facts() -> dict[str, Any]:
     probe = torch.empty(1, device=device)
     ops: dict[str, Any] = {}
     for op, limits in sorted(dispatch.OPS.items()):
-        ops[op] = {name: _state(dispatch, limits, name, probe) for name in MEANING}
-        ops[op]["auto"], ops[op]["auto_why_not"] = dispatch.automatic(limits, probe)
+        dtypes = limits.reference.dtypes
+        operand = probe if probe.dtype in dtypes else probe.to(dtypes[0])
+        ops[op] = {name: _state(dispatch, limits, name, operand) for name in MEANING}
+        ops[op]["auto"], ops[op]["auto_why_not"] = dispatch.automatic(limits, operand)
     machine = {k: v for k, v in facts(device).items() if k not in ("commit", "date")}
     return {"machine": machine, "ops": ops, "chosen": dispatch.FROM_ENVIRONMENT}
 

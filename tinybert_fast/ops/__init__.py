@@ -11,12 +11,15 @@ from tinybert_fast.ops.hidden_mse import hidden_mse
 from tinybert_fast.ops.layer_norm import layer_norm
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.linear_cross_entropy import linear_cross_entropy
+from tinybert_fast.ops.mlm_mask import MaskedTokens, MaskingRule, mlm_mask
 from tinybert_fast.ops.soft_cross_entropy import soft_cross_entropy
 
 dispatch.check_environment()
 
 __all__ = [
     "BlockMask",
+    "MaskedTokens",
+    "MaskingRule",
     "SequenceLayout",
     "attention",
     "attention_score_mse",
@@ -26,5 +29,6 @@ __all__ = [
     "hidden_mse",
     "layer_norm",
     "linear_cross_entropy",
+    "mlm_mask",
     "soft_cross_entropy",
 ]

@@ -48,12 +48,24 @@ def _probe() -> dict[str, str | None]:
     """Each implementation -> why this process cannot run it, or None."""
     why: dict[str, str | None] = dict.fromkeys(FASTEST_FIRST)
     if find_spec("tinybert_fast._native") is None:
-        why["native"] = "the compiled module tinybert_fast._native is not installed"
+        why["native"] = (
+            "the compiled module tinybert_fast._native is not installed (its build needs a C++ "
+            "compiler)"
+        )
     if find_spec("triton") is None:
         why["triton"] = "the package triton is not installed"
     elif not torch.cuda.is_available() and not INTERPRETED:
         why["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, slowly)"
     return why
+
+
+def _native_devices() -> tuple[str, ...]:
+    """Where the compiled module runs: on a GPU if it was built for its architecture."""
+    if UNAVAILABLE["native"] is not None or not torch.cuda.is_available():
+        return ("cpu",)
+    built_for = import_module("tinybert_fast._native").cuda_architectures.split()
+    major = torch.cuda.get_device_capability()[0]  # a binary runs on all minors of its major
+    return ("cpu", "cuda") if str(major) in {arch[:-1] for arch in built_for} else ("cpu",)
 
 
 def _parse(setting: str) -> dict[str, str]:
@@ -71,6 +83,7 @@ def _parse(setting: str) -> dict[str, str]:
 
 
 UNAVAILABLE = _probe()
+NATIVE_DEVICES = _native_devices()
 FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
 
@@ -99,7 +112,7 @@ class Limits:
     """The implementations that an op has, each with its limit."""
 
     op: str
-    torch: Limit
+    torch: Limit | None
     native: Limit | None = None
     triton: Limit | None = None
     reference: Limit = Limit(FLOATS_AND_DOUBLE, ("cpu", "cuda", "meta"))

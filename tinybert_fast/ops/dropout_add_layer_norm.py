@@ -31,6 +31,7 @@ from tinybert_fast.reference.dropout_add_layer_norm import dropout_add_layer_nor
 LIMITS = Limits(
     "dropout_add_layer_norm",
     torch=Limit(FLOATS_AND_DOUBLE),
+    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # PyTorch with the reference's dropout
     triton=Limit(FLOATS, TRITON_DEVICES, refuses_columns),
 )
 
@@ -40,7 +41,7 @@ PLACE = "Tensor? seed, int site, Tensor sequences, Tensor positions"
 
 def kept_cells(y: Tensor, dropout_p: float, impl: str) -> Tensor:
     """The random bytes that a forward keeps for its backward: torch's, which cannot be redrawn."""
-    stored = dropout_p > 0.0 and impl == "torch"
+    stored = dropout_p > 0.0 and impl in ("torch", "native")
     return y.new_empty(y.shape if stored else (0,), dtype=torch.uint8)
 
 
@@ -68,6 +69,7 @@ _forward = define(
     fake=_forward_fake,
     fake_knows_impl=True,
     torch="tinybert_fast.tuned.dropout_add_layer_norm:forward",
+    native="tinybert_fast.tuned.dropout_add_layer_norm:forward_philox",
     triton="tinybert_fast.kernels.dropout_add_layer_norm:forward",
 )
 # dx is empty where it equals dtotal: without dropout, in one dtype.
@@ -77,6 +79,7 @@ _backward = define(
     " -> (Tensor dx, Tensor dtotal, Tensor dbias, Tensor dweight, Tensor dln_bias)",
     fake=_backward_fake,
     torch="tinybert_fast.tuned.dropout_add_layer_norm:backward",
+    native="tinybert_fast.tuned.dropout_add_layer_norm:backward",
     triton="tinybert_fast.kernels.dropout_add_layer_norm:backward",
 )
 

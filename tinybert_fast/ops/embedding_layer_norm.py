@@ -43,6 +43,7 @@ def _refuses(types: int = 1, **others: Any) -> str | None:
 LIMITS = Limits(
     "embedding_layer_norm",
     torch=Limit(FLOATS_AND_DOUBLE),
+    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # PyTorch with the reference's dropout
     triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
 )
 
@@ -73,6 +74,7 @@ _forward = define(
     fake=_forward_fake,
     fake_knows_impl=True,
     torch="tinybert_fast.tuned.embedding_layer_norm:forward",
+    native="tinybert_fast.tuned.embedding_layer_norm:forward_philox",
     triton="tinybert_fast.kernels.embedding_layer_norm:forward",
 )
 _backward = define(
@@ -82,6 +84,7 @@ _backward = define(
     " -> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     fake=_backward_fake,
     torch="tinybert_fast.tuned.embedding_layer_norm:backward",
+    native="tinybert_fast.tuned.embedding_layer_norm:backward",
     triton="tinybert_fast.kernels.embedding_layer_norm:backward",
 )
 

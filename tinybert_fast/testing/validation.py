@@ -15,7 +15,7 @@ import torch
 
 from tinybert_fast.ops import BlockMask, dispatch
 from tinybert_fast.ops.block_mask import SIDES
-from tinybert_fast.testing import operands
+from tinybert_fast.testing import masking, operands
 from tinybert_fast.testing.budgets import Verdict, verdicts
 from tinybert_fast.testing.operands import DTYPES, Case
 from tinybert_fast.testing.proofs import implementations, serves
@@ -23,6 +23,7 @@ from tinybert_fast.testing.proofs import implementations, serves
 # What distinguishes a call -> its case, by dtype= and device=.
 Calls = dict[str, Callable[..., Case]]
 
+MASKING = "mlm_mask"
 DROPOUT = 0.1
 MIXED = (0, 1, 2, 31, 127, 128, 129)
 # Width of a head -> lengths of its calls. Each bucket of kernels/configs.py is there for each width
@@ -94,10 +95,14 @@ def validate(
     Raises:
         ValueError: an op that does not exist.
     """
-    unknown = sorted(set(ops) - set(CALLS))
+    held = {*CALLS, MASKING}
+    unknown = sorted(set(ops) - held)
     if unknown:
-        raise ValueError(f"op {unknown[0]!r} is not one of {', '.join(sorted(CALLS))}")
-    for op in sorted(ops or CALLS):
+        raise ValueError(f"op {unknown[0]!r} is not one of {', '.join(sorted(held))}")
+    for op in sorted(ops or held):
+        if op == MASKING:
+            yield from _masking(device, impls)
+            continue
         for impl in implementations(op):
             for dtype in dtypes:
                 if impl in impls and serves(op, impl, dtype, device):
@@ -106,6 +111,14 @@ def validate(
                         if impl != "torch" or "dropout_p" not in case.options:
                             hold = partial(verdicts, case, impl, SLACK.get(op, 1))
                             yield Finding.of(op, impl, case.dtype, label, hold)
+
+
+def _masking(device: torch.device | str, impls: Collection[str]) -> Iterator[Finding]:
+    """Of integers and frequencies, so by claims of its own."""
+    for impl in implementations(MASKING):
+        if impl in impls and serves(MASKING, impl, torch.int64, device):
+            for label, hold in masking.claims(device, impl):
+                yield Finding.of(MASKING, impl, torch.int64, label, hold)
 
 
 def _dropped(calls: Calls) -> Calls:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast.reference.philox import keep_scale
-from tinybert_fast.tuned import random
+from tinybert_fast.tuned import philox, random
 
 SCRATCH = 1 << 20  # scores alive at a time: 4 MB in fp32, inside an L2 + L3 share
 FLASH_ALIGNMENT = 8  # head dims of FlashAttention-2
@@ -37,13 +37,32 @@ def forward(
 
     Blocked scores leave lse at 0: their backward computes the softmax again and does not read it.
     """
+    return _forward(
+        random.Cells, q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site,
+        masks,
+    )  # fmt: skip
+
+
+def forward_philox(
+    q, k, v, cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site, masks
+):
+    """The same, on a CPU, with the dropout of the reference."""
+    return _forward(
+        philox.Cells, q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site,
+        masks,
+    )  # fmt: skip
+
+
+def _forward(
+    cells, q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site, masks
+):
     q, k, v = (_rows_together(x) for x in (q, k, v))
     block_mask = masks[0] if masks else None
     if _fused_on_gpu(q, direction, block_mask):
         return _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     lse = q.new_zeros(q.shape[:2], dtype=_wide(q))
-    source = random.generator(seed, site) if dropout_p > 0.0 else None
+    drawn = cells(seed, site) if dropout_p > 0.0 else None
     blocked = not _fused_on_cpu(q, dropout_p, block_mask)
     for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], blocked):
         queries, keys, values = (heads_of(x, rows, length) for x in (q, k, v))  # (b, H, n, D)
@@ -54,7 +73,7 @@ def forward(
             )
             put(lse, rows, log_sum)
         else:
-            o = _blocked_forward(queries, keys, values, mask, scale, dropout_p, source)
+            o = _blocked_forward(queries, keys, values, mask, scale, dropout_p, drawn, sequences)
         put(out, rows, o)
     return out, lse, torch.zeros(2, dtype=torch.int64, device=q.device)
 
@@ -64,6 +83,27 @@ def backward(
     dropout_p, seed, site, masks,
 ):  # fmt: skip
     """Gradients of q, k, v (T, H, D); dropout masks are drawn again, in the forward's order."""
+    return _backward(
+        random.Cells, grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction,
+        dropout_p, seed, site, masks,
+    )  # fmt: skip
+
+
+def backward_philox(
+    grad, q, k, v, out, lse, rng, cu_seqlens, first_columns, max_length, scale, direction,
+    dropout_p, seed, site, masks,
+):  # fmt: skip
+    """The same for forward_philox."""
+    return _backward(
+        philox.Cells, grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction,
+        dropout_p, seed, site, masks,
+    )  # fmt: skip
+
+
+def _backward(
+    cells, grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p,
+    seed, site, masks,
+):  # fmt: skip
     grad, q, k, v = (_rows_together(x) for x in (grad, q, k, v))
     block_mask = masks[0] if masks else None
     if _fused_on_gpu(q, direction, block_mask):
@@ -71,7 +111,7 @@ def backward(
             grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p
         )
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    source = random.generator(seed, site) if dropout_p > 0.0 else None
+    drawn = cells(seed, site) if dropout_p > 0.0 else None
     blocked = not _fused_on_cpu(q, dropout_p, block_mask)
     for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], blocked):
         queries, keys, values, do = (heads_of(x, rows, length) for x in (q, k, v, grad))
@@ -83,7 +123,9 @@ def backward(
                 do, queries, keys, values, o, log_sum, 0.0, False, attn_mask=mask, scale=scale
             )
         else:
-            grads = _blocked_backward(queries, keys, values, do, mask, scale, dropout_p, source)
+            grads = _blocked_backward(
+                queries, keys, values, do, mask, scale, dropout_p, drawn, sequences
+            )
         for whole, part in zip((dq, dk, dv), grads, strict=True):
             put(whole, rows, part)
     return dq, dk, dv
@@ -155,23 +197,23 @@ def _head_blocks(batch: int, heads: int, length: int) -> Iterator[slice]:
     """Slices of the heads, so that batch * heads * length^2 scores stay within SCRATCH."""
     most = max(1, SCRATCH // (batch * length * length))
     for first in range(0, heads, most):
-        yield slice(first, first + most)
+        yield slice(first, min(first + most, heads))
 
 
-def _blocked_forward(q, k, v, mask, scale, dropout_p, source):
+def _blocked_forward(q, k, v, mask, scale, dropout_p, drawn, sequences):
     """(b, H, n, D) -> the output; scores, probabilities and mask live for one block of heads."""
     q, k, v = (x.to(_wide(x)) for x in (q * scale, k, _undropped(v, dropout_p)))
     out = torch.empty_like(v)
     for h in _head_blocks(*q.shape[:3]):
         probabilities = _softmax(q[:, h] @ k[:, h].mT, mask)
         if dropout_p > 0.0:
-            cells = random.draw_bytes(probabilities.shape, source, q.device)
-            probabilities.mul_(random.keep_mask(cells, dropout_p, q.dtype))
+            keep = drawn.attention_keep(sequences, h, q.shape[2], dropout_p, q.dtype)
+            probabilities.mul_(keep)
         out[:, h] = probabilities @ v[:, h]
     return out
 
 
-def _blocked_backward(q, k, v, grad, mask, scale, dropout_p, source):
+def _blocked_backward(q, k, v, grad, mask, scale, dropout_p, drawn, sequences):
     q, k, v, grad = (x.to(_wide(x)) for x in (q * scale, k, v, _undropped(grad, dropout_p)))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     for h in _head_blocks(*q.shape[:3]):
@@ -179,8 +221,7 @@ def _blocked_backward(q, k, v, grad, mask, scale, dropout_p, source):
         dp = grad[:, h] @ v[:, h].mT
         dropped = probabilities
         if dropout_p > 0.0:
-            cells = random.draw_bytes(probabilities.shape, source, q.device)
-            keep = random.keep_mask(cells, dropout_p, q.dtype)
+            keep = drawn.attention_keep(sequences, h, q.shape[2], dropout_p, q.dtype)
             dp.mul_(keep)
             dropped = keep.mul_(probabilities)
         dv[:, h] = dropped.mT @ grad[:, h]

@@ -9,20 +9,39 @@ import torch
 from torch import Tensor
 
 from tinybert_fast.reference.philox import keep_scale
-from tinybert_fast.tuned import random
+from tinybert_fast.tuned import philox, random
 
 aten = torch.ops.aten
 
 
 def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):
     """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), cells (uint8)."""
+    return _forward(
+        random.Cells, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences,
+        positions,
+    )  # fmt: skip
+
+
+def forward_philox(
+    x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions
+):
+    """The same, on a CPU, with the dropout of the reference."""
+    return _forward(
+        philox.Cells, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences,
+        positions,
+    )  # fmt: skip
+
+
+def _forward(
+    drawn, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions
+):
     wide = torch.promote_types(residual.dtype, torch.float32)
     total = x.to(wide)
     if bias is not None:
         total = _add(total, bias, x)
     cells = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0.0:
-        cells = random.hidden_cells(x.shape, seed, site)
+        cells = drawn(seed, site).hidden(sequences, positions, x.shape[1])
         keep = random.keep_mask(cells, dropout_p, wide)
         total = torch.addcmul(residual.to(wide), total, keep, value=keep_scale(dropout_p))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tinybert_fast.reference.philox import keep_scale
-from tinybert_fast.tuned import random
+from tinybert_fast.tuned import philox, random
 
 aten = torch.ops.aten
 
@@ -15,6 +15,27 @@ def forward(
     eps, dropout_p, seed, site, sequences, positions,
 ):  # fmt: skip
     """Tables and (T,) ids -> y in the tables' dtype, sum, mean, rstd (wide), cells (uint8)."""
+    return _forward(
+        random.Cells, word, position, token_type, weight, bias, input_ids, position_ids,
+        token_type_ids, eps, dropout_p, seed, site, sequences, positions,
+    )  # fmt: skip
+
+
+def forward_philox(
+    word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids, padding_idx,
+    eps, dropout_p, seed, site, sequences, positions,
+):  # fmt: skip
+    """The same, on a CPU, with the dropout of the reference."""
+    return _forward(
+        philox.Cells, word, position, token_type, weight, bias, input_ids, position_ids,
+        token_type_ids, eps, dropout_p, seed, site, sequences, positions,
+    )  # fmt: skip
+
+
+def _forward(
+    drawn, word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids, eps,
+    dropout_p, seed, site, sequences, positions,
+):  # fmt: skip
     wide = torch.promote_types(word.dtype, torch.float32)
     total = word.index_select(0, input_ids).to(wide)
     total = total.add_(position.index_select(0, position_ids))
@@ -24,7 +45,7 @@ def forward(
     )
     cells = torch.empty(0, dtype=torch.uint8, device=word.device)
     if dropout_p > 0.0:
-        cells = random.hidden_cells(y.shape, seed, site)
+        cells = drawn(seed, site).hidden(sequences, positions, y.shape[1])
         y = y.mul_(random.keep_mask(cells, dropout_p, wide)).mul_(keep_scale(dropout_p))
     return y.to(word.dtype), total.to(word.dtype), mean, rstd, cells
 

@@ -1,11 +1,13 @@
 """Dropout masks from torch's own generator, 8 bits a cell, at the rates of reference/philox.py.
 
 Philox in tensor arithmetic takes 20 times as long on a CPU, and hundreds of launches on a GPU.
+philox.py beside this file has the reference's own cells, from the compiled module.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,12 +35,24 @@ def draw_bytes(
     return words.view(torch.uint8)[:count].view(shape)
 
 
-def hidden_cells(shape: torch.Size, seed: Tensor, site: int) -> Tensor:
-    """Random uint8 (rows, columns): a function of (seed, site) on a CPU; on a GPU the next of the
-    device's generator, so that no seed is read on the host.
-    """
-    source = generator(seed, site) if seed.device.type == "cpu" else None
-    return draw_bytes(shape, source, seed.device)
+class Cells:
+    """What the forward and the backward of one place draw, in the same order."""
+
+    def __init__(self, seed: Tensor, site: int):
+        # A GPU's is the next of the device's generator, so that no seed is read on the host.
+        self.source = generator(seed, site) if seed.device.type == "cpu" else None
+        self.device = seed.device
+
+    def attention_keep(
+        self, sequences: Sequence[int], heads: slice, length: int, dropout_p: float, dtype
+    ) -> Tensor:
+        """1 or 0 (sequences, heads, length, length)."""
+        shape = (len(sequences), heads.stop - heads.start, length, length)
+        return keep_mask(draw_bytes(shape, self.source, self.device), dropout_p, dtype)
+
+    def hidden(self, sequences: Tensor, positions: Tensor, columns: int) -> Tensor:
+        """Random uint8 (rows, columns)."""
+        return draw_bytes((len(sequences), columns), self.source, self.device)
 
 
 def keep_mask(cells: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
