@@ -31,4 +31,4 @@ def test_freed_memory_is_used_again():
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
         return int(done.stdout)
 
-    assert faults("keep") < 50 < faults("leave")
+    assert 10 * faults("keep") < faults("leave")  # the kernel may reclaim a page meanwhile
