@@ -35,10 +35,13 @@ from tinybert_fast.integrations.unserved import head_changed, unserved
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.modules.encoder import encode
 from tinybert_fast.modules.heads import IGNORED, first_tokens, masked_lm_loss, predict
+from tinybert_fast.ops.block_mask import BlockMask, BlockPattern
 from tinybert_fast.ops.dispatch import FASTEST_FIRST, Impl, absent
 from tinybert_fast.ops.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)
+
+MADE = "fast_lists"  # of an encoder: its block mask on the device of the latest forward
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Accelerated:
 
     fast_impl: Impl = "auto"
     fast_training_logits = False
+    fast_block_mask: BlockMask | BlockPattern | None = None
     fast_plain: type[nn.Module]  # the class that restore() gives back
 
 
@@ -114,6 +118,10 @@ class AcceleratedBertModel(Accelerated, BertModel):
         compiled = torch.compiler.is_compiling()
         layout, reason = _plan(self, inputs, attention_mask, layout, crossed, kwargs, compiled)
         if reason is not None:
+            if self.fast_block_mask is not None:
+                raise ValueError(
+                    f"block_mask= needs packed rows, and this call cannot run on them: {reason}"
+                )
             if capture is not None:
                 raise ValueError(
                     f"capture= needs packed rows, and this call cannot run on them: {reason}. "
@@ -155,6 +163,7 @@ class AcceleratedBertModel(Accelerated, BertModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             capture=record,
+            block_mask=_block_mask(self, layout.rows.device),
             impl=self.fast_impl,
         )
         if capture is not None and record is not capture:
@@ -323,18 +332,31 @@ class AcceleratedBertForQuestionAnswering(AcceleratedHead, BertForQuestionAnswer
         )
 
 
-def accelerate(model: Any, *, impl: Impl = "auto", training_logits: bool = False) -> Any:
+def accelerate(
+    model: Any,
+    *,
+    impl: Impl = "auto",
+    training_logits: bool = False,
+    block_mask: BlockMask | BlockPattern | None = None,
+) -> Any:
     """Run every Transformers BERT inside ``model`` on packed rows, in place; returns ``model``.
 
     Takes any BERT class of Transformers (and any module that holds a BertModel). Parameters,
     state_dict keys and what save_pretrained writes do not change; outputs of real tokens are the
     same, rows of padding are zeros. ``impl``: of every op, see ops/dispatch.py.
     ``training_logits``: masked-LM heads give logits of every row in training too, instead of the
-    loss over labelled rows alone. Calling again changes the two settings.
+    loss over labelled rows alone. ``block_mask``: which tokens meet, in every layer, by their ranks
+    among the real ones of a sequence; a pattern serves all lengths up to the model's, and a call
+    that packed rows cannot serve raises. Calling again changes the three settings.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"accelerate() takes a torch module that holds a BERT; got {type(model).__name__}"
+        )
+    if not isinstance(block_mask, (BlockMask, BlockPattern, type(None))):
+        raise ValueError(
+            f"block_mask is {type(block_mask).__name__}; expected a BlockPattern or a BlockMask "
+            "(BlockMask.from_dense makes one of a bool tensor)"
         )
     names = (impl,) if isinstance(impl, str) else tuple(impl)
     if len(names) not in (1, 2) or not {"auto", *FASTEST_FIRST}.issuperset(names):
@@ -355,6 +377,8 @@ def accelerate(model: Any, *, impl: Impl = "auto", training_logits: bool = False
     for module in found:
         module.__class__ = FAST_CLASSES.get(type(module), type(module))
         module.fast_impl, module.fast_training_logits = impl, training_logits
+        module.fast_block_mask = block_mask
+        module.__dict__.pop(MADE, None)
     return model
 
 
@@ -363,8 +387,8 @@ def restore(model: Any) -> Any:
     module: Any
     for module in model.modules():
         if isinstance(module, Accelerated):
-            module.__dict__.pop("fast_impl", None)
-            module.__dict__.pop("fast_training_logits", None)
+            for name in ("fast_impl", "fast_training_logits", "fast_block_mask", MADE):
+                module.__dict__.pop(name, None)
             module.__class__ = module.fast_plain  # type: ignore[assignment]
             _keep_recordable(module)
     return model
@@ -384,6 +408,23 @@ def _warn(message: str) -> None:
 def say_once(message: str) -> None:
     """A warning, the first time this process has it to say."""
     _warn(message)
+
+
+@torch.compiler.disable
+def _block_mask(bert: Any, device: torch.device) -> BlockMask | None:
+    """On this device, made at the first forward there."""
+    wanted = bert.fast_block_mask
+    if wanted is None:
+        return None
+    made = bert.__dict__.get(MADE)
+    if made is None or made.lists[0].device != device:
+        if isinstance(wanted, BlockPattern):
+            size = bert.config.max_position_embeddings
+            made = BlockMask.from_pattern(wanted, size, device=device)
+        else:
+            made = wanted.to(device)
+        bert.__dict__[MADE] = made
+    return made
 
 
 @torch.compiler.disable

@@ -39,6 +39,7 @@ def encode(
     token_type_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
     capture: Capture | None = None,
+    block_mask: ops.BlockMask | None = None,
     impl: Any = "auto",
 ) -> Tensor:
     """The last hidden state (T, C) of ``bert`` on the real tokens of a padded batch.
@@ -46,10 +47,15 @@ def encode(
     ``bert``: anything with the submodules of Transformers' BertModel; its train/eval state, dropout
     rates and gradient checkpointing are honoured. Inputs are padded, as the caller has them: ids
     (B, N), types and positions (B, N) or (1, N), ``inputs_embeds`` (B, N, C). ``capture`` records
-    what it asks for on the way.
+    what it asks for on the way. ``block_mask`` says which tokens meet, in every layer.
     """
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
+    if block_mask is not None and capture.attention:
+        raise ValueError(
+            "capture asks for queries and keys of a model with a block mask; the losses that read "
+            "them count all pairs of tokens, also those that its mask forbids"
+        )
     capture.start(len(layers), layout)
     seed = draw_seed(layout.rows.device) if _drops(bert) else None
     hidden = embed(
@@ -67,7 +73,14 @@ def encode(
     for m, layer in enumerate(layers, start=1):
         attended = m in capture.attention
         run: Callable[..., Any] = partial(
-            encode_layer, layer, layout=layout, seed=seed, m=m, give_scores=attended, impl=impl
+            encode_layer,
+            layer,
+            layout=layout,
+            seed=seed,
+            m=m,
+            give_scores=attended,
+            block_mask=block_mask,
+            impl=impl,
         )
         if _checkpointed(layer):
             run = partial(layer._gradient_checkpointing_func, run)
@@ -142,6 +155,7 @@ def encode_layer(
     seed: Tensor | None,
     m: int,
     give_scores: bool,
+    block_mask: ops.BlockMask | None,
     impl: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Layer m: (T, C) -> (T, C), with its queries and keys (T, H, D) if ``give_scores``."""
@@ -166,6 +180,7 @@ def encode_layer(
         dropout_p=heads.dropout.p if heads.training else 0.0,
         seed=seed,
         site=site + ATTENTION,
+        block_mask=block_mask,
         impl=impl,
     )
     common = {"layout": layout, "seed": seed, "impl": impl}
