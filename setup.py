@@ -3,7 +3,7 @@ csrc/ as tinybert_fast._native.
 
 Everything else is said in pyproject.toml. TINYBERT_FAST_NATIVE says what is built: `off` nothing,
 `cpu` no CUDA, `cuda` both, where a failure is an error; without it as much as can be, with a
-warning about the rest.
+warning about the rest. CXX, CXXFLAGS and LDFLAGS are heard.
 """
 
 import os
@@ -93,14 +93,16 @@ def write_ninja(ninja, target: Path, *, cuda: bool) -> None:
     if compiler is None:
         raise OSError("no nvcc was found, neither in CUDA_HOME nor on the PATH")
     includes = [f"-I{pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
-    flags = CXX_FLAGS + (["-DTBF_CUDA='\"" + " ".join(CUDA_ARCHITECTURES) + "\"'"] if cuda else [])
+    flags = CXX_FLAGS + os.environ.get("CXXFLAGS", "").split()
+    flags += ["-DTBF_CUDA='\"" + " ".join(CUDA_ARCHITECTURES) + "\"'"] if cuda else []
     ninja.variable("cxx", cxx)
     ninja.rule(
         "cxx", f"$cxx {' '.join(flags)} -MMD -MF $out.d {' '.join(includes)} -c $in -o $out",
         depfile="$out.d", deps="gcc",
     )  # fmt: skip
     sources = sorted(CSRC.resolve().glob("*.cpp"))
-    link = f"$cxx -shared {' '.join(LINK_FLAGS)} $in -lpthread -o $out"
+    link_flags = LINK_FLAGS + os.environ.get("LDFLAGS", "").split()
+    link = f"$cxx -shared {' '.join(link_flags)} $in -lpthread -ldl -o $out"
     if cuda:
         generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
         ninja.variable("nvcc", compiler)
@@ -110,7 +112,7 @@ def write_ninja(ninja, target: Path, *, cuda: bool) -> None:
             depfile="$out.d", deps="gcc",
         )  # fmt: skip
         sources += sorted(CSRC.resolve().glob("*.cu"))
-        wrapped = " ".join(f"-Xcompiler={flag}" for flag in LINK_FLAGS)
+        wrapped = " ".join(f"-Xcompiler={flag}" for flag in link_flags)
         link = f"$nvcc -shared -cudart=static -ccbin $cxx {wrapped} $in -o $out"
     ninja.rule("link", link)
     objects = []

@@ -1,5 +1,7 @@
 """block_mask: the lists say what the dense mask or the pattern said; order; refusal."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from tinybert_fast.testing.operands import normal
 from tinybert_fast.testing.proofs import implementations
 
 IMPLS = [*implementations("block_mask"), "reference"]
+CASES = int(os.environ.get("TINYBERT_FAST_FUZZ_CASES", "80"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -84,7 +87,7 @@ def patterns(draw):
     return rule, size, options
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(patterns())
 def test_patterns(call):
     rule, size, options = call

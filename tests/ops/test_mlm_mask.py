@@ -3,6 +3,7 @@ replacements, workers, refusal.
 """
 
 import multiprocessing
+import os
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from tinybert_fast.testing.proofs import implementations
 V, MASK, SPECIAL = 50, 4, range(5)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = implementations("mlm_mask")
+CASES = int(os.environ.get("TINYBERT_FAST_FUZZ_CASES", "300"))  # of each fuzz test
 needs_native = pytest.mark.skipif(not FAST, reason=str(dispatch.UNAVAILABLE["native"]))
 
 
@@ -89,7 +91,7 @@ def expected_budget(ids, made, options):
 
 
 @needs_native
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(calls())
 def test_native_equals_the_reference(call):
     from tinybert_fast import _native
@@ -106,7 +108,7 @@ def test_native_equals_the_reference(call):
         _native.limit_isa(-1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(calls())
 def test_invariants(call):
     ids, made, options = call
