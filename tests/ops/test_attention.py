@@ -204,9 +204,9 @@ def test_equals_scaled_dot_product_attention(mask, direction, exact):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_padded_without_a_layout_is_all_real(impl):
-    q, k, v = leaves(*((2, 3, 2, 26),) * 3)
-    full = ops.SequenceLayout.full(2, 3)
+def test_padded_without_a_layout_is_all_real(impl, device):
+    q, k, v = leaves(*((2, 3, 2, 26),) * 3, device=device)
+    full = ops.SequenceLayout.full(2, 3, device)
     want = ops.attention(q, k, v, layout=full, impl=impl)
     assert torch.equal(ops.attention(q, k, v, impl=impl), want)
 

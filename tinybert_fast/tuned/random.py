@@ -39,20 +39,25 @@ class Cells:
     """What the forward and the backward of one place draw, in the same order."""
 
     def __init__(self, seed: Tensor, site: int):
-        # A GPU's is the next of the device's generator, so that no seed is read on the host.
-        self.source = generator(seed, site) if seed.device.type == "cpu" else None
-        self.device = seed.device
+        self.seed, self.site = seed, site
+        self._source: torch.Generator | None = None
 
     def attention_keep(
         self, sequences: Sequence[int], heads: slice, length: int, dropout_p: float, dtype
     ) -> Tensor:
         """1 or 0 (sequences, heads, length, length)."""
         shape = (len(sequences), heads.stop - heads.start, length, length)
-        return keep_mask(draw_bytes(shape, self.source, self.device), dropout_p, dtype)
+        if self._source is None:  # the backward draws the same again, on a GPU too
+            self._source = generator(self.seed, self.site)
+        return keep_mask(draw_bytes(shape, self._source, self.seed.device), dropout_p, dtype)
 
     def hidden(self, sequences: Tensor, positions: Tensor, columns: int) -> Tensor:
-        """Random uint8 (rows, columns)."""
-        return draw_bytes((len(sequences), columns), self.source, self.device)
+        """Random uint8 (rows, columns), which the backward is handed: a function of (seed, site) on
+        a CPU; on a GPU the next of the device's generator, so that no seed is read on the host.
+        """
+        on_cpu = self.seed.device.type == "cpu"
+        source = generator(self.seed, self.site) if on_cpu else None
+        return draw_bytes((len(sequences), columns), source, self.seed.device)
 
 
 def keep_mask(cells: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
