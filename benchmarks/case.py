@@ -35,6 +35,10 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
+class Disagreement(RuntimeError):
+    """Providers of one case computed different things; the message says which and by how much."""
+
+
 class Provider(Protocol):
     """One way to do the job. ``dtype`` is that of autocast; fp32 means none."""
 
@@ -73,6 +77,7 @@ class Case:
     optimizer: str  # inside what is timed; "none" if it is not
     providers: list[Any]
     checks: tuple[Check, ...]
+    dtypes: tuple[str, ...] | None = None  # its only ones; by default those that are asked for
 
     @property
     def valid_fraction(self) -> float:

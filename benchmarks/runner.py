@@ -23,7 +23,16 @@ from torch import Tensor
 
 from tinybert_fast.benchmarks.breakdown import Breakdown, breakdown
 from tinybert_fast.benchmarks.breakdown import show as show_breakdown
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Outcome, Setup
+from tinybert_fast.benchmarks.case import (
+    BASELINE,
+    CAREFUL,
+    OURS,
+    Case,
+    Cases,
+    Disagreement,
+    Outcome,
+    Setup,
+)
 from tinybert_fast.benchmarks.hardware import facts, has_bf16, matmul_gflops
 from tinybert_fast.benchmarks.memory import peak_bytes
 from tinybert_fast.benchmarks.table import (
@@ -36,7 +45,7 @@ from tinybert_fast.benchmarks.table import (
     write_json,
 )
 
-SUITES = ("step", "memory")
+SUITES = ("step", "memory", "masking")
 DTYPE_CHOICES = {"fp32": ("fp32",), "bf16": ("bf16",), "both": ("fp32", "bf16")}
 
 # Relative differences allowed at dropout 0 in fp32, where the order of additions differs. In bf16:
@@ -56,10 +65,6 @@ WIDTH = 120  # columns of the printed table
 Lane = tuple[Any, str]  # provider, dtype
 
 
-class Disagreement(RuntimeError):
-    """Providers of one case computed different things; the message says which and by how much."""
-
-
 def load_cases(suite: str) -> Cases:
     """Name -> builder of every case of a suite."""
     if suite not in SUITES:
@@ -68,6 +73,10 @@ def load_cases(suite: str) -> Cases:
         from tinybert_fast.benchmarks.cases import attention_score_mse_memory
 
         return attention_score_mse_memory.CASES
+    if suite == "masking":
+        from tinybert_fast.benchmarks.cases import masking
+
+        return masking.CASES
     from tinybert_fast.benchmarks.cases import distill_step, mlm_step
 
     return {**mlm_step.CASES, **distill_step.CASES}
@@ -92,7 +101,8 @@ def run_suite(
     """Run a suite, print its table, write what was asked for, and return the rows (table.COLUMNS).
 
     Args:
-        suite: "step" (training steps) or "memory" (attention loss against the length).
+        suite: "step" (training steps), "memory" (attention loss against the length) or "masking"
+            (mlm_mask and collators, of integers whatever the dtype).
         cases: names, or beginnings of names, of the cases to run; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
         rounds: repetitions; by default 10 on a CPU (3 where bf16 is emulated), 50 on a GPU.
@@ -153,12 +163,13 @@ def run_suite(
     finally:
         torch.set_num_threads(before)
     for row in rows:
-        row["matmul_gflops"] = rates[row["dtype"]]
-    growth_exponents(rows)
+        row["matmul_gflops"] = rates.get(row["dtype"])
+    if suite == "memory":
+        growth_exponents(rows)
     show(rows, console)
     for found in profiles:
         title = f"{found['case']} N={found['width']}, {found['provider']} {found['dtype']}"
-        show_breakdown(found, title, rates[found["dtype"]], console)
+        show_breakdown(found, title, rates.get(found["dtype"]), console)
     if json_path is not None:
         write_json(Path(json_path), suite, rows, profiles)
     if csv_path is not None:
@@ -177,6 +188,7 @@ def measure(
 ) -> list[Row]:
     """The rows of one case; ``common`` are the columns that all rows of a run share."""
     clock = Clock(device)
+    dtypes = case.dtypes or dtypes
     lanes = [(provider, dtype) for dtype in dtypes for provider in case.providers]
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(device) else ("fp32",):
@@ -242,7 +254,7 @@ def profile_ours(case: Case, dtypes: tuple[str, ...], device: torch.device) -> l
             "dtype": dtype,
             **breakdown(partial(provider.run, dtype), device),
         }
-        for dtype in dtypes
+        for dtype in case.dtypes or dtypes
         for provider in case.providers
         if provider.role == OURS
     ]

@@ -17,11 +17,11 @@ LONGEST = 3  # widths that a growth exponent is fitted to
 
 # Column -> what it says. A cell that does not apply, or was not measured, is empty (null in JSON).
 COLUMNS = {
-    "suite": "step or memory",
+    "suite": "step, memory or masking",
     "case": "what is computed (benchmarks/cases)",
     "provider": "who computes it",
     "role": "a: as it comes; b: as a careful user writes it; ours",
-    "dtype": "fp32, or bf16 autocast over fp32 weights",
+    "dtype": "fp32, or bf16 autocast over fp32 weights, or int64",
     "batch": "sequences B",
     "width": "padded length N",
     "valid_tokens": "real positions of the batch",
@@ -139,9 +139,10 @@ def show(rows: list[Row], console: Any) -> None:
         f"{last['rounds']} interleaved rounds; x (a), x (b): times faster than baseline a, b "
         "(median of the rounds' ratios).",
     ]
-    rates = {row["dtype"]: row["matmul_gflops"] for row in rows}
-    each = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
-    lines.append(f"One large matrix product in this run: {each}.")
+    rates = {row["dtype"]: row["matmul_gflops"] for row in rows if row["matmul_gflops"]}
+    if rates:
+        each = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+        lines.append(f"One large matrix product in this run: {each}.")
     errors = [(row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"]]
     if errors:
         loss, gradient = (max(column) for column in zip(*errors, strict=True))
@@ -176,8 +177,8 @@ def _speed(rows: list[Row]) -> Any:
     for row in rows:
         table.add_row(
             *_who(row),
-            _number(row["median_ms"], ",.1f"),
-            f"{row['p20_ms']:,.1f} - {row['p80_ms']:,.1f}",
+            _milliseconds(row["median_ms"]),
+            f"{_milliseconds(row['p20_ms'])} - {_milliseconds(row['p80_ms'])}",
             *(_number(row[ratio], ".2f") for ratio in ratios),
             _number(row["tokens_per_s"], ",.0f"),
             _number(row["peak_mib"], ",.1f"),
@@ -223,6 +224,10 @@ def _who(row: Row) -> tuple[str, str]:
 
 def _emulated(row: Row) -> bool:
     return row["dtype"] == "bf16" and row["bf16_hardware"] == "no"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def _number(value: float | None, form: str) -> str:

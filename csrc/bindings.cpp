@@ -6,6 +6,7 @@
 #include "dropout_mask.h"
 #include "entries.h"
 #include "isa.h"
+#include "lists.h"
 #include "mlm_mask.h"
 #include "sequence_layout.h"
 
@@ -104,6 +105,12 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
+
+  m.def(
+      "pad_lists",
+      [](const py::object& rows, int64_t count, int64_t width, int64_t parts, int64_t fill,
+         Address out) { tbf::pad_lists(rows, count, width, parts, fill, at<int64_t>(out)); },
+      "rows"_a, "count"_a, "width"_a, "parts"_a, "fill"_a, "out"_a);
 
   py::class_<tbf::MlmMask>(m, "MlmMask")
       .def(py::init(&mlm_mask), py::kw_only(), "ids"_a, "batch"_a, "width"_a, "special"_a,

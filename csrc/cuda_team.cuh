@@ -157,12 +157,35 @@ struct Block {
     }
   }
 
-  template <class F>
-  __device__ int64_t sort_spread(int64_t n, uint64_t*& keys, const F& key) {
-    const int64_t count = int64_t(sum<uint64_t>(n, [&](int64_t i) { return keys[i]; }));
-    each(n, [&](int64_t i) { keys[i] = keys[i] ? key(i) : ~uint64_t{0}; });
+  template <class Use>
+  __device__ void in_order(uint64_t* keys, int64_t n, const Use& use) {
     sort(keys, n);
-    return count;
+    once([&]() -> int64_t {
+      int64_t i = 0;
+      while (i < n && use(keys[i])) ++i;
+      return i;
+    });
+  }
+
+  // `scratch` keeps the sizes modulo 2^32 while the keys take their place.
+  template <class Key, class Hit>
+  __device__ void crossings(int64_t n, uint64_t* sizes, uint32_t* scratch, uint64_t start,
+                            const Key& key, const Hit& hit) {
+    const int64_t count = int64_t(sum<uint64_t>(n, [&](int64_t i) { return sizes[i] != 0; }));
+    uint64_t* const keys = sizes;
+    each(n, [&](int64_t i) {
+      scratch[i] = uint32_t(sizes[i]);
+      keys[i] = sizes[i] ? key(i) : ~uint64_t{0};
+    });
+    sort(keys, n);
+    auto size = [&](int64_t j) -> uint64_t {
+      const uint32_t own = scratch[uint32_t(keys[j])];
+      return own == 0 ? uint64_t{1} << 32 : own;
+    };
+    scan(count, size, [&](int64_t j, uint64_t before) {
+      before += start;
+      hit(int64_t(uint32_t(keys[j])), before >> 32 != (before + size(j)) >> 32);
+    });
   }
 };
 

@@ -21,7 +21,8 @@
 
 namespace tbf {
 
-constexpr int64_t kMaxWidth = 8192;  // tokens of a row; 13 bits of a unit's sort key
+constexpr int kWidthBits = 13;
+constexpr int64_t kMaxWidth = int64_t{1} << kWidthBits;  // tokens of a row
 constexpr uint64_t kOne = uint64_t{1} << 32;  // probability 1
 
 enum Stream : uint32_t { kOrder = 0, kOffset = 1, kAction = 2, kSpan = 3 };
@@ -32,11 +33,25 @@ struct Flags {
   const void* data;
   int bytes;
 
+  TBF_HD explicit operator bool() const { return data != nullptr; }
+
   TBF_HD bool at(int64_t i) const {
     if (bytes == 1) return static_cast<const uint8_t*>(data)[i] != 0;
     return static_cast<const int64_t*>(data)[i] != 0;
   }
-  TBF_HD explicit operator bool() const { return data != nullptr; }
+
+  // keep[i] <- 0 where flag `base + i` is not `wanted`.
+  template <class Team>
+  TBF_HD void filter(Team& team, int64_t base, int64_t n, bool wanted, uint8_t* keep) const {
+    if (data == nullptr) return;
+    if (bytes == 1) {
+      const uint8_t* const flags = static_cast<const uint8_t*>(data) + base;
+      team.each(n, [&](int64_t i) { keep[i] &= uint8_t((flags[i] != 0) == wanted); });
+    } else {
+      const int64_t* const flags = static_cast<const int64_t*>(data) + base;
+      team.each(n, [&](int64_t i) { keep[i] &= uint8_t((flags[i] != 0) == wanted); });
+    }
+  }
 };
 
 struct MlmMask {
@@ -66,8 +81,8 @@ struct MlmMask {
 
 // One row's scratch: `sort_size` keys (a power of two on a GPU), `width` of the rest.
 struct RowScratch {
-  uint64_t* keys;
-  uint32_t* weights;  // then p modulo 2^32; in unit modes the length of the unit that begins here
+  uint64_t* keys;     // p, then the order of tokens; in unit modes the order of units
+  uint32_t* weights;  // w; in unit modes the length of the unit that begins here
   uint32_t* words;    // the permutation's random words; in unit modes the first token of the unit
   uint8_t* chosen;
 };
@@ -87,6 +102,12 @@ TBF_HD Words counter(const MlmMask& call, uint64_t example, Stream stream, uint3
 
 TBF_HD Words draw(const MlmMask& call, uint64_t example, Stream stream, uint32_t index) {
   return philox(counter(call, example, stream, index), key_of(call.seed));
+}
+
+// round(ratio * n), at least 1.
+TBF_HD uint64_t wanted(const MlmMask& call, uint64_t n) {
+  const uint64_t count = (n * call.ratio + (uint64_t{1} << 31)) >> 32;
+  return count < 1 ? 1 : count;
 }
 
 // g(place) * h(token): the product of a 31-bit and a 32-bit weight, rounded, 0 only if one is 0.
@@ -117,8 +138,7 @@ struct Share {
   }
 };
 
-// weights: w -> p modulo 2^32, in the sense that a weight above 0 becomes p in 1..2^32, or a p of
-// 0, which `keys` marks: keys[i] is 1 where token i can be chosen, else 0.
+// keys[i]: p of token i, up to 2^32.
 template <class Team>
 TBF_HD void inclusion_probabilities(Team& team, int64_t width, uint64_t k, Totals totals,
                                     RowScratch row) {
@@ -150,15 +170,13 @@ TBF_HD void inclusion_probabilities(Team& team, int64_t width, uint64_t k, Total
   });
   team.each(width, [&](int64_t i) {
     const uint32_t w = row.weights[i];
-    const uint64_t p = w == 0 ? 0 : w >= kCapped ? kOne : row.keys[i] + (i < cut);
-    row.weights[i] = uint32_t(p);
-    row.keys[i] = p != 0;
+    row.keys[i] = w == 0 ? 0 : w >= kCapped ? kOne : row.keys[i] + (i < cut);
   });
 }
 
 template <class Team>
 TBF_HD void choose_tokens(Team& team, const MlmMask& call, uint64_t example, uint64_t k,
-                          Totals totals, RowScratch& row) {
+                          Totals totals, RowScratch row) {
   const int64_t width = call.width;
   inclusion_probabilities(team, width, k, totals, row);
   team.draw(
@@ -170,22 +188,11 @@ TBF_HD void choose_tokens(Team& team, const MlmMask& call, uint64_t example, uin
         row.words[4 * group + 2] = words.w2;
         row.words[4 * group + 3] = words.w3;
       });
-  const int64_t count = team.sort_spread(width, row.keys, [&](int64_t i) -> uint64_t {
-    return uint64_t{row.words[i]} << 32 | uint64_t(i);
-  });
   const uint64_t offset = draw(call, example, kOffset, 0).w0;
-  team.scan(
-      count,
-      [&](int64_t j) -> uint64_t {
-        const uint32_t p = row.weights[uint32_t(row.keys[j])];
-        return p == 0 ? kOne : p;
-      },
-      [&](int64_t j, uint64_t before) {
-        const uint32_t i = uint32_t(row.keys[j]);
-        const uint64_t p = row.weights[i] == 0 ? kOne : row.weights[i];
-        const uint64_t start = before + (kOne - 1 - offset);
-        row.chosen[i] = (start >> 32) != ((start + p) >> 32);
-      });
+  team.crossings(
+      width, row.keys, row.weights, kOne - 1 - offset,
+      [&](int64_t i) -> uint64_t { return uint64_t{row.words[i]} << 32 | uint64_t(i); },
+      [&](int64_t i, bool crossed) { row.chosen[i] = crossed; });
 }
 
 // Words of a span: 1 to 10 with probabilities proportional to 0.8^length, 3.8 on average.
@@ -198,9 +205,9 @@ TBF_HD int span_length(uint32_t word) {
   return length;
 }
 
-// Cuts the eligible tokens into units and leaves their sort keys, rank << 13 | first token, in
-// `keys`. On entry words[i] says whether token i is eligible; afterwards it is its unit's first
-// token, and weights[first] is the unit's length. Returns the number of units that can be chosen.
+// Cuts the eligible tokens into units. On entry words[i] says whether token i is eligible;
+// afterwards it is its unit's first token, and weights[first] is the unit's length. Leaves mean
+// weight << 13 | first token in `keys` for those that can be chosen, and returns their number.
 TBF_HD int64_t cut_into_units(const MlmMask& call, uint64_t example, int64_t base,
                               RowScratch row) {
   int64_t units = 0;
@@ -223,11 +230,8 @@ TBF_HD int64_t cut_into_units(const MlmMask& call, uint64_t example, int64_t bas
     row.words[first] = uint32_t(first);
     const uint64_t length = uint64_t(stop - first);
     row.weights[first] = uint32_t(length);
-    if (weight > 0) {
-      const uint64_t mean = weight / length >> 15;  // 16 bits
-      const uint64_t word = draw(call, example, kOrder, uint32_t(first)).w0;
-      row.keys[units++] = (word << 16) / (mean == 0 ? 1 : mean) << 13 | uint64_t(first);
-    }
+    row.keys[units] = weight / length << kWidthBits | uint64_t(first);
+    units += weight > 0;
     first = stop;
   }
   return units;
@@ -235,78 +239,78 @@ TBF_HD int64_t cut_into_units(const MlmMask& call, uint64_t example, int64_t bas
 
 template <class Team>
 TBF_HD void choose_units(Team& team, const MlmMask& call, uint64_t example, int64_t base,
-                         uint64_t k, RowScratch& row) {
+                         uint64_t k, RowScratch row) {
+  constexpr uint64_t kFirst = kMaxWidth - 1;
   const int64_t units =
       team.once([&]() -> int64_t { return cut_into_units(call, example, base, row); });
-  team.sort(row.keys, units);
-  team.each(call.width, [&](int64_t i) { row.chosen[i] = 0; });
-  team.once([&]() -> int64_t {
-    uint64_t count = 0;
-    for (int64_t u = 0; u < units && count < k; ++u) {
-      const uint32_t first = uint32_t(row.keys[u]) & (kMaxWidth - 1);
-      const uint32_t length = row.weights[first];
-      if (count + length > k) continue;
+  team.draw(
+      units, key_of(call.seed),
+      [&](int64_t u) { return counter(call, example, kOrder, uint32_t(row.keys[u] & kFirst)); },
+      [&](int64_t u, Words words) {  // rank << 13 | first token, by 16 bits of the mean weight
+        const uint64_t mean = row.keys[u] >> kWidthBits >> 15, first = row.keys[u] & kFirst;
+        const uint64_t rank = (uint64_t{words.w0} << 16) / (mean == 0 ? 1 : mean);
+        row.keys[u] = rank << kWidthBits | first;
+      });
+  uint64_t count = 0;
+  team.in_order(row.keys, units, [&](uint64_t key) {
+    const uint32_t first = uint32_t(key & kFirst), length = row.weights[first];
+    if (count + length <= k) {
       count += length;
       for (uint32_t i = first; i < first + length; ++i) row.chosen[i] = 1;
     }
-    return 0;
+    return count < k;
   });
 }
 
-// The id that takes the place of a chosen token, or -1: it stays.
-TBF_HD int64_t replacement(const MlmMask& call, uint64_t example, uint32_t i, uint32_t first,
-                           Words own) {
-  const uint64_t action = first == i ? own.w0 : draw(call, example, kAction, first).w0;
-  if (action < call.mask_below) return call.mask_id;
-  if (action >= call.random_below) return -1;
-  return call.ordinary[uint64_t{own.w1} * uint64_t(call.ordinary_count) >> 32];
+// What a chosen token becomes, by its two random words. Without a branch: nobody could predict it.
+TBF_HD int64_t replacement(const MlmMask& call, int64_t id, uint64_t action, uint32_t word) {
+  const int64_t other = call.ordinary[uint64_t{word} * uint64_t(call.ordinary_count) >> 32];
+  const int64_t masked = -int64_t(action < call.mask_below);
+  const int64_t random = -int64_t(action < call.random_below) & ~masked;
+  return (call.mask_id & masked) | (other & random) | (id & ~(masked | random));
 }
 
-// Masks one row; found(rank, i, id) is told of each chosen token. Returns their number, or -1 - i where token i is outside the vocabulary (on a GPU the kernel stops instead).
+// Masks one row; found(rank, i, id) is told of each chosen token. Returns their number, or -1 - i
+// where token i is outside the vocabulary (on a GPU the kernel stops instead).
 template <class Team, class Found>
-TBF_HD int64_t mask_row(Team& team, const MlmMask& call, int64_t b, RowScratch& row,
+TBF_HD int64_t mask_row(Team& team, const MlmMask& call, int64_t b, RowScratch row,
                         const Found& found) {
   const int64_t width = call.width, base = b * width;
   const uint64_t example = call.examples ? uint64_t(call.examples[b]) : uint64_t(b);
-  const bool in_units = call.unit != kToken;
-
-  auto real = [&](int64_t i) -> uint64_t { return !call.attention || call.attention.at(base + i); };
-  const int64_t outside = team.first(width, [&](int64_t i) {
-    return uint64_t(call.ids[base + i]) >= uint64_t(call.vocabulary);
-  });
+  const int64_t* const ids = call.ids + base;
+  const int64_t outside = team.first(
+      width, [&](int64_t i) { return uint64_t(ids[i]) >= uint64_t(call.vocabulary); });
   if (outside >= 0) return -1 - outside;
-  auto entry = [&](int64_t i) -> uint32_t {
-    const bool barred = !real(i) || (call.special && call.special.at(base + i));
-    return barred ? 0 : call.table[call.ids[base + i]];
-  };
-  uint64_t length = 0;
+
+  uint8_t* const open = row.chosen;
+  team.each(width, [&](int64_t i) { open[i] = 1; });
+  call.attention.filter(team, base, width, true, open);
+  call.special.filter(team, base, width, false, open);
+  team.each(width, [&](int64_t i) {  // table entries
+    row.words[i] = call.table[ids[i]] & -uint32_t{open[i]};
+    row.weights[i] = row.words[i] >> 1;
+    row.words[i] &= 1;
+  });
   if (call.places) {
-    length = team.template sum<uint64_t>(width, real);
+    auto real = [&](int64_t i) -> uint64_t {
+      return !call.attention || call.attention.at(base + i);
+    };
+    const uint64_t length = team.template sum<uint64_t>(width, real);
     team.scan(width, real, [&](int64_t i, uint64_t rank) {
       const uint64_t place = length ? rank * uint64_t(call.place_count) / length : 0;
-      row.weights[i] = real(i) ? weighted(entry(i) >> 1, call.places[place]) : 0;
+      row.weights[i] = real(i) ? weighted(row.weights[i], call.places[place]) : 0;
     });
   }
   const Totals totals = team.template sum<Totals>(width, [&](int64_t i) -> Totals {
-    const uint32_t e = entry(i);
-    const uint32_t w = call.places ? row.weights[i] : e >> 1;
-    row.weights[i] = w;
-    if (in_units) row.words[i] = e & 1;
-    return {e & 1, w > 0, w, w};
+    const uint32_t w = row.weights[i];
+    return {row.words[i], w > 0, w, w};
   });
-  // round(n * ratio), at least 1, at most what can be chosen
-  uint64_t k = (totals.eligible * call.ratio + (uint64_t{1} << 31)) >> 32;
-  k = k < 1 ? 1 : k;
+  uint64_t k = wanted(call, totals.eligible);
   k = k < totals.positive ? k : totals.positive;
 
-  if (k == 0) {
-    team.each(width, [&](int64_t i) { row.chosen[i] = 0; });
-  } else if (in_units) {
-    choose_units(team, call, example, base, k, row);
-  } else {
-    team.each(width, [&](int64_t i) { row.chosen[i] = 0; });
-    choose_tokens(team, call, example, k, totals, row);
-  }
+  team.each(width, [&](int64_t i) { row.chosen[i] = 0; });
+  if (k > 0 && call.unit == kToken) choose_tokens(team, call, example, k, totals, row);
+  if (k > 0 && call.unit != kToken) choose_units(team, call, example, base, k, row);
   uint32_t* const places = row.weights;  // which nobody reads any more
   const int64_t count = team.compact(width, row.chosen, places);
   if (call.dense) team.each(width, [&](int64_t i) { call.dense[base + i] = -100; });
@@ -314,10 +318,13 @@ TBF_HD int64_t mask_row(Team& team, const MlmMask& call, int64_t b, RowScratch& 
       count, key_of(call.seed),
       [&](int64_t j) { return counter(call, example, kAction, places[j]); },
       [&](int64_t j, Words own) {
-        const uint32_t i = places[j], first = call.unit == kSpanUnit ? row.words[i] : i;
-        const int64_t id = call.ids[base + i];
-        const int64_t other = replacement(call, example, i, first, own);
-        if (other >= 0) call.ids[base + i] = other;
+        const uint32_t i = places[j];
+        uint32_t action = own.w0;
+        if (call.unit == kSpanUnit && row.words[i] != i) {  // the span's, not its own
+          action = draw(call, example, kAction, row.words[i]).w0;
+        }
+        const int64_t id = ids[i];
+        call.ids[base + i] = replacement(call, id, action, own.w1);
         if (call.dense) call.dense[base + i] = id;
         found(j, int64_t(i), id);
       });

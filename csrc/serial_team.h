@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "philox.h"
@@ -14,8 +15,10 @@ namespace tbf {
 struct Serial {
   static constexpr int kLane = 8;  // keys of a vector
 
-  uint64_t* spare = nullptr;  // the sort's other array: that of the keys, and kLane more
-  uint32_t* buckets = nullptr;  // of sort_spread: at least twice as many as keys, and 1 more
+  // Of `crossings`: room for n + kLane + 1 keys, and for 2 * n + 2 numbers each.
+  uint64_t* spare = nullptr;
+  uint64_t* sums = nullptr;
+  uint32_t* slots = nullptr;
 
   template <class T, class F>
   TBF_HD T sum(int64_t n, const F& f) {
@@ -88,30 +91,61 @@ struct Serial {
     return count;
   }
 
-  TBF_HD void sort(uint64_t* keys, int64_t n) { std::sort(keys, keys + n); }
+  // use(key) in increasing order until it says false; few are asked for, so a heap, no sort.
+  template <class Use>
+  TBF_HD void in_order(uint64_t* keys, int64_t n, const Use& use) {
+    std::make_heap(keys, keys + n, std::greater<>());
+    for (; n > 0 && use(keys[0]); --n) std::pop_heap(keys, keys + n, std::greater<>());
+  }
 
-  // Sorts key(i) of those i for which keys[i] is 1, whose top 32 bits are uniformly random: into
-  // buckets by their first bits, one key in each on average, then among neighbours.
-  template <class F>
-  TBF_HD int64_t sort_spread(int64_t n, uint64_t*& keys, const F& key) {
+  // In the order of key(i), over those i whose sizes[i] is not 0: hit(i, whether adding sizes[i] to
+  // `start` and all sizes before it crosses a multiple of 2^32). The top 32 bits of a key are
+  // random, so its first bits name a bucket; only buckets with a crossing inside are put in order.
+  // Neither `sizes` nor `scratch`, of n numbers, means anything afterwards.
+  template <class Key, class Hit>
+  TBF_HD void crossings(int64_t n, uint64_t* sizes, uint32_t* scratch, uint64_t start,
+                        const Key& key, const Hit& hit) {
+    uint32_t* const bucket_of = scratch;
+    constexpr int kTally = 48;  // sums of sizes are below 2^46; how many there are, above them
+    constexpr uint64_t kSizes = (uint64_t{1} << kTally) - 1;
     int bits = 1;
     while (int64_t{1} << bits < n) ++bits;
     const int shift = 64 - bits;
-    std::fill_n(buckets, (size_t{1} << bits) + 1, 0u);
-    for (int64_t i = 0; i < n; ++i) buckets[size_t(key(i) >> shift) + 1] += uint32_t(keys[i]);
-    for (size_t bucket = 1; bucket < size_t{1} << bits; ++bucket) {
-      buckets[bucket] += buckets[bucket - 1];
-    }
-    int64_t count = 0;
+    const uint32_t count = 1u << bits, nowhere = uint32_t(n);
     for (int64_t i = 0; i < n; ++i) {
-      if (!keys[i]) continue;
-      const uint64_t own = key(i);
-      spare[buckets[size_t(own >> shift)]++] = own;
-      ++count;
+      bucket_of[i] = sizes[i] ? uint32_t(key(i) >> shift) : count;
+      sizes[i] |= sizes[i] ? uint64_t{1} << kTally : 0;
     }
-    std::swap(keys, spare);
-    sort_neighbours(keys, count);
-    return count;
+    std::fill_n(sums, count + 1, uint64_t{0});
+    for (int64_t i = 0; i < n; ++i) sums[bucket_of[i]] += sizes[i];
+    uint32_t live = 0;
+    for (uint32_t bucket = 0; bucket < count; ++bucket) {
+      const uint64_t own = sums[bucket], stop = start + (own & kSizes);
+      const uint32_t crossed = -uint32_t((start ^ stop) >> 32 != 0);  // all ones: no branch
+      sums[bucket] = start;
+      slots[bucket] = (live & crossed) | (nowhere & ~crossed);
+      live += uint32_t(own >> kTally) & crossed;
+      start = stop;
+    }
+    slots[count] = nowhere;
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t& slot = slots[bucket_of[i]];
+      const uint32_t at = slot;
+      spare[at] = key(i);
+      slot = at + (at != nowhere);
+    }
+    sort_neighbours(spare, live);
+    uint64_t before = 0;
+    uint32_t last = count;
+    for (uint32_t j = 0; j < live; ++j) {
+      const uint32_t i = uint32_t(spare[j]), bucket = bucket_of[i];
+      const uint64_t same = -uint64_t(bucket == last);
+      before = (before & same) | (sums[bucket] & ~same);
+      const uint64_t after = before + (sizes[i] & kSizes);
+      hit(int64_t(i), (before ^ after) >> 32 != 0);
+      before = after;
+      last = bucket;
+    }
   }
 
   typedef uint64_t Vector __attribute__((vector_size(kLane * sizeof(uint64_t))));

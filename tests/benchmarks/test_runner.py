@@ -7,10 +7,16 @@ import math
 import pytest
 import torch
 
+from tinybert_fast import ops
 from tinybert_fast.benchmarks import runner, table
 from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown
 from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup
-from tinybert_fast.benchmarks.cases import attention_score_mse_memory, distill_step, mlm_step
+from tinybert_fast.benchmarks.cases import (
+    attention_score_mse_memory,
+    distill_step,
+    masking,
+    mlm_step,
+)
 
 CPU = torch.device("cpu")
 SMOKE = Setup(CPU, smoke=True)
@@ -274,6 +280,27 @@ def test_products_are_counted_in_operations():
     assert {o["name"]: o["calls"] for o in found["operators"]}["aten::addmm"] == 1
 
 
+def test_masking_suite(monkeypatch):
+    rows = runner.run_suite("masking", smoke=True, threads=1, rounds=2)
+    names = ["transformers", "transformers numpy", "ours"]
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        ("mlm_mask", "transformers"), ("mlm_mask", "transformers numpy"), ("mlm_mask", "ours"),
+        ("mlm_mask", "ours weighted"), *(("collate_tokens", name) for name in names),
+        *(("collate_words", name) for name in names),
+    ]  # fmt: skip
+    assert all(row["dtype"] == "int64" and row["growth"] is None for row in rows)
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+    def another_draw(ids, rule, **options):
+        if options.get("impl") != "reference":
+            options["seed"] += 1
+        return ops.mlm_mask(ids, rule, **options)
+
+    monkeypatch.setattr(masking, "mlm_mask", another_draw)
+    with pytest.raises(runner.Disagreement, match="mlm_mask: input_ids differs"):
+        runner.run_suite("masking", smoke=True, rounds=1)
+
+
 def test_memory_suite_in_both_dtypes(capsys):
     rows = runner.run_suite("memory", smoke=True, dtype="both", threads=1)
     assert "peak ~ N^" in capsys.readouterr().out
@@ -298,7 +325,7 @@ def test_disagreement_writes_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"suite": "ops"}, "--suite 'ops' is not one of step, memory"),
+        ({"suite": "ops"}, "--suite 'ops' is not one of step, memory, masking"),
         ({"cases": ["pretrain"]}, "--case 'pretrain' matches none of mlm_step, distill_step_b16"),
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),

@@ -156,7 +156,9 @@ def test_bench(cli, tmp_path):
 
 
 def test_bench_refuses(cli):
-    assert "--suite 'all' is not one of step, memory" in cli("bench", "--suite", "all").line
+    assert (
+        "--suite 'all' is not one of step, memory, masking" in cli("bench", "--suite", "all").line
+    )
 
 
 def test_bench_shows_no_speed_for_wrong_values(cli, monkeypatch):

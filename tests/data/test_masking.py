@@ -11,6 +11,8 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from tinybert_fast import TinyBertForMaskedLM
 from tinybert_fast.data import SparseMaskingCollator
+from tinybert_fast.ops import native
+from tinybert_fast.ops.dispatch import UNAVAILABLE
 from tinybert_fast.testing.tiny_models import tiny_config, tiny_tokenizer
 
 WORDS = ("good", "film", "##s", "##ing", "bad", "play")
@@ -70,6 +72,72 @@ def test_words_stay_whole(tokenizer, examples, kind):
                     assert (row[i] == -100) == (row[i - 1] == -100)
                     seen += row[i] != -100
     assert seen
+
+
+def test_words_of_offsets_are_those_of_transformers(tokenizer):
+    """Pieces without a gap between them are one word, whatever they are called."""
+    words = tokenizer.convert_tokens_to_ids(["good", "film", "play", "bad", "film"])
+    example = {
+        "input_ids": [tokenizer.cls_token_id, *words, tokenizer.sep_token_id],
+        "special_tokens_mask": [1, *[0] * 5, 1],
+        "offset_mapping": [(0, 0), (0, 4), (4, 8), (9, 10), (11, 15), (15, 18), (0, 0)],
+    }
+    collate = SparseMaskingCollator(tokenizer, whole_word_mask=True, mlm_probability=0.4)
+    seen = set()
+    for _ in range(40):
+        batch = collate([example, example])
+        assert "offset_mapping" not in batch
+        seen |= {tuple((row != -100).nonzero().flatten().tolist()) for row in batch["labels"]}
+    assert seen == {(1, 2), (4, 5), (3,)}
+
+
+def test_lists_are_read_alike_without_the_compiled_module(tokenizer, examples, monkeypatch):
+    given = [
+        {**x, "offset_mapping": [(i, 1 << 40) for i in range(len(x["input_ids"]))]}
+        for x in examples
+    ]
+    collate = SparseMaskingCollator(tokenizer, pad_to_multiple_of=8)
+    batches = [collate._pad(given), collate._pad([{k: tuple(x[k]) for k in x} for x in given])]
+    arrays = [{k: np.asarray(x[k]) for k in x} for x in given]
+    batches.append(collate._pad(arrays))
+    monkeypatch.setitem(UNAVAILABLE, "native", "not built")
+    batches.append(collate._pad(given))
+    for other in batches[1:]:
+        assert set(other) == set(batches[0])
+        for name, want in batches[0].items():
+            assert want.dtype == torch.int64
+            assert torch.equal(other[name], want)
+
+
+def bad(examples, name, row):
+    return [{**examples[0], name: row}, *examples[1:]]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_lists_that_cannot_be_read(tokenizer, examples, monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setitem(UNAVAILABLE, "native", "not built")
+    collate = SparseMaskingCollator(tokenizer)
+    n = len(examples[0]["input_ids"])
+    with pytest.raises(ValueError, match=f"example 0 has {n - 1} token_type_ids for {n} input_ids"):
+        collate(bad(examples, "token_type_ids", [0] * (n - 1)))
+    for item in ("x", 1.5, None, 2**70):
+        with pytest.raises((TypeError, OverflowError)):
+            collate(bad(examples, "input_ids", [item] * n))
+    offsets = [{**x, "offset_mapping": [(0, 1)] * len(x["input_ids"])} for x in examples]
+    for pair in ((1,), (1, 2, 3), 4, "ab", (1, "b")):
+        with pytest.raises((TypeError, ValueError)):
+            collate(bad(offsets, "offset_mapping", [pair] * n))
+
+
+def test_a_list_that_shrinks_while_it_is_read():
+    class Shrinks:
+        def __index__(self):
+            row.clear()
+            return 7
+
+    row = [Shrinks()] * 5
+    assert native.pad_lists([row, [1, 2]], 5, 0).tolist() == [[7, 0, 0, 0, 0], [1, 2, 0, 0, 0]]
 
 
 def test_examples_with_ids_keep_their_masks(tokenizer, examples):

@@ -26,7 +26,10 @@ def register(app: typer.Typer) -> None:
 def bench(
     suite: Annotated[
         str,
-        typer.Option(help="step: one training step; memory: the attention loss against length."),
+        typer.Option(
+            help="step: one training step; memory: the attention loss against length; "
+            "masking: of masked-LM batches."
+        ),
     ] = "step",
     case: Annotated[
         list[str] | None,

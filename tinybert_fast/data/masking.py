@@ -11,11 +11,20 @@ import torch
 from torch import Tensor
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
-from tinybert_fast.ops import MaskingRule, mlm_mask
+from tinybert_fast.ops import MaskingRule, mlm_mask, native
+from tinybert_fast.ops.dispatch import UNAVAILABLE
 
 SEEDS = 2**63 - 1
-PADDING = {"input_ids": None, "token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1}
 CONTINUATION = "##"  # of WordPiece
+# Columns with an entry for each token, and what stands at padding; input_ids have the tokenizer's.
+COLUMNS = {
+    "input_ids": None,
+    "token_type_ids": 0,
+    "attention_mask": 0,
+    "special_tokens_mask": 1,
+    "word_starts": 0,
+    "offset_mapping": 0,
+}
 
 
 @dataclass
@@ -29,13 +38,15 @@ class SparseMaskingCollator:
         span_mask: spans of whole words, as SpanBERT masks them.
         token_weights, position_weights: h and g of ``MaskingRule.of``.
         compact_labels: also ``masked_rows`` (R,), flat places of the masked tokens, and
-            ``masked_labels`` (R,).
+            ``masked_labels`` (R,). On a GPU R is the most that can be, and (row 0, label -100)
+            stands at their end: nothing waits for the device.
         device: where batches are masked and end up; a GPU's only in the main process.
 
     Examples with ``example_id`` get the masks of (seed, step, example_id), whatever batch or worker
     they are in; ``set_step`` counts, an epoch, say. Others draw from torch's generator, as
     Transformers' collator does, or with a ``seed`` from one of this process alone. Whole words
-    begin where a token does not begin with ``##``, or where the examples' ``word_starts`` say so.
+    begin where the examples' ``word_starts`` say so, or where their ``offset_mapping`` leaves a
+    gap (Transformers' rule), or else where a token does not begin with ``##`` (BERT's rule).
 
     Raises:
         ValueError: what ``MaskingRule`` refuses; a tokenizer without a mask token.
@@ -91,18 +102,22 @@ class SparseMaskingCollator:
 
     def __call__(self, examples: Sequence[Any], return_tensors: str | None = None) -> dict:
         batch = self._pad(examples)
+        most = None
+        if self.rule is not None and self.device != "cpu":
+            most = self.rule.most(_lengths(batch))
+            batch = {
+                name: x.pin_memory().to(self.device, non_blocking=True) for name, x in batch.items()
+            }
         ids, rule = batch["input_ids"], self.rule
         special = batch.pop("special_tokens_mask", None)
         numbers = batch.pop("example_id", None)
-        starts = batch.pop("word_starts", None)
+        starts = self._word_starts(
+            ids, special, batch.pop("word_starts", None), batch.pop("offset_mapping", None)
+        )
         if rule is None:
             pad = self.tokenizer.pad_token_id
             batch["labels"] = ids.clone() if pad is None else ids.masked_fill(ids == pad, -100)
             return self._converted(batch, return_tensors)
-        if rule.unit == "token":
-            starts = None
-        elif starts is None:
-            starts = self._starts[ids]
         masked = mlm_mask(
             ids,
             rule,
@@ -113,6 +128,7 @@ class SparseMaskingCollator:
             attention_mask=batch.get("attention_mask"),
             word_starts=starts,
             dense_labels=True,
+            capacity=most,
             allow_empty_rows=True,
             in_place=True,
         )
@@ -122,26 +138,26 @@ class SparseMaskingCollator:
             batch["masked_rows"], batch["masked_labels"] = masked.rows, masked.labels
         return self._converted(batch, return_tensors)
 
+    def _word_starts(
+        self, ids: Tensor, special: Tensor | None, starts: Tensor | None, offsets: Tensor | None
+    ) -> Tensor | None:
+        """Bool (B, N), True where a word begins; None if tokens are masked one by one."""
+        if self.rule is None or self.rule.unit == "token":
+            return None
+        if starts is not None:
+            return starts.bool()
+        if offsets is None:
+            return self._starts[ids]
+        begins = torch.ones_like(ids, dtype=torch.bool)
+        begins[:, 1:] = offsets[:, 1:, 0] != offsets[:, :-1, 1]
+        return begins  # a token behind one that cannot be masked begins a word anyway
+
     def _pad(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """int64 (B, N) tensors on the device, and whatever else the tokenizer pads."""
+        """int64 (B, N) tensors, and whatever else the tokenizer pads, on the CPU."""
         if not isinstance(examples[0], Mapping):
             examples = [{"input_ids": ids} for ids in examples]
-        if self._simple(examples):
-            lengths = [len(example["input_ids"]) for example in examples]
-            multiple = self.pad_to_multiple_of or 1
-            width = -(-max(lengths) // multiple) * multiple
-            batch = {
-                name: _padded([example[name] for example in examples], lengths, width, fill)
-                for name, fill in {**PADDING, "input_ids": self.tokenizer.pad_token_id}.items()
-                if name in examples[0]
-            }
-            if "attention_mask" not in batch and len(set(lengths)) > 1:
-                ones = [np.ones(n, dtype=np.int64) for n in lengths]
-                batch["attention_mask"] = _padded(ones, lengths, width, 0)
-            if "example_id" in examples[0]:
-                batch["example_id"] = torch.tensor([int(x["example_id"]) for x in examples])
-        else:
-            batch = dict(
+        if not self._simple(examples):
+            return dict(
                 pad_without_fast_tokenizer_warning(
                     self.tokenizer,
                     list(examples),
@@ -149,13 +165,26 @@ class SparseMaskingCollator:
                     pad_to_multiple_of=self.pad_to_multiple_of,
                 )
             )
-        return {name: x.to(self.device) for name, x in batch.items()}
+        lengths = [len(example["input_ids"]) for example in examples]
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-max(lengths) // multiple) * multiple
+        batch = {
+            name: _padded(name, [example[name] for example in examples], lengths, width, fill)
+            for name, fill in {**COLUMNS, "input_ids": self.tokenizer.pad_token_id}.items()
+            if name in examples[0]
+        }
+        if "attention_mask" not in batch and len(set(lengths)) > 1:
+            real = torch.arange(width) < torch.tensor(lengths)[:, None]
+            batch["attention_mask"] = real.long()
+        if "example_id" in examples[0]:
+            batch["example_id"] = torch.tensor([int(x["example_id"]) for x in examples])
+        return batch
 
     def _simple(self, examples: Sequence[Mapping]) -> bool:
         """Whether these are the tokenizer's own columns, padded on the right."""
-        known = {*PADDING, "example_id"}
         right = getattr(self.tokenizer, "padding_side", "right") == "right"
-        return right and self.tokenizer.pad_token_id is not None and set(examples[0]) <= known
+        known = set(examples[0]) <= {*COLUMNS, "example_id"}
+        return right and self.tokenizer.pad_token_id is not None and known
 
     def _draw_seed(self) -> int:
         if self.seed is None:
@@ -173,9 +202,28 @@ class SparseMaskingCollator:
         return batch if kind == "pt" else {name: x.cpu().numpy() for name, x in batch.items()}
 
 
-def _padded(rows: Sequence[Any], lengths: Sequence[int], width: int, fill: int) -> Tensor:
-    """int64 (B, N): ``fill`` behind each row."""
-    flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
-    out = np.full((len(rows), width), fill, dtype=np.int64)
+def _lengths(batch: Mapping[str, Tensor]) -> list[int]:
+    """Real tokens of each row, by a mask on the host."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return [batch["input_ids"].shape[1]] * len(batch["input_ids"])
+    return (mask != 0).sum(1).tolist()
+
+
+def _padded(
+    name: str, rows: Sequence[Any], lengths: Sequence[int], width: int, fill: int
+) -> Tensor:
+    """int64 (B, N), or (B, N, 2) of offsets: ``fill`` behind each row."""
+    found = list(map(len, rows))
+    if found != lengths:
+        b = next(b for b, n in enumerate(lengths) if found[b] != n)
+        raise ValueError(f"example {b} has {found[b]} {name} for {lengths[b]} input_ids")
+    parts = 2 if name == "offset_mapping" else 1
+    if isinstance(rows[0], list) and UNAVAILABLE["native"] is None:
+        return native.pad_lists(rows, width, fill, parts)
+    flat = np.concatenate([np.asarray(row).reshape(n, -1) for row, n in zip(rows, lengths)])
+    if flat.dtype.kind not in "iub" or flat.shape[1] != parts:
+        raise TypeError(f"{name}: expected {parts} integers for a token; got {flat.dtype}")
+    out = np.full((len(rows), width, parts), fill, dtype=np.int64)
     out[np.arange(width) < np.asarray(lengths)[:, None]] = flat
-    return torch.from_numpy(out)
+    return torch.from_numpy(out if parts > 1 else out[..., 0])

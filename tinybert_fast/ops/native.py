@@ -5,6 +5,7 @@ Its callers, the operators of this package, have checked dtypes, devices and con
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -35,6 +36,13 @@ def _run(name: str, device: torch.device, *arguments: Any) -> Any:
         return getattr(module(), f"{name}_cpu")(*arguments, torch.get_num_threads())
     stream = torch.cuda.current_stream(device).cuda_stream
     return getattr(module(), f"{name}_cuda")(*arguments, stream)
+
+
+def pad_lists(rows: Sequence[Sequence], width: int, fill: int, parts: int = 1) -> Tensor:
+    """Rows of integers, or of ``parts`` integers each -> int64 (B, width[, parts])."""
+    out = torch.empty(len(rows), width, *([parts] if parts > 1 else []), dtype=torch.int64)
+    module().pad_lists(rows, len(rows), width, parts, fill, _at(out))
+    return out
 
 
 def mlm_mask(

@@ -1,0 +1,198 @@
+"""Masking of a batch of 256 rows: the call that masks, and whole collators from lists of integers.
+
+Transformers' collators choose every token by its own coin and ours an exact number, so there are no
+equal results to compare. Instead ours is held, bit for bit, to the Python reference on some rows
+before anything is timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinybert_fast.benchmarks.case import (
+    BASELINE,
+    CAREFUL,
+    OURS,
+    Case,
+    Cases,
+    Disagreement,
+    Outcome,
+    Setup,
+)
+from tinybert_fast.data import SparseMaskingCollator
+from tinybert_fast.ops import MaskingRule, mlm_mask
+from tinybert_fast.testing.tiny_models import tiny_tokenizer
+
+BATCH, WIDTHS = 256, (128, 512)
+SMOKE_BATCH, SMOKE_WIDTHS = 8, (16,)
+VOCABULARY = 30522  # BERT's English one
+PIECES = 0.2  # of the vocabulary continue a word
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CHECKED_ROWS = 4
+INTEGERS = ("int64",)
+
+
+class Call:
+    """A call as a provider."""
+
+    def __init__(self, name: str, role: str, call: Callable[[], Any]) -> None:
+        self.name, self.role, self.call = name, role, call
+
+    def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
+        pass
+
+    def setting(self, dtype: str) -> str:
+        return ""
+
+    def run(self, dtype: str) -> None:
+        self.call()
+
+    def outcome(self, what: str, dtype: str) -> Outcome:
+        raise NotImplementedError("masks are drawn, and differ")
+
+
+def tokenizer() -> Any:
+    """WordPiece with a vocabulary of BERT's size, of made-up words."""
+    pieces = round(PIECES * VOCABULARY)
+    words = [f"##p{n}" if n < pieces else f"w{n}" for n in range(VOCABULARY - len(SPECIAL))]
+    with tempfile.TemporaryDirectory() as folder:
+        return tiny_tokenizer(Path(folder), (*SPECIAL, *words))
+
+
+def draw_examples(setup: Setup, batch: int, width: int) -> list[dict[str, list]]:
+    """Rows of exactly ``width`` tokens as a tokenizer gives them, lists of Python integers."""
+    generator = setup.generator()
+    drawn = torch.randint(len(SPECIAL), VOCABULARY, (batch, width), generator=generator)
+    drawn[:, 0], drawn[:, -1] = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")
+    special = [1, *[0] * (width - 2), 1]
+    pieces = len(SPECIAL) + round(PIECES * VOCABULARY)
+    examples = []
+    for ids in drawn.tolist():
+        offsets, stop = [(0, 0)], 0
+        for token in ids[1:-1]:
+            start = stop + (token >= pieces)  # a space before every word
+            stop = start + 4
+            offsets.append((start, stop))
+        examples.append(
+            {
+                "input_ids": ids,
+                "token_type_ids": [0] * width,
+                "attention_mask": [1] * width,
+                "special_tokens_mask": list(special),
+                "offset_mapping": [*offsets, (0, 0)],
+            }
+        )
+    return examples
+
+
+def mask_cases(setup: Setup) -> Iterator[Case]:
+    """The masking call alone on int64 ids, given the special tokens; dense labels. Transformers'
+    replaces tokens in place: it gets a copy, which ours makes by itself.
+    """
+    from transformers import DataCollatorForLanguageModeling
+
+    known = tokenizer()
+    theirs = DataCollatorForLanguageModeling(known)
+
+    def in_torch(ids: torch.Tensor, special: torch.Tensor) -> Any:
+        return theirs.torch_mask_tokens(ids.clone(), special)
+
+    def in_numpy(ids: np.ndarray, special: np.ndarray) -> Any:
+        return theirs.numpy_mask_tokens(ids.copy(), special)
+
+    rule = MaskingRule.of(VOCABULARY, known.mask_token_id, known.all_special_ids)
+    weights = torch.rand(VOCABULARY, generator=setup.generator()) + 0.1
+    weighted = MaskingRule.of(
+        VOCABULARY, known.mask_token_id, known.all_special_ids, token_weights=weights
+    )
+    batch, widths = (SMOKE_BATCH, SMOKE_WIDTHS) if setup.smoke else (BATCH, WIDTHS)
+    for width in widths:
+        examples = draw_examples(setup, batch, width)
+        special = torch.tensor([example["special_tokens_mask"] for example in examples])
+        ids = torch.tensor([example["input_ids"] for example in examples])
+        for each in (rule, weighted):
+            hold_to_reference(ids, each, special)
+        arrays = ids.numpy(), special.numpy()
+        ours = partial(mlm_mask, ids, seed=1, special_tokens_mask=special, dense_labels=True)
+        yield Case(
+            name="mlm_mask",
+            batch=batch,
+            width=width,
+            valid_tokens=batch * width,
+            dropout=0.0,
+            optimizer="none",
+            providers=[
+                Call("transformers", BASELINE, partial(in_torch, ids, special)),
+                Call("transformers numpy", CAREFUL, partial(in_numpy, *arrays)),
+                Call("ours", OURS, partial(ours, rule)),
+                Call("ours weighted", OURS, partial(ours, weighted)),
+            ],
+            checks=(),
+            dtypes=INTEGERS,
+        )
+
+
+def collate_cases(setup: Setup, *, name: str, whole_words: bool) -> Iterator[Case]:
+    """From the tokenizer's lists to padded tensors or arrays with labels."""
+    from transformers import DataCollatorForLanguageModeling
+
+    known = tokenizer()
+    options = {"whole_word_mask": whole_words}
+    if whole_words:  # as Transformers' collator has it
+        options |= {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}
+    batch, widths = (SMOKE_BATCH, SMOKE_WIDTHS) if setup.smoke else (BATCH, WIDTHS)
+    for width in widths:
+        examples = draw_examples(setup, batch, width)
+        if not whole_words:
+            for example in examples:
+                del example["offset_mapping"]
+
+        def of_copies(collate: Callable, examples: list = examples) -> Any:
+            return collate([dict(example) for example in examples])
+
+        yield Case(
+            name=name,
+            batch=batch,
+            width=width,
+            valid_tokens=batch * width,
+            dropout=0.0,
+            optimizer="none",
+            providers=[
+                Call(label, role, partial(of_copies, collator))
+                for label, role, collator in (
+                    ("transformers", BASELINE, DataCollatorForLanguageModeling(known, **options)),
+                    (
+                        "transformers numpy",
+                        CAREFUL,
+                        DataCollatorForLanguageModeling(known, return_tensors="np", **options),
+                    ),
+                    ("ours", OURS, SparseMaskingCollator(known, **options)),
+                )
+            ],
+            checks=(),
+            dtypes=INTEGERS,
+        )
+
+
+def hold_to_reference(ids: torch.Tensor, rule: MaskingRule, special: torch.Tensor) -> None:
+    """Disagreement unless the first rows come out as the reference masks them."""
+    few, marks = ids[:CHECKED_ROWS].contiguous(), special[:CHECKED_ROWS].contiguous()
+    options = {"seed": 1, "special_tokens_mask": marks, "dense_labels": True}
+    exact = mlm_mask(few, rule, impl="reference", **options)
+    for what, a, b in zip(exact._fields, exact, mlm_mask(few, rule, **options), strict=True):
+        if not torch.equal(a, b):
+            raise Disagreement(f"mlm_mask: {what} differs from the reference's")
+
+
+CASES: Cases = {
+    "mlm_mask": mask_cases,
+    "collate_tokens": partial(collate_cases, name="collate_tokens", whole_words=False),
+    "collate_words": partial(collate_cases, name="collate_words", whole_words=True),
+}
