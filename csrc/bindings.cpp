@@ -127,13 +127,16 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "attention_keep",
       [](uint64_t seed0, uint64_t seed1, uint32_t site, Address sequences, int64_t count,
-         int64_t first_head, int64_t heads, int64_t length, int threshold, Address keep,
-         int threads) {
-        tbf::attention_keep_cpu({seed0, seed1, site}, at<const int64_t>(sequences), count,
-                                first_head, heads, length, threshold, at<float>(keep), threads);
+         int64_t first_head, int64_t heads, int64_t first, int64_t queries, Address tiles,
+         int64_t keys, int threshold, Address keep, int threads) {
+        tbf::attention_keep_cpu({seed0, seed1, site},
+                                {at<const int64_t>(sequences), count, first_head, heads, first,
+                                 queries, at<const int64_t>(tiles), keys},
+                                threshold, at<float>(keep), threads);
       },
       py::kw_only(), "seed0"_a, "seed1"_a, "site"_a, "sequences"_a, "count"_a, "first_head"_a,
-      "heads"_a, "length"_a, "threshold"_a, "keep"_a, "threads"_a, unlocked);
+      "heads"_a, "first"_a, "queries"_a, "tiles"_a, "keys"_a, "threshold"_a, "keep"_a, "threads"_a,
+      unlocked);
   m.def(
       "hidden_cells",
       [](uint64_t seed0, uint64_t seed1, uint32_t site, Address sequences, Address positions,

@@ -31,8 +31,7 @@ TBF_HD void spread(const uint32_t* words, int byte, uint32_t threshold, float* o
 
 struct AttentionCells {
   Key key;
-  const int64_t* sequences;
-  int64_t first_head, heads, length;
+  AttentionPlace place;
   uint32_t threshold;
   float* keep;
 };
@@ -40,33 +39,38 @@ struct AttentionCells {
 // One (sequence, head) matrix and one band of 16 rows after the other. Four calls cover a tile of two
 // rows, i and i + 8, and 32 columns; kLanes / 4 tiles are drawn at a time.
 TBF_HD void attention_bands_body(const AttentionCells& cells, int64_t from, int64_t to) {
-  const int64_t n = cells.length, bands = (n + kBand - 1) / kBand, across = (n + kTile - 1) / kTile;
-  for (int64_t at = from; at < to; ++at) {
-    const int64_t matrix = at / bands, band = at % bands;
-    const uint32_t head = uint32_t(cells.first_head + matrix % cells.heads);
-    const uint32_t sequence = uint32_t(cells.sequences[matrix / cells.heads]);
-    float* const first = cells.keep + (matrix * n + band * kBand) * n;
-    const int64_t rows = std::min<int64_t>(kBand / 2, n - band * kBand), tiles = rows * across;
+  const AttentionPlace& at = cells.place;
+  const int64_t bands = (at.queries + kBand - 1) / kBand, across = (at.keys + kTile - 1) / kTile;
+  for (int64_t item = from; item < to; ++item) {
+    const int64_t matrix = item / bands, band = item % bands;
+    const uint32_t head = uint32_t(at.first_head + matrix % at.heads);
+    const uint32_t sequence = uint32_t(at.sequences[matrix / at.heads]);
+    float* const top = cells.keep + (matrix * at.queries + band * kBand) * at.keys;
+    const int64_t rows = std::min<int64_t>(kBand / 2, at.queries - band * kBand);
+    const int64_t tiles = rows * across, row_call = (at.first / kBand + band) * (kBand / 2);
     for (int64_t tile = 0; tile < tiles; tile += kLanes / 4) {
       Lanes x;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int64_t own = tile + lane / 4;
-        x.put(lane, {uint32_t(own % across * 4 + lane % 4),
-                     uint32_t(band * (kBand / 2) + own / across), head, sequence});
+      for (int quad = 0; quad < kLanes / 4; ++quad) {
+        const int64_t own = std::min(tile + quad, tiles - 1);
+        const uint32_t column_call = uint32_t(at.tiles[own % across] * 4);
+        for (int lane = 0; lane < 4; ++lane) {
+          x.put(4 * quad + lane, {column_call + uint32_t(lane), uint32_t(row_call + own / across),
+                                  head, sequence});
+        }
       }
       x.philox(cells.key);
       for (int quad = 0; quad < kLanes / 4 && tile + quad < tiles; ++quad) {
         const int64_t row = (tile + quad) / across, j = (tile + quad) % across * kTile;
         for (int half = 0; half < 2; ++half) {
-          if (band * kBand + row + 8 * half >= n) break;
+          if (band * kBand + row + 8 * half >= at.queries) break;
           float edge[kTile];
-          float* const row_at = first + (row + 8 * half) * n + j;
-          float* const out = j + kTile <= n ? row_at : edge;
+          float* const row_at = top + (row + 8 * half) * at.keys + j;
+          float* const out = j + kTile <= at.keys ? row_at : edge;
           spread(x.c0 + 4 * quad, half, cells.threshold, out);
           spread(x.c1 + 4 * quad, half, cells.threshold, out + 8);
           spread(x.c2 + 4 * quad, half, cells.threshold, out + 16);
           spread(x.c3 + 4 * quad, half, cells.threshold, out + 24);
-          if (out == edge) std::memcpy(row_at, edge, size_t(n - j) * sizeof(float));
+          if (out == edge) std::memcpy(row_at, edge, size_t(at.keys - j) * sizeof(float));
         }
       }
     }
@@ -109,18 +113,12 @@ TBF_VARIANTS(hidden_calls, (const HiddenCells& cells, int64_t from, int64_t to),
 
 }  // namespace
 
-void attention_keep_cpu(const DropoutSite& at, const int64_t* sequences, int64_t count,
-                        int64_t first_head, int64_t heads, int64_t length, int threshold,
+void attention_keep_cpu(const DropoutSite& at, const AttentionPlace& place, int threshold,
                         float* keep, int threads) {
-  const AttentionCells cells{site_key(at.seed0, at.seed1, at.site),
-                             sequences,
-                             first_head,
-                             heads,
-                             length,
-                             uint32_t(threshold),
+  const AttentionCells cells{site_key(at.seed0, at.seed1, at.site), place, uint32_t(threshold),
                              keep};
-  const int64_t bands = (length + kBand - 1) / kBand;
-  parallel_rows(count * heads * bands, threads, [&](int64_t from, int64_t to, int) {
+  const int64_t bands = (place.queries + kBand - 1) / kBand;
+  parallel_rows(place.count * place.heads * bands, threads, [&](int64_t from, int64_t to, int) {
     TBF_BEST(attention_bands)(cells, from, to);
   });
 }

@@ -13,10 +13,19 @@ struct DropoutSite {
   uint32_t site;
 };
 
-// keep (count, heads, length, length): 1 or 0 for every attention cell of some sequences of one
-// length and of the heads from `first_head` on.
-void attention_keep_cpu(const DropoutSite& at, const int64_t* sequences, int64_t count,
-                        int64_t first_head, int64_t heads, int64_t length, int threshold,
+// Attention cells of some sequences and heads: `queries` rows from `first` on, a multiple of 16, and
+// of tiles of 32 columns those with these numbers, `keys` columns in all: the last may be cut.
+struct AttentionPlace {
+  const int64_t* sequences;
+  int64_t count;
+  int64_t first_head, heads;
+  int64_t first, queries;
+  const int64_t* tiles;
+  int64_t keys;
+};
+
+// keep (count, heads, queries, keys): 1 or 0.
+void attention_keep_cpu(const DropoutSite& at, const AttentionPlace& place, int threshold,
                         float* keep, int threads);
 
 // cells (rows, columns): the random byte of every hidden cell.

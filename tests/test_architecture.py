@@ -14,7 +14,7 @@ MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed insid
 # Part of the package -> what it may import of the package: a part, or one module of it.
 ARROWS = {
     "reference": {"reference.philox"},
-    "tuned": {"tuned", "reference.philox", "ops.layout", "ops.native"},
+    "tuned": {"tuned", "reference.philox", "reference.block_mask", "ops.layout", "ops.native"},
     "kernels": {"kernels", "reference.philox"},
     "ops": {"ops", "reference", "tuned", "kernels", "_native"},
     "testing": {"testing", "ops", "reference", "integrations"},

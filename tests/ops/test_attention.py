@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinybert_fast import ops
 from tinybert_fast.ops.attention import LIMITS
@@ -94,6 +95,37 @@ def test_blocks_of_a_mask(side, direction, shared, dropout_p, fast, device):
     if fast == "torch":  # it draws its own cells
         dropout_p = 0.0
     assert_within_budget(case.with_options(**dropout(dropout_p, device=device)), fast, SLACK)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_window_globals_and_random_blocks(direction, dropout_p, fast, device):
+    pattern = ops.BlockPattern(window=40, global_tokens=(0, 130), random_blocks=1)
+    mask = ops.BlockMask.from_pattern(pattern, 400, device=device)
+    if fast == "torch":  # it draws its own cells
+        dropout_p = 0.0
+    options = {"block_mask": mask, "direction": direction, **dropout(dropout_p, device=device)}
+    assert_within_budget(
+        attention((400, 0, 65, 193), heads=1, device=device, **options), fast, SLACK
+    )
+
+
+def test_only_listed_blocks_are_computed():
+    """A window of 64 to either side and one global token: 3 of 32 blocks of most rows, and one."""
+    size, heads, width = 2048, 2, 32
+    pattern = ops.BlockPattern(window=64, global_tokens=(0,))
+    lists = list(ops.BlockMask.from_pattern(pattern, size).lists)
+    q, k, v, grad = (torch.randn(size, heads, width) for _ in range(4))
+    call = (torch.tensor([0, size], dtype=torch.int32), None, size, 0.2, "both", 0.0, None, 0)
+    counts = []
+    for masks in (lists, [torch.ones(size, size, dtype=torch.bool)]):
+        with FlopCounterMode(display=False) as flops:
+            out, lse, rng = tuned.forward(q, k, v, *call, masks)
+            tuned.backward(grad, q, k, v, out, lse, rng, *call, masks)
+        counts.append(flops.get_total_flops())
+    share = len(lists[1]) / (size // 64) ** 2
+    assert share < 0.16
+    assert counts[0] == pytest.approx(share * counts[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("batch", [(), (3,)], ids=["one_mask", "mask_per_sequence"])

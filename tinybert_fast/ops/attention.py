@@ -113,12 +113,12 @@ def _arguments(cu_seqlens, first_columns, seed, mask, call) -> tuple:
 
 
 def _mask_of(block_mask: BlockMask | Tensor | None, impl: str) -> tuple[Tensor, ...]:
-    """As an implementation takes it: the lists for triton, else one dense mask."""
+    """As an implementation takes it: the lists, or one dense mask, which the reference needs."""
     if block_mask is None:
         return ()
     if isinstance(block_mask, Tensor):
         return (block_mask,)
-    if impl == "triton":
+    if impl != "reference":
         return block_mask.lists
     return (block_mask.dense[0] if block_mask.masks == 1 else block_mask.dense,)
 

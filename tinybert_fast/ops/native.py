@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TILE = 32  # columns of csrc/dropout_mask.cpp's kTile
 UNITS = ("token", "word", "span")  # csrc/mlm_mask.h's enum Unit
 
 
@@ -119,21 +120,29 @@ def _padding(real: Tensor) -> Any:
 
 
 def attention_keep(
-    seed: Tensor, site: int, sequences: Tensor, heads: slice, length: int, threshold: int
-) -> Tensor:
-    """fp32 (sequences, heads, length, length) on the CPU, 1 where a cell is kept, else 0."""
+    seed: Tensor, site: int, sequences: Tensor, heads: slice, first: int, queries: int,
+    tiles: Tensor, keys: int, threshold: int,
+) -> Tensor:  # fmt: skip
+    """fp32 (sequences, heads, queries, keys) on the CPU, 1 where a cell is kept, else 0.
+
+    The queries begin at ``first``, a multiple of 16; the keys are those of ``tiles``, int64 numbers
+    of TILE columns each, the last of which may be cut.
+    """
     count = heads.stop - heads.start
-    keep = torch.empty(len(sequences), count, length, length)
-    first, second = (number & (2**64 - 1) for number in seed.tolist())
+    keep = torch.empty(len(sequences), count, queries, keys)
+    first_seed, second_seed = (number & (2**64 - 1) for number in seed.tolist())
     module().attention_keep(
-        seed0=first,
-        seed1=second,
+        seed0=first_seed,
+        seed1=second_seed,
         site=site,
         sequences=_at(sequences),
         count=len(sequences),
         first_head=heads.start,
         heads=count,
-        length=length,
+        first=first,
+        queries=queries,
+        tiles=_at(tiles),
+        keys=keys,
         threshold=threshold,
         keep=_at(keep),
         threads=torch.get_num_threads(),

@@ -113,12 +113,18 @@ def allowed_pairs(lists: list[Tensor], size: int) -> Tensor:
     entries = torch.arange(len(blocks), device=blocks.device)
     segment = torch.searchsorted(offsets.flatten(), entries.int(), right=True) - 1
     mask, row = segment // offsets.shape[1], segment % offsets.shape[1] // 2
-    bit = torch.arange(WORD_BITS, device=cells.device)
-    pairs = ((cells[..., None] >> bit) & 1).bool().flatten(2)  # (P, side, side)
-    whole = torch.ones(1, side, side, dtype=torch.bool, device=cells.device)
     out = torch.zeros(masks, count, count, side, side, dtype=torch.bool, device=cells.device)
-    out[mask, row, blocks.long()] = torch.cat([pairs, whole])[tiles.long()]  # -1 is the last
+    out[mask, row, blocks.long()] = tiles_of(cells)[tiles.long()]
     return out.transpose(2, 3).reshape(masks, count * side, count * side)[:, :size, :size]
+
+
+def tiles_of(cells: Tensor) -> Tensor:
+    """Bool (P + 1, side, side): the pairs of every partial block, and those of a full one last, so
+    that ``tiles`` index it.
+    """
+    bit = torch.arange(WORD_BITS, dtype=torch.int32, device=cells.device)
+    pairs = ((cells[..., None] >> bit) & 1).bool().flatten(2)
+    return torch.cat([pairs, pairs.new_ones(1, *pairs.shape[1:])])
 
 
 def _blocks(x: Tensor, side: int) -> Tensor:

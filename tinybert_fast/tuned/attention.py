@@ -7,20 +7,24 @@ at most SCRATCH cells, in the forward and again in the backward, and none outliv
     P = softmax(scale * Q K^T),  dV = (P * M)^T dO,  dP = (dO V^T) * M,
     dS = P * (dP - rowsum(P * dP)),  dQ = scale * dS K,  dK = scale * dS^T Q
 
-with M = keep / keep_rate; the factor is applied to V and dO, which are smaller than P. On a GPU in
-fp16 and bf16, FlashAttention-2 in its varlen form serves calls without a block mask, head dims
-padded to a multiple of 8.
+with M = keep / keep_rate; the factor is applied to V and dO, which are smaller than P. Under a
+BlockMask the queries of one row of its blocks meet the keys of the blocks that it lists, and no
+others are computed. On a GPU in fp16 and bf16, FlashAttention-2 in its varlen form serves calls
+without a block mask, head dims padded to a multiple of 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinybert_fast.reference.block_mask import tiles_of
 from tinybert_fast.reference.philox import keep_scale
 from tinybert_fast.tuned import philox, random
 
@@ -30,105 +34,145 @@ FLASH_ALIGNMENT = 8  # head dims of FlashAttention-2
 aten = torch.ops.aten
 
 
-def forward(
-    q, k, v, cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site, masks
-):
+class Part(NamedTuple):
+    """Queries that meet the same keys: all tokens of some sequences of one length, or one row of
+    blocks of one sequence.
+
+    sequences: their numbers. rows, keys: packed rows of the queries and of the keys, those of each
+    sequence as many as the others'. mask: additive (1 or b, 1, n, m), or None. first, tiles: where
+    the n x m cells lie in the sequence's: the first query, and the numbers of the 32 columns that
+    each 32 of the keys are, None if they are all.
+    """
+
+    sequences: list[int]
+    rows: Tensor | slice
+    keys: Tensor | slice
+    mask: Tensor | None
+    first: int = 0
+    tiles: Tensor | None = None
+
+
+def _forward(
+    cells, q, k, v, cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site,
+    masks,
+):  # fmt: skip
     """(T, H, D) operands -> out (T, H, D), lse (T, H) and the rng state that fused kernels return.
 
     Blocked scores leave lse at 0: their backward computes the softmax again and does not read it.
     """
-    return _forward(
-        random.Cells, q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site,
-        masks,
-    )  # fmt: skip
-
-
-def forward_philox(
-    q, k, v, cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site, masks
-):
-    """The same, on a CPU, with the dropout of the reference."""
-    return _forward(
-        philox.Cells, q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site,
-        masks,
-    )  # fmt: skip
-
-
-def _forward(
-    cells, q, k, v, cu_seqlens, max_length, scale, direction, dropout_p, seed, site, masks
-):
     q, k, v = (_rows_together(x) for x in (q, k, v))
-    block_mask = masks[0] if masks else None
-    if _fused_on_gpu(q, direction, block_mask):
+    if _fused_on_gpu(q, direction, masks):
         return _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     lse = q.new_zeros(q.shape[:2], dtype=_wide(q))
     drawn = cells(seed, site) if dropout_p > 0.0 else None
-    blocked = not _fused_on_cpu(q, dropout_p, block_mask)
-    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], blocked):
-        queries, keys, values = (heads_of(x, rows, length) for x in (q, k, v))  # (b, H, n, D)
-        mask = _additive_mask(length, direction, block_mask, sequences, queries)
-        if not blocked:
+    fused = _fused_on_cpu(q, dropout_p, masks)
+    for part in _parts(cu_seqlens, direction, masks, q, fused):
+        count = len(part.sequences)
+        queries, keys, values = (
+            heads_of(x, at, count) for x, at in ((q, part.rows), (k, part.keys), (v, part.keys))
+        )
+        if fused:
             o, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
-                queries, keys, values, attn_mask=mask, scale=scale
+                queries, keys, values, attn_mask=part.mask, scale=scale
             )
-            put(lse, rows, log_sum)
+            put(lse, part.rows, log_sum)
         else:
-            o = _blocked_forward(queries, keys, values, mask, scale, dropout_p, drawn, sequences)
-        put(out, rows, o)
+            o = _blocked_forward(queries, keys, values, part, scale, dropout_p, drawn)
+        put(out, part.rows, o)
     return out, lse, torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
-def backward(
-    grad, q, k, v, out, lse, rng, cu_seqlens, first_columns, max_length, scale, direction,
+def _backward(
+    cells, grad, q, k, v, out, lse, rng, cu_seqlens, first_columns, max_length, scale, direction,
     dropout_p, seed, site, masks,
 ):  # fmt: skip
     """Gradients of q, k, v (T, H, D); dropout masks are drawn again, in the forward's order."""
-    return _backward(
-        random.Cells, grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction,
-        dropout_p, seed, site, masks,
-    )  # fmt: skip
-
-
-def backward_philox(
-    grad, q, k, v, out, lse, rng, cu_seqlens, first_columns, max_length, scale, direction,
-    dropout_p, seed, site, masks,
-):  # fmt: skip
-    """The same for forward_philox."""
-    return _backward(
-        philox.Cells, grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction,
-        dropout_p, seed, site, masks,
-    )  # fmt: skip
-
-
-def _backward(
-    cells, grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p,
-    seed, site, masks,
-):  # fmt: skip
     grad, q, k, v = (_rows_together(x) for x in (grad, q, k, v))
-    block_mask = masks[0] if masks else None
-    if _fused_on_gpu(q, direction, block_mask):
+    if _fused_on_gpu(q, direction, masks):
         return _flash_backward(
             grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p
         )
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    by_blocks = len(masks) > 1
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # A key of blocks is met by several rows of them: their sum is kept wide.
+    new = torch.zeros if by_blocks else torch.empty
+    dk, dv = (
+        new(x.shape, dtype=_wide(x) if by_blocks else x.dtype, device=x.device) for x in (k, v)
+    )
     drawn = cells(seed, site) if dropout_p > 0.0 else None
-    blocked = not _fused_on_cpu(q, dropout_p, block_mask)
-    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], blocked):
-        queries, keys, values, do = (heads_of(x, rows, length) for x in (q, k, v, grad))
-        mask = _additive_mask(length, direction, block_mask, sequences, queries)
-        if not blocked:
-            o = heads_of(out, rows, length)
-            log_sum = heads_of(lse[..., None], rows, length)[..., 0]  # (b, H, n)
+    fused = _fused_on_cpu(q, dropout_p, masks)
+    for part in _parts(cu_seqlens, direction, masks, q, fused):
+        count = len(part.sequences)
+        queries, do = (heads_of(x, part.rows, count) for x in (q, grad))
+        keys, values = (heads_of(x, part.keys, count) for x in (k, v))
+        if fused:
+            o = heads_of(out, part.rows, count)
+            log_sum = heads_of(lse[..., None], part.rows, count)[..., 0]  # (b, H, n)
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, queries, keys, values, o, log_sum, 0.0, False, attn_mask=mask, scale=scale
+                do, queries, keys, values, o, log_sum, 0.0, False, attn_mask=part.mask, scale=scale
             )
         else:
-            grads = _blocked_backward(
-                queries, keys, values, do, mask, scale, dropout_p, drawn, sequences
-            )
-        for whole, part in zip((dq, dk, dv), grads, strict=True):
-            put(whole, rows, part)
-    return dq, dk, dv
+            grads = _blocked_backward(queries, keys, values, do, part, scale, dropout_p, drawn)
+        put(dq, part.rows, grads[0])
+        for whole, own in ((dk, grads[1]), (dv, grads[2])):
+            (_add if by_blocks else put)(whole, part.keys, own)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+# The implementations: dropout of torch's own generator, and on a CPU that of the reference.
+forward, forward_philox = (partial(_forward, cells) for cells in (random.Cells, philox.Cells))
+backward, backward_philox = (partial(_backward, cells) for cells in (random.Cells, philox.Cells))
+
+
+def _parts(
+    cu_seqlens: Tensor, direction: str, masks: list[Tensor], q: Tensor, fused: bool
+) -> Iterator[Part]:
+    """All queries, each once. ``masks``: nothing, one dense mask, or the lists of a BlockMask."""
+    if len(masks) > 1:
+        yield from _rows_of_blocks(cu_seqlens, direction, masks, q)
+        return
+    block_mask = masks[0] if masks else None
+    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], not fused):
+        dtype = q.dtype if block_mask is None else _wide(q)
+        mask = _additive_mask(length, direction, block_mask, sequences, dtype, q.device)
+        yield Part(sequences, rows, rows, mask)
+
+
+def _rows_of_blocks(
+    cu_seqlens: Tensor, direction: str, masks: list[Tensor], q: Tensor
+) -> Iterator[Part]:
+    offsets, blocks, numbers, *_, cells = masks
+    side = cells.shape[1]
+    bounds, segments = cu_seqlens.tolist(), offsets.tolist()
+    pairs = tiles_of(cells)  # (P + 1, side, side), the last of a full block
+    within = torch.arange(side, device=q.device)
+    for b, (start, stop) in enumerate(pairwise(bounds)):
+        of_mask = segments[b if len(segments) > 1 else 0]
+        for first in range(0, stop - start, side):
+            row = first // side
+            entries = slice(of_mask[2 * row], of_mask[2 * row + 2])
+            met, order = blocks[entries].long().sort()
+            tile = numbers[entries].long()[order]
+            inside = met * side < stop - start
+            if direction == "causal":
+                inside &= met <= row
+            elif direction == "anti_causal":
+                inside &= met >= row
+            met, tile = met[inside], tile[inside]
+            ranks = (met[:, None] * side + within).flatten()
+            ranks = ranks[ranks < stop - start]  # the last block may end early
+            queries = min(side, stop - start - first)
+            allowed = pairs[tile].transpose(0, 1).flatten(1)[:queries, : len(ranks)]
+            if direction != "both":
+                order = first + within[:queries, None]
+                allowed = allowed & (ranks <= order if direction == "causal" else ranks >= order)
+            mask = None
+            if not len(ranks) or not allowed.all():
+                mask = _minus_infinity(~allowed[None], _wide(q))
+            tiles = (met[:, None] * (side // 32) + within[: side // 32]).flatten()
+            rows = slice(start + first, start + first + queries)
+            yield Part([b], rows, start + ranks, mask, first, tiles)
 
 
 def equal_lengths(
@@ -161,9 +205,9 @@ def _rows_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def heads_of(x: Tensor, rows: Tensor | slice, length: int) -> Tensor:
-    """Rows of (T, H, D) -> (b, H, n, D), a view where the rows are adjacent."""
-    return x[rows].unflatten(0, (-1, length)).transpose(1, 2)
+def heads_of(x: Tensor, rows: Tensor | slice, count: int) -> Tensor:
+    """Rows of (T, H, D), of ``count`` sequences -> (b, H, n, D), a view of adjacent rows."""
+    return x[rows].unflatten(0, (count, -1)).transpose(1, 2)
 
 
 def put(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
@@ -171,57 +215,67 @@ def put(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
     whole[rows] = part.transpose(1, 2).flatten(0, 1).to(whole.dtype)
 
 
+def _add(whole: Tensor, rows: Tensor, part: Tensor) -> None:
+    """(1, H, n, D) is added to rows of ``whole`` (T, H, D)."""
+    whole.index_add_(0, rows, part[0].transpose(0, 1).to(whole.dtype))
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _additive_mask(length, direction, block_mask, sequences, like) -> Tensor | None:
+def _additive_mask(length, direction, block_mask, sequences, dtype, device) -> Tensor | None:
     """0 where attention is allowed, -inf elsewhere: (1 or b, 1, n, n), or None."""
     if direction == "both" and block_mask is None:
         return None
-    forbidden = torch.zeros(1, length, length, dtype=torch.bool, device=like.device)
+    forbidden = torch.zeros(1, length, length, dtype=torch.bool, device=device)
     if block_mask is not None:
         chosen = block_mask[None] if block_mask.dim() == 2 else block_mask[sequences]
         forbidden = ~chosen[:, :length, :length]
-    order = torch.arange(length, device=like.device)
+    order = torch.arange(length, device=device)
     if direction == "causal":
         forbidden = forbidden | (order[:, None] < order)
     elif direction == "anti_causal":
         forbidden = forbidden | (order[:, None] > order)
-    dtype = like.dtype if block_mask is None else _wide(like)
-    zero = torch.zeros(forbidden.shape, dtype=dtype, device=like.device)
+    return _minus_infinity(forbidden, dtype)
+
+
+def _minus_infinity(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool (b, n, m) -> (b, 1, n, m)."""
+    zero = torch.zeros(forbidden.shape, dtype=dtype, device=forbidden.device)
     return zero.masked_fill_(forbidden, -torch.inf)[:, None]
 
 
-def _head_blocks(batch: int, heads: int, length: int) -> Iterator[slice]:
-    """Slices of the heads, so that batch * heads * length^2 scores stay within SCRATCH."""
-    most = max(1, SCRATCH // (batch * length * length))
+def _head_blocks(batch: int, heads: int, queries: int, keys: int) -> Iterator[slice]:
+    """Slices of the heads, so that batch * heads * queries * keys scores stay within SCRATCH."""
+    most = max(1, SCRATCH // max(1, batch * queries * keys))
     for first in range(0, heads, most):
         yield slice(first, min(first + most, heads))
 
 
-def _blocked_forward(q, k, v, mask, scale, dropout_p, drawn, sequences):
-    """(b, H, n, D) -> the output; scores, probabilities and mask live for one block of heads."""
+def _blocked_forward(q, k, v, part, scale, dropout_p, drawn):
+    """(b, H, n, D) and (b, H, m, D) -> the output; scores, probabilities and mask live for one
+    block of heads.
+    """
     q, k, v = (x.to(_wide(x)) for x in (q * scale, k, _undropped(v, dropout_p)))
-    out = torch.empty_like(v)
-    for h in _head_blocks(*q.shape[:3]):
-        probabilities = _softmax(q[:, h] @ k[:, h].mT, mask)
+    out = torch.empty_like(q)
+    for h in _head_blocks(*q.shape[:3], k.shape[2]):
+        probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
         if dropout_p > 0.0:
-            keep = drawn.attention_keep(sequences, h, q.shape[2], dropout_p, q.dtype)
-            probabilities.mul_(keep)
+            probabilities.mul_(_keep(part, h, probabilities, dropout_p, drawn))
         out[:, h] = probabilities @ v[:, h]
     return out
 
 
-def _blocked_backward(q, k, v, grad, mask, scale, dropout_p, drawn, sequences):
+def _blocked_backward(q, k, v, grad, part, scale, dropout_p, drawn):
     q, k, v, grad = (x.to(_wide(x)) for x in (q * scale, k, v, _undropped(grad, dropout_p)))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    for h in _head_blocks(*q.shape[:3]):
-        probabilities = _softmax(q[:, h] @ k[:, h].mT, mask)
+    for h in _head_blocks(*q.shape[:3], k.shape[2]):
+        probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
         dp = grad[:, h] @ v[:, h].mT
         dropped = probabilities
         if dropout_p > 0.0:
-            keep = drawn.attention_keep(sequences, h, q.shape[2], dropout_p, q.dtype)
+            keep = _keep(part, h, probabilities, dropout_p, drawn)
             dp.mul_(keep)
             dropped = keep.mul_(probabilities)
         dv[:, h] = dropped.mT @ grad[:, h]
@@ -229,6 +283,12 @@ def _blocked_backward(q, k, v, grad, mask, scale, dropout_p, drawn, sequences):
         dq[:, h] = ds @ k[:, h]
         dk[:, h] = ds.mT @ q[:, h]
     return dq.mul_(scale), dk, dv
+
+
+def _keep(part: Part, heads: slice, like: Tensor, dropout_p: float, drawn) -> Tensor:
+    """1 or 0 for every cell of ``like`` (b, heads, n, m)."""
+    place = (part.sequences, heads, part.first, part.tiles)
+    return drawn.attention_keep(*place, *like.shape[2:], dropout_p, like.dtype)
 
 
 def _undropped(x: Tensor, dropout_p: float) -> Tensor:
@@ -240,16 +300,19 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.softmax(scores, -1)
     probabilities = torch.softmax(scores.add_(mask), -1)
-    return probabilities.masked_fill_((mask == -torch.inf).all(-1, keepdim=True), 0.0)
+    dead = (mask == -torch.inf).all(-1, keepdim=True)
+    if dead.device.type == "cpu" and not dead.any():  # saves a pass over the scores
+        return probabilities
+    return probabilities.masked_fill_(dead, 0.0)
 
 
-def _fused_on_cpu(q: Tensor, dropout_p: float, block_mask: Tensor | None) -> bool:
-    return q.device.type == "cpu" and dropout_p == 0.0 and block_mask is None
+def _fused_on_cpu(q: Tensor, dropout_p: float, masks: list[Tensor]) -> bool:
+    return q.device.type == "cpu" and dropout_p == 0.0 and not masks
 
 
-def _fused_on_gpu(q: Tensor, direction: str, block_mask: Tensor | None) -> bool:
+def _fused_on_gpu(q: Tensor, direction: str, masks: list[Tensor]) -> bool:
     half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and block_mask is None and direction != "anti_causal"
+    return q.is_cuda and half and not masks and direction != "anti_causal"
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ def forward(q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, form
     weight = 1.0 / max(heads * int(lengths.square().sum()), 1)
     loss = q.new_zeros((), dtype=wide)
     dq, dk = (torch.empty(x.shape, dtype=wide, device=x.device) for x in (q, k))
-    for rows, _, length in equal_lengths(cu_seqlens, heads, blocked=True):
+    for rows, sequences, length in equal_lengths(cu_seqlens, heads, blocked=True):
         gram = form == "gram" or (form == "auto" and length > crossover(d, d_teacher))
-        q_, k_, p_, r_ = (heads_of(x, rows, length).to(wide) for x in (q, k, p, r))
+        q_, k_, p_, r_ = (heads_of(x, rows, len(sequences)).to(wide) for x in (q, k, p, r))
         part, dq_part, dk_part = (_gram if gram else _direct)(q_, k_, p_, r_, a, b)
         loss += part
         put(dq, rows, dq_part.mul_(2.0 * weight * a))

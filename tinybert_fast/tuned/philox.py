@@ -18,12 +18,19 @@ class Cells:
         self.seed, self.site = seed, site
 
     def attention_keep(
-        self, sequences: Sequence[int], heads: slice, length: int, dropout_p: float, dtype
-    ) -> Tensor:
-        """1 or 0 (sequences, heads, length, length)."""
-        numbers = torch.tensor(sequences)
-        bound = threshold(dropout_p)
-        return native.attention_keep(self.seed, self.site, numbers, heads, length, bound).to(dtype)
+        self, sequences: Sequence[int], heads: slice, first: int, tiles: Tensor | None,
+        queries: int, keys: int, dropout_p: float, dtype,
+    ) -> Tensor:  # fmt: skip
+        """1 or 0 (sequences, heads, queries, keys): of the queries from ``first`` on, and of the
+        keys of these tiles of 32, or of all from 0 on.
+        """
+        if tiles is None:
+            tiles = torch.arange(-(-keys // native.TILE))
+        numbers, bound = torch.tensor(sequences), threshold(dropout_p)
+        keep = native.attention_keep(
+            self.seed, self.site, numbers, heads, first, queries, tiles, keys, bound
+        )
+        return keep.to(dtype)
 
     def hidden(self, sequences: Tensor, positions: Tensor, columns: int) -> Tensor:
         """Random uint8 (rows, columns)."""

@@ -43,10 +43,11 @@ class Cells:
         self._source: torch.Generator | None = None
 
     def attention_keep(
-        self, sequences: Sequence[int], heads: slice, length: int, dropout_p: float, dtype
-    ) -> Tensor:
-        """1 or 0 (sequences, heads, length, length)."""
-        shape = (len(sequences), heads.stop - heads.start, length, length)
+        self, sequences: Sequence[int], heads: slice, first: int, tiles: Tensor | None,
+        queries: int, keys: int, dropout_p: float, dtype,
+    ) -> Tensor:  # fmt: skip
+        """1 or 0 (sequences, heads, queries, keys)."""
+        shape = (len(sequences), heads.stop - heads.start, queries, keys)
         if self._source is None:  # the backward draws the same again, on a GPU too
             self._source = generator(self.seed, self.site)
         return keep_mask(draw_bytes(shape, self._source, self.seed.device), dropout_p, dtype)
