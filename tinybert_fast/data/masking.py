@@ -14,7 +14,10 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from tinybert_fast.ops import MaskingRule, mlm_mask
 
 SEEDS = 2**63 - 1
-PADDING = {"input_ids": None, "token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1}
+PADDING = {
+    "input_ids": None, "token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1,
+    "word_starts": 1,
+}  # fmt: skip
 CONTINUATION = "##"  # of WordPiece
 
 
@@ -101,8 +104,8 @@ class SparseMaskingCollator:
             return self._converted(batch, return_tensors)
         if rule.unit == "token":
             starts = None
-        elif starts is None:
-            starts = self._starts[ids]
+        else:
+            starts = self._starts[ids] if starts is None else starts.bool()
         masked = mlm_mask(
             ids,
             rule,
