@@ -8,9 +8,9 @@ TAIL = 32  # characters before an end that decide whether it is one
 
 CLOSERS = "\"')]}”’"
 OPENERS = "\"'([{“‘"
-# Both alternatives take linear time on any text. English: white space behind an end mark or a
-# closing quote, before anything but a small letter. Chinese: the mark and the quotes it closes.
-END = re.compile(r"(?<=[.!?\"')\]}”’])\s+(?=[^\sa-z])|(?:[。！？]|……)+[”’」』）]*")
+# English: white space behind an end mark or a closing quote, before anything but a small letter or
+# a mark. Chinese: the mark and the quotes it closes. Both take linear time on any text.
+END = re.compile(r"(?<=[.!?\"')\]}”’])\s+(?=[^\sa-z.!?])|(?:[。！？]|……)+[”’」』）]*")
 ABBREVIATIONS = frozenset(
     "al art capt cf co col corp dept dr etc ft gen gov hon inc jr lt ltd maj mr mrs ms mt no nos "
     "pp prof rep rev sec sen sgt sr st vol vs "

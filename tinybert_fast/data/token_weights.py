@@ -63,9 +63,7 @@ def read_token_weights(path: str | Path, tokenizer) -> np.ndarray:
     for number, line in _numbered(path):
         token, tab, weight = line.rpartition("\t")
         if not tab:
-            raise ValueError(
-                f"{path}: line {number} is {line!r}; expected a token, a tab, a number"
-            )
+            raise ValueError(f"{path}: line {number} is {line!r}; expected token, tab, number")
         if token not in vocabulary:
             raise ValueError(f"{path}: line {number}: {token!r} is not in the vocabulary")
         weights[vocabulary[token]] = _weight(path, number, weight)
@@ -154,7 +152,7 @@ class LossWeights:
 class RatioSchedule:
     """The share of tokens to mask at a step: from ``start`` to ``end``.
 
-    kind: "constant" stays at start, "linear" goes in a straight line, "cosine" is flat at both ends.
+    kind: "constant" stays at start, "linear" goes straight, "cosine" is flat at both ends.
     """
 
     start: float = 0.15
