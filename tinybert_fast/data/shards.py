@@ -23,7 +23,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -197,7 +197,7 @@ def write_shards(
         )  # fmt: skip
         if nsp and manifest.unrelated == manifest.examples:
             log.warning("no pair has two sentences in a row: next-sentence prediction is no task")
-        atomic_write(target / MANIFEST, json.dumps(asdict(manifest)))
+        atomic_write(target / MANIFEST, json.dumps(vars(manifest)))
     return manifest
 
 

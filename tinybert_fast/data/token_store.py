@@ -1,19 +1,21 @@
 """The tokens of a corpus in flat files: written once in order, any range of them read back."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from tinybert_fast.data.corpus import Corpus
 from tinybert_fast.data.word_starts import ChineseWords
 
 BLOCK_CHARS = 1 << 18  # tokenised at a time
+KNOWN_CHARS = 1 << 20  # of the words whose tokens are remembered
 PART_TOKENS = 1 << 20  # of one document that are paired at a time: bounds memory, not meaning
 
 
@@ -46,6 +48,9 @@ class BlockEncoder:
         self.tokenizer.encode_special_tokens = True
         self.corpus, self.dtype = corpus, dtype
         self.chinese = ChineseWords() if words == "jieba" else None
+        self.by_word = _by_word(json.loads(tokenizer))
+        self._known: dict[str, bytes] = {}  # word -> its ids
+        self._known_chars = 0
 
     def __call__(self, lines: list[str | None]) -> Block:
         texts: list[str] = []
@@ -55,26 +60,50 @@ class BlockEncoder:
                 ends.append(len(texts))
             else:
                 texts.extend(self.corpus.split(line))
-        encode = (
-            self.tokenizer.encode_batch_fast  # without places in the text
-            if self.chinese is None
-            else self.tokenizer.encode_batch
-        )
-        encoded = encode(texts, add_special_tokens=False)
-        lengths = np.array([len(one) for one in encoded], dtype=np.int64)
-        ids = np.fromiter(
-            chain.from_iterable(one.ids for one in encoded), self.dtype, int(lengths.sum())
-        )
         starts = None
         if self.chinese is not None:
+            encoded = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+            rows = self._bytes(encoded)
             flags = [self.chinese.starts(text, one.offsets) for text, one in zip(texts, encoded)]
             starts = np.concatenate([*flags, np.empty(0, np.uint8)])
+        elif self.by_word:
+            rows = self._encode_words(texts)
+        else:
+            rows = self._encode(texts)
+        ids = np.frombuffer(b"".join(rows), self.dtype)
+        lengths = np.array([len(row) for row in rows], dtype=np.int64) // self.dtype.itemsize
         sentence = np.repeat(np.arange(len(texts)), lengths)
         size = self.tokenizer.get_vocab_size()
         present, spread = np.unique(np.unique(sentence * size + ids) % size, return_counts=True)
         held = lengths > 0  # a sentence of marks that the tokenizer drops is none
         before = np.concatenate([[0], np.cumsum(held)])
         return Block(ids, starts, lengths[held], before[ends].tolist(), present, spread)
+
+    def _encode(self, texts: list[str]) -> list[bytes]:
+        return self._bytes(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+    def _encode_words(self, texts: list[str]) -> list[bytes]:
+        """The same, with each different word tokenised once: text repeats its words."""
+        split = [text.split(" ") for text in texts]
+        if self._known_chars > KNOWN_CHARS:
+            self._known, self._known_chars = {}, 0
+        known = self._known
+        new = list(set(chain.from_iterable(split)).difference(known))
+        known.update(zip(new, self._encode(new)))
+        self._known_chars += sum(map(len, new))
+        return [b"".join([known[word] for word in words]) for words in split]
+
+    def _bytes(self, encoded: list[Encoding]) -> list[bytes]:
+        return [np.array(one.ids, self.dtype).tobytes() for one in encoded]
+
+
+def _by_word(tokenizer: dict[str, Any]) -> bool:
+    """Whether tokens never depend on what stands beyond a space: so with BERT's own parts."""
+    parts = [
+        (tokenizer[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")
+    ]
+    added = [token["content"] for token in tokenizer["added_tokens"] if not token["special"]]
+    return parts == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not added
 
 
 def blocks(lines: Iterable[str | None]) -> Iterator[list[str | None]]:
