@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -123,7 +124,7 @@ def ours(corpus: Corpus, tokenizer: BertTokenizerFast, folder: Path) -> int:
 
 def measure_speed(corpus: Corpus, tokenizer: BertTokenizerFast, rounds: int) -> dict[str, Any]:
     """CPU seconds of both, in turn."""
-    providers = {"recipe": recipe, "ours": ours}
+    providers: dict[str, Callable[..., int]] = {"recipe": recipe, "ours": ours}
     times: dict[str, list[float]] = {name: [] for name in providers}
     for number in range(-1, rounds):  # the first is a warm-up
         for name, provider in providers.items():

@@ -1,6 +1,7 @@
 """The tokens of a corpus in flat files: written once in order, any range of them read back."""
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -133,7 +134,7 @@ class TokenWriter:
         self.documents = self.sentences = self.tokens = 0
         self.counts: Counter[int] = Counter()
         self.spread: Counter[int] = Counter()
-        self._parts: list[tuple[int, int, int]] = []  # document, first sentence, first token
+        self._parts = array("q")  # document, first sentence, first token; and the next part's
         self._open = False  # the last document goes on
 
     def __enter__(self) -> "TokenWriter":
@@ -173,14 +174,15 @@ class TokenWriter:
             return
         if not self._open:
             self.documents += 1
-        elif bounds[first] - self._parts[-1][2] < PART_TOKENS:
+        elif bounds[first] - self._parts[-1] < PART_TOKENS:
             return
         self._open = True
-        self._parts.append((self.documents - 1, self.sentences + first, int(bounds[first])))
+        self._parts.extend((self.documents - 1, self.sentences + first, int(bounds[first])))
 
     def parts(self) -> np.ndarray:
         """int64 (P + 1, 3): document, first sentence and first token of each part, and an end."""
-        return np.array([*self._parts, (self.documents, self.sentences, self.tokens)])
+        end = (self.documents, self.sentences, self.tokens)
+        return np.array(self._parts + array("q", end), np.int64).reshape(-1, 3)
 
 
 class TokenStore:
