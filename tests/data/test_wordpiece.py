@@ -45,8 +45,8 @@ def test_what_is_learned(corpus, tmp_path):
 
 def test_another_process_learns_the_same(corpus, tmp_path):
     here = fingerprint(train_wordpiece(corpus, tmp_path / "one", vocab_size=60))
-    command = [sys.executable, "-P", "-c", AGAIN, str(corpus.paths[0]), str(tmp_path / "two")]
-    there = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", AGAIN, str(corpus.paths[0]), str(tmp_path / "two")]
+    there = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert there.stdout.strip() == here
 
 
