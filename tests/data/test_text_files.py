@@ -32,14 +32,21 @@ def test_paths_that_are_not_there(tmp_path):
 def test_pieces_of_long_lines_lose_nothing(tmp_path_factory, lines, limit):
     """Characters of 1 to 4 bytes, cut anywhere."""
     file = tmp_path_factory.mktemp("lines") / "a.txt"
-    text = "\n".join("".join(line.split()) for line in lines)
+    text = "\n".join(" ".join(line.split()) for line in lines)
     file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LINE_BYTES", limit)
         pieces = list(read_lines(file))
     bare = text.removeprefix(module.MARK)
-    assert "".join(pieces) == "".join(bare.split())
+    assert "".join("".join(pieces).split()) == "".join(bare.split())
     assert all(len(piece.encode()) <= limit for piece in pieces)
+
+
+def test_pieces_end_between_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LINE_BYTES", 10)
+    (tmp_path / "a.txt").write_text("one two three four\nexactly 9\n\nand so on")
+    pieces = ["one two", "three", "four", "exactly 9", "", "and so on"]
+    assert list(read_lines(tmp_path / "a.txt")) == pieces
 
 
 def test_the_offset_of_a_bad_byte_is_named(tmp_path, monkeypatch):

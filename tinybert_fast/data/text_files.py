@@ -49,13 +49,15 @@ def read_lines(path: Path) -> Iterator[str]:
     with file:
         size, offset = os.fstat(file.fileno()).st_size, 0
         while line := file.readline(LINE_BYTES):
+            unfinished = len(line) == LINE_BYTES and not line.endswith(b"\n")
+            piece = (unfinished and line[: line.rfind(b" ") + 1]) or line
             try:
-                text, used = codecs.utf_8_decode(line, "strict", len(line) < LINE_BYTES)
+                text, used = codecs.utf_8_decode(piece, "strict", not unfinished)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path} is not UTF-8 (byte {offset + error.start}: {error.reason}); convert it"
                 ) from None
-            if used < len(line):  # a piece that ends inside a character
+            if used < len(line):  # the piece ends at a space or inside a character
                 file.seek(used - len(line), os.SEEK_CUR)
             yield (text if offset else text.removeprefix(MARK)).strip()
             offset += used
