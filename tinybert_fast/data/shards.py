@@ -11,8 +11,8 @@ with a row for each example:
     next_sentence_label     int8, 1 if B is from another document (only pairs)
     word_starts             bool, where a word begins (only words="jieba")
 
-Everything is drawn by (seed, duplicate, part of the corpus); parts, and which of them a shard holds,
-follow from the corpus alone. So the files do not depend on the number of processes.
+Everything is drawn by (seed, duplicate, part of the corpus); parts, and which of them a shard
+holds, follow from the corpus alone. So the files do not depend on the number of processes.
 """
 
 import errno
