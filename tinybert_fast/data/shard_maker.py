@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from tinybert_fast.data.pairs import Pair, Range, key, packed_sentences, sentence_pairs
 from tinybert_fast.data.token_store import TokenStore
 
-SHARD_TOKENS = 1 << 22  # of the corpus in one shard, or one part's more
+SHARD_TOKENS = 1 << 21  # of the corpus in one shard, or one part's more
 NOTHING = Range(0, 0)  # segment B of an example without one
 
 
