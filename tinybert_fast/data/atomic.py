@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under another name, then renamed."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,3 +32,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         return
     with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to fill, renamed to `path` at the end and removed after an error.
+
+    FileExistsError, before anything is done, if `path` is there and not an empty folder.
+    """
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
+        raise FileExistsError(f"{path} is there already; remove it, or name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

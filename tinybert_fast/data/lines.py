@@ -13,6 +13,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from tinybert_fast.data.atomic import replacing
 from tinybert_fast.data.progress import shown
+from tinybert_fast.data.text_files import read_lines, text_files
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Lines:
 
     @classmethod
     def of(cls, source: str | Path | Sequence[str | Path]) -> "Lines":
-        """A path, several paths, or a list of texts.
+        """A path or several of files or folders (``text_files``), or a list of texts.
 
         Strings in a list are paths if the first one names a file, texts otherwise.
         """
@@ -37,13 +38,7 @@ class Lines:
             raise ValueError("the corpus is empty; expected a text file, or a list of sentences")
         alone = isinstance(source, str | Path)
         if alone or isinstance(several[0], Path) or _is_file(several[0]):
-            paths = tuple(Path(path) for path in several)
-            for path in paths:
-                if not path.is_file():
-                    raise FileNotFoundError(
-                        f"no text file {path}; expected plain text, one sentence per line"
-                    )
-            return cls(paths=paths)
+            return cls(paths=text_files(source))
         return cls(texts=tuple(str(text) for text in several))
 
     def __iter__(self) -> Iterator[str]:
@@ -51,16 +46,7 @@ class Lines:
             if text.strip():
                 yield text.strip()
         for path in self.paths:
-            with open(path, encoding="utf-8-sig") as file:
-                row = 0
-                try:
-                    for row, line in enumerate(file, 1):  # noqa: B007
-                        if line.strip():
-                            yield line.strip()
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path} is not UTF-8 (after line {row}: {error.reason}); convert it"
-                    ) from error
+            yield from filter(None, read_lines(path))
 
     def survey(self, progress: bool = False) -> tuple[int, str]:
         """(lines that hold text, a hash of them); refuses a corpus without any."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -16,7 +17,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tinybert_fast.data import Task
+if TYPE_CHECKING:
+    from tinybert_fast.data import Task  # whose module needs `datasets`
 
 
 def check_model_path(path: str | Path) -> str:
@@ -43,7 +45,7 @@ def load_tokenizer(path: str | Path):
     return _load(AutoTokenizer, path)
 
 
-def load_classifier(path: str | Path, task: Task | None = None):
+def load_classifier(path: str | Path, task: "Task | None" = None):
     """AutoModelForSequenceClassification. With a task: its label names, and a new head where the
     old does not fit.
 
