@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tinybert_fast.reference.philox import threshold
 
@@ -86,6 +87,8 @@ UNAVAILABLE = _probe()
 NATIVE_DEVICES = _native_devices()
 FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
+# Types of arguments that need no dispatch. Fake tensors, say, are none of them.
+PLAIN = {Tensor, Parameter, list, str, int, float, bool, type(None)}
 
 
 def check_environment() -> None:
@@ -200,7 +203,10 @@ def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]
 def define(
     schema: str, *, fake: Callable, fake_knows_impl: bool = False, **implementations: str
 ) -> Callable:
-    """Register ``schema`` (its last argument, ``str impl``, is added here) and return its handle.
+    """Register ``schema`` (its last argument, ``str impl``, is added here) and return its function.
+
+    Called eagerly on plain tensors it runs the implementation itself, which saves PyTorch's
+    dispatcher half of what a small call costs; whoever traces or intercepts sees the operator.
 
     Args:
         schema: ``name(Tensor x, ...) -> (...)`` as torch.library takes it.
@@ -213,18 +219,30 @@ def define(
     arguments, _, returns = rest.partition(") ->")
     torch.library.define(f"{NAMESPACE}::{name}", f"({arguments}, str impl) ->{returns}")
 
-    @torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd")
     def run(*args):
         *operands, impl = args
         module, _, function = implementations[impl].partition(":")
         with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
             return without_autocast(getattr(import_module(module), function), *operands)
 
+    torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
+
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def run_fake(*args):
         return fake(*args) if fake_knows_impl else fake(*args[:-1])
 
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*args):
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or not PLAIN.issuperset(map(type, args))
+        ):
+            return operator(*args)
+        return run(*args)
+
+    return call
 
 
 def without_autocast(function: Callable, *operands: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,7 @@ class MaskingRule:
     mask_share: float = 0.8
     random_share: float = 0.1
     unit: str = "token"
+    plan: Plan = field(init=False, repr=False)  # what the implementations take
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0:
@@ -73,6 +74,17 @@ class MaskingRule:
             raise ValueError(
                 f"mlm_mask: mask_id={self.mask_id}; expected 0 to {self.vocab_size - 1}"
             )
+        plan = Plan(
+            self.table,
+            self.places,
+            self.ordinary,
+            self.mask_id,
+            _in_units(self.ratio),
+            _in_units(self.mask_share),
+            min(ONE, _in_units(self.mask_share + self.random_share)),
+            self.unit,
+        )
+        object.__setattr__(self, "plan", plan)  # a frozen instance sets it so
 
     @classmethod
     def of(
@@ -134,25 +146,12 @@ class MaskingRule:
                 ("table", self.table), ("places", self.places), ("ordinary", self.ordinary)
             )
         }  # fmt: skip
-        return MaskingRule(**{**self.__dict__, **moved})
+        return replace(self, **moved)
 
     def most(self, lengths: Iterable[int]) -> int:
         """The most tokens that rows with so many eligible tokens can have masked."""
         ratio = _in_units(self.ratio)
         return sum(min(n, max(1, (n * ratio + ONE // 2) // ONE)) for n in lengths)
-
-    def plan(self) -> Plan:
-        """What the implementations take."""
-        return Plan(
-            self.table,
-            self.places,
-            self.ordinary,
-            self.mask_id,
-            _in_units(self.ratio),
-            _in_units(self.mask_share),
-            min(ONE, _in_units(self.mask_share + self.random_share)),
-            self.unit,
-        )
 
 
 class MaskedTokens(NamedTuple):
@@ -285,7 +284,7 @@ def mlm_mask(
             "token could not be reported without waiting"
         )
     most = len(ids) * rule.most([ids.shape[1]])
-    plan = rule.plan()
+    plan = rule.plan
     out = ids if in_place else ids.clone()
     rows, labels, offsets, dense = _mask(
         out, flags.get("special_tokens_mask"), flags.get("attention_mask"),
