@@ -1,6 +1,7 @@
 """What the compiler makes of every Triton kernel, read from machine code; no GPU is needed.
 
     python benchmarks/machine_code.py [--json FILE] [--csv FILE] [--arch 90] [--op attention]
+    python benchmarks/machine_code.py --cuda [--csv FILE]
 
 The launchers run as on a GPU, on operands of the shapes below, but each kernel is only compiled. A
 row per kernel, architecture and case:
@@ -13,6 +14,9 @@ row per kernel, architecture and case:
                     it has no loop, over BLOCK_M * BLOCK_N / threads; none for a layer norm, and
                     where the first loop has a mask
     sources         a digest of kernels/, by which a test sees that rows are those of its kernels
+
+With --cuda the kernels of csrc/*.cu instead, as ptxas reports them; stack_bytes hold the arguments
+of a message. It needs nvcc and a checkout.
 """
 
 from __future__ import annotations
@@ -72,10 +76,18 @@ REGISTER_UNIT = 8  # a thread's registers are given out in eights
 
 TABLE_WIDTH = 220  # columns
 
+CSRC = Path("csrc")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\bSTL(?:\.(64|128))?\b")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+ENTRY = re.compile(
+    r"Compiling entry function '\w*?\d([a-z_]+)_kernelE.*?"
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+    r"Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
+    re.DOTALL,
+)
+COMMENT = re.compile(r"//.*")
 BACKWARDS = re.compile(r"\bBRA\b.*?0x([0-9a-f]+)")
 TILE_LOAD = re.compile(
     r"(?:tt\.load|ttg\.async_copy_global_to_local).*"
@@ -303,6 +315,48 @@ def report(
     return list(rows.values())
 
 
+def cuda_rows(csrc: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> list[dict[str, Any]]:
+    """A row for every kernel of ``csrc``'s .cu files, by what ptxas says of it."""
+    rows = []
+    for source, arch in itertools.product(sorted(csrc.glob("*.cu")), architectures):
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v"]
+            said = subprocess.run(
+                [*command, source, "-o", Path(folder) / "kernels.cubin"],
+                capture_output=True, text=True, check=True,
+            ).stderr  # fmt: skip
+        for kernel, *numbers in ENTRY.findall(said):
+            stack, stores, loads, registers, shared = (int(number or 0) for number in numbers)
+            rows.append(
+                {
+                    "op": source.stem,
+                    "kernel": kernel,
+                    "arch": f"sm_{arch}",
+                    "registers": registers,
+                    "spill_bytes": stores + loads,
+                    "stack_bytes": stack,
+                    "shared_bytes": shared,
+                }
+            )
+    return rows
+
+
+def nvcc_version() -> str:
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"release ([\d.]+)", said)[0]
+
+
+def cuda_sources(csrc: Path) -> str:
+    """A digest of the CUDA code and its headers, which comments don't change."""
+    digest = hashlib.sha256()
+    for file in sorted(csrc.iterdir()):
+        if file.suffix in (".cu", ".cuh", ".h") and file.name != "lists.h":  # Python's, on the host
+            digest.update(
+                "".join(COMMENT.sub("", file.read_text(encoding="utf-8")).split()).encode()
+            )
+    return digest.hexdigest()[:12]
+
+
 def sources() -> str:
     """A digest of the kernels' code, which comments and docstrings don't change."""
     digest = hashlib.sha256()
@@ -331,12 +385,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=TABLE_WIDTH).print(table)
 
 
-def add_to_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append the rows with the commit and the compiler; a file with other columns is refused."""
+def add_to_csv(file: Path, rows: list[dict[str, Any]], **made_by: str) -> None:
+    """Append the rows with the commit; a file with other columns is refused."""
     known = facts(torch.device("cpu"))
-    known["sources"] = sources()
-    names = ("sources", "triton", "commit", "date")
-    rows = [{**one, **{name: known[name] for name in names}} for one in rows]
+    rows = [{**one, **made_by, "commit": known["commit"], "date": known["date"]} for one in rows]
     old = file.read_text(encoding="utf-8") if file.exists() else ",".join(rows[0]) + "\n"
     if old.partition("\n")[0] != ",".join(rows[0]):
         raise SystemExit(f"{file} has other columns than these rows: name a new file")
@@ -350,17 +402,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--op", help="only this operator")
+    parser.add_argument(
+        "--cuda", action="store_true", help="instead the kernels of csrc/, compiled by nvcc"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--csv", type=Path, help="add the rows, with the commit, to this file")
     given = parser.parse_args()
-    rows = report(tuple(given.arch), given.op)
+    if given.cuda:
+        rows = [row for row in cuda_rows(CSRC, tuple(given.arch)) if given.op in (None, row["op"])]
+        made_by = {"sources": cuda_sources(CSRC), "nvcc": nvcc_version()}
+    else:
+        rows = report(tuple(given.arch), given.op)
+        made_by = {"sources": sources(), "triton": triton.__version__}
     if not rows:
         parser.error(f"--op {given.op}: no kernel of that name")
     show(rows)
     if given.json:
         atomic_write(given.json, json.dumps(rows, indent=1) + "\n")
     if given.csv:
-        add_to_csv(given.csv, rows)
+        add_to_csv(given.csv, rows, **made_by)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the kernels as they are.
 """
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,45 @@ def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):
 class Spec:
     def __init__(self, folder):
         self.origin = str(folder / "__init__.py")
+
+
+def test_cuda_kernels_are_reported_and_do_not_spill():
+    """The rows of csrc/ as it is."""
+    results = Path(machine_code.__file__).parent / "results/machine_code_cuda.csv"
+    digest = machine_code.cuda_sources(machine_code.CSRC)
+    with results.open() as file:
+        found = [one for one in csv.DictReader(file) if one["sources"] == digest]
+    kernels = {
+        ("block_mask", "kinds"), ("block_mask", "lists"), ("block_mask", "cells"),
+        ("mlm_mask", "mask"), ("mlm_mask", "list"),
+        ("sequence_layout", "extents"), ("sequence_layout", "layout"),
+    }  # fmt: skip
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        assert {(one["op"], one["kernel"]) for one in found if one["arch"] == arch} == kernels, (
+            "csrc/ changed since its machine code was last reported; run: python "
+            "benchmarks/machine_code.py --cuda --csv benchmarks/results/machine_code_cuda.csv"
+        )
+    for one in found:
+        assert one["spill_bytes"] == "0", one
+        assert int(one["registers"]) <= 64, one
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_ptxas_is_understood(tmp_path):
+    """A kernel that keeps 256 numbers alive in 32 registers spills."""
+    (tmp_path / "busy.cu").write_text(
+        """
+        namespace tbf {
+        __global__ void __launch_bounds__(1024, 2) busy_kernel(float* x, int n) {
+          float own[256];
+          for (int i = 0; i < 256; ++i) own[i] = x[i * n];
+          __syncthreads();
+          for (int i = 0; i < 256; ++i) x[i] = own[i] * own[255 - i];
+        }
+        }
+        """
+    )
+    (found,) = machine_code.cuda_rows(tmp_path, (90,))
+    assert (found["op"], found["kernel"], found["arch"]) == ("busy", "busy", "sm_90")
+    assert found["spill_bytes"] > 0
+    assert 24 <= found["registers"] <= 32
