@@ -6,7 +6,8 @@
 //     or their block was drawn at random;
 //     and both are in one document  and both are below the length of m  and dense[m, i, j]
 //
-// `everything` stands for the first two lines; a null pointer leaves out its condition. The lists are those of reference/block_mask.py.
+// `everything` stands for the first two lines; a null pointer leaves out its condition. The lists
+// are those of reference/block_mask.py.
 #pragma once
 
 #include "philox.h"

@@ -17,8 +17,8 @@ constexpr int kBytes = 16;  // of a call
 typedef uint32_t Four __attribute__((vector_size(16)));
 typedef uint32_t Eight __attribute__((vector_size(32)));
 
-// One word of four calls -> the 8 columns that it has in their tile of 32: bytes `byte` are those of
-// columns 2 g, bytes `byte` + 2 those of columns 2 g + 1.
+// One word of four calls -> the 8 columns that it has in their tile of 32: bytes `byte` are those
+// of columns 2 g, bytes `byte` + 2 those of columns 2 g + 1.
 TBF_HD void spread(const uint32_t* words, int byte, uint32_t threshold, float* out) {
   constexpr uint32_t one = 0x3F800000;  // 1.0f
   Four own;
@@ -36,8 +36,8 @@ struct AttentionCells {
   float* keep;
 };
 
-// One (sequence, head) matrix and one band of 16 rows after the other. Four calls cover a tile of two
-// rows, i and i + 8, and 32 columns; kLanes / 4 tiles are drawn at a time.
+// One (sequence, head) matrix and one band of 16 rows after the other. Four calls cover a tile of
+// two rows, i and i + 8, and 32 columns; kLanes / 4 tiles are drawn at a time.
 TBF_HD void attention_bands_body(const AttentionCells& cells, int64_t from, int64_t to) {
   const AttentionPlace& at = cells.place;
   const int64_t bands = (at.queries + kBand - 1) / kBand, across = (at.keys + kTile - 1) / kTile;

@@ -13,8 +13,8 @@ struct DropoutSite {
   uint32_t site;
 };
 
-// Attention cells of some sequences and heads: `queries` rows from `first` on, a multiple of 16, and
-// of tiles of 32 columns those with these numbers, `keys` columns in all: the last may be cut.
+// Attention cells of some sequences and heads: `queries` rows from `first` on, a multiple of 16,
+// and of tiles of 32 columns those with these numbers, `keys` columns in all: the last may be cut.
 struct AttentionPlace {
   const int64_t* sequences;
   int64_t count;

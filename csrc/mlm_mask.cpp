@@ -53,7 +53,8 @@ TBF_HD void mask_rows_body(const MlmMask& arguments, int64_t from, int64_t to, i
   part.to = to;
 }
 
-TBF_VARIANTS(mask_rows, (const MlmMask& call, int64_t from, int64_t to, int32_t* counts, Part& part),
+TBF_VARIANTS(mask_rows,
+             (const MlmMask& call, int64_t from, int64_t to, int32_t* counts, Part& part),
              (call, from, to, counts, part))
 
 }  // namespace

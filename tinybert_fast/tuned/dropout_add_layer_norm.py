@@ -5,6 +5,8 @@ The forward keeps the sum, its statistics and, with dropout, the random byte of 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,27 +16,10 @@ from tinybert_fast.tuned import philox, random
 aten = torch.ops.aten
 
 
-def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):
-    """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), cells (uint8)."""
-    return _forward(
-        random.Cells, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences,
-        positions,
-    )  # fmt: skip
-
-
-def forward_philox(
-    x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions
-):
-    """The same, on a CPU, with the dropout of the reference."""
-    return _forward(
-        philox.Cells, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences,
-        positions,
-    )  # fmt: skip
-
-
 def _forward(
     drawn, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions
 ):
+    """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), cells (uint8)."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     total = x.to(wide)
     if bias is not None:
@@ -50,6 +35,10 @@ def _forward(
         total, x.shape[-1:], weight.to(wide), ln_bias.to(wide), eps
     )
     return y.to(residual.dtype), total.to(residual.dtype), mean, rstd, cells
+
+
+# The implementations: dropout of torch's own generator, and on a CPU that of the reference.
+forward, forward_philox = (partial(_forward, cells) for cells in (random.Cells, philox.Cells))
 
 
 def _add(total: Tensor, more: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tinybert_fast.reference.philox import keep_scale
@@ -10,32 +12,11 @@ from tinybert_fast.tuned import philox, random
 aten = torch.ops.aten
 
 
-def forward(
-    word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids, padding_idx,
-    eps, dropout_p, seed, site, sequences, positions,
+def _forward(
+    drawn, word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids,
+    padding_idx, eps, dropout_p, seed, site, sequences, positions,
 ):  # fmt: skip
     """Tables and (T,) ids -> y in the tables' dtype, sum, mean, rstd (wide), cells (uint8)."""
-    return _forward(
-        random.Cells, word, position, token_type, weight, bias, input_ids, position_ids,
-        token_type_ids, eps, dropout_p, seed, site, sequences, positions,
-    )  # fmt: skip
-
-
-def forward_philox(
-    word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids, padding_idx,
-    eps, dropout_p, seed, site, sequences, positions,
-):  # fmt: skip
-    """The same, on a CPU, with the dropout of the reference."""
-    return _forward(
-        philox.Cells, word, position, token_type, weight, bias, input_ids, position_ids,
-        token_type_ids, eps, dropout_p, seed, site, sequences, positions,
-    )  # fmt: skip
-
-
-def _forward(
-    drawn, word, position, token_type, weight, bias, input_ids, position_ids, token_type_ids, eps,
-    dropout_p, seed, site, sequences, positions,
-):  # fmt: skip
     wide = torch.promote_types(word.dtype, torch.float32)
     total = word.index_select(0, input_ids).to(wide)
     total = total.add_(position.index_select(0, position_ids))
@@ -48,6 +29,10 @@ def _forward(
         cells = drawn(seed, site).hidden(sequences, positions, y.shape[1])
         y = y.mul_(random.keep_mask(cells, dropout_p, wide)).mul_(keep_scale(dropout_p))
     return y.to(word.dtype), total.to(word.dtype), mean, rstd, cells
+
+
+# The implementations: dropout of torch's own generator, and on a CPU that of the reference.
+forward, forward_philox = (partial(_forward, cells) for cells in (random.Cells, philox.Cells))
 
 
 def backward(
