@@ -140,13 +140,9 @@ class MaskingRule:
 
     def to(self, device: torch.device | str) -> MaskingRule:
         """The same with its tables on another device."""
-        moved = {
-            name: None if x is None else x.to(device)
-            for name, x in (
-                ("table", self.table), ("places", self.places), ("ordinary", self.ordinary)
-            )
-        }  # fmt: skip
-        return replace(self, **moved)
+        places = None if self.places is None else self.places.to(device)
+        table, ordinary = self.table.to(device), self.ordinary.to(device)
+        return replace(self, table=table, places=places, ordinary=ordinary)
 
     def most(self, lengths: Iterable[int]) -> int:
         """The most tokens that rows with so many eligible tokens can have masked."""

@@ -215,9 +215,9 @@ def put(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
     whole[rows] = part.transpose(1, 2).flatten(0, 1).to(whole.dtype)
 
 
-def _add(whole: Tensor, rows: Tensor, part: Tensor) -> None:
-    """(1, H, n, D) is added to rows of ``whole`` (T, H, D)."""
-    whole.index_add_(0, rows, part[0].transpose(0, 1).to(whole.dtype))
+def _add(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
+    """(b, H, n, D) is added to rows of ``whole`` (T, H, D), no row twice."""
+    whole[rows] += part.transpose(1, 2).flatten(0, 1).to(whole.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -246,9 +246,10 @@ def _minus_infinity(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
     return zero.masked_fill_(forbidden, -torch.inf)[:, None]
 
 
-def _head_blocks(batch: int, heads: int, queries: int, keys: int) -> Iterator[slice]:
-    """Slices of the heads, so that batch * heads * queries * keys scores stay within SCRATCH."""
-    most = max(1, SCRATCH // max(1, batch * queries * keys))
+def _head_blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Slices of the heads of (b, H, n, D) and (b, H, m, D), so that scores stay within SCRATCH."""
+    batch, heads, queries, _ = q.shape
+    most = max(1, SCRATCH // max(1, batch * queries * k.shape[2]))
     for first in range(0, heads, most):
         yield slice(first, min(first + most, heads))
 
@@ -259,7 +260,7 @@ def _blocked_forward(q, k, v, part, scale, dropout_p, drawn):
     """
     q, k, v = (x.to(_wide(x)) for x in (q * scale, k, _undropped(v, dropout_p)))
     out = torch.empty_like(q)
-    for h in _head_blocks(*q.shape[:3], k.shape[2]):
+    for h in _head_blocks(q, k):
         probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
         if dropout_p > 0.0:
             probabilities.mul_(_keep(part, h, probabilities, dropout_p, drawn))
@@ -270,7 +271,7 @@ def _blocked_forward(q, k, v, part, scale, dropout_p, drawn):
 def _blocked_backward(q, k, v, grad, part, scale, dropout_p, drawn):
     q, k, v, grad = (x.to(_wide(x)) for x in (q * scale, k, v, _undropped(grad, dropout_p)))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    for h in _head_blocks(*q.shape[:3], k.shape[2]):
+    for h in _head_blocks(q, k):
         probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
         dp = grad[:, h] @ v[:, h].mT
         dropped = probabilities
