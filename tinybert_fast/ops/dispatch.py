@@ -88,7 +88,7 @@ NATIVE_DEVICES = _native_devices()
 FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
 # Types of arguments that need no dispatch. Fake tensors, say, are none of them.
-PLAIN = {Tensor, Parameter, list, str, int, float, bool, type(None)}
+PLAIN = {Tensor, Parameter, list, str, int, float, bool, type(None), torch.dtype}
 
 
 def check_environment() -> None:
@@ -205,8 +205,8 @@ def define(
 ) -> Callable:
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its function.
 
-    Called eagerly on plain tensors it runs the implementation itself, which saves PyTorch's
-    dispatcher half of what a small call costs; whoever traces or intercepts sees the operator.
+    Called eagerly on plain tensors it runs the implementation at once: PyTorch's dispatcher takes
+    longer than some of them. Whoever traces, profiles or intercepts sees the operator.
 
     Args:
         schema: ``name(Tensor x, ...) -> (...)`` as torch.library takes it.
@@ -237,6 +237,7 @@ def define(
         if (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
+            or torch.autograd._profiler_enabled()
             or not PLAIN.issuperset(map(type, args))
         ):
             return operator(*args)
