@@ -64,6 +64,7 @@ def test_reference_is_the_definition():
     torch.testing.assert_close(case.run("reference")["value"], want)
 
 
+@pytest.mark.same_mask
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_gradients(variant, exact, device):
     proofs.prove_gradient(dropout_add_layer_norm((3, 5), **variant, device=device), exact)
@@ -75,6 +76,7 @@ def test_contract(shape, variant, fast, device):
     proofs.prove_contract(dropout_add_layer_norm(shape, **variant, device=device), fast)
 
 
+@pytest.mark.same_mask
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_compiles_whole(variant, fast, device):
     proofs.prove_compiles(dropout_add_layer_norm((2, 3, 33), **variant, device=device), fast)
@@ -103,6 +105,7 @@ def test_cells_are_dropped_or_scaled(impl, device):
     assert abs(rate - expected) < 5 * (expected * (1 - expected) / cells.numel()) ** 0.5
 
 
+@pytest.mark.same_mask
 def test_dropout_is_a_function_of_seed_and_site(impl, device):
     cells = dropped(impl, device)
     assert torch.equal(cells, dropped(impl, device))

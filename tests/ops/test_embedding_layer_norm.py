@@ -57,6 +57,7 @@ def test_reference_is_the_definition():
     torch.testing.assert_close(ops.embedding_layer_norm(*operands, impl="reference"), want)
 
 
+@pytest.mark.same_mask
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_gradients(dropout_p, exact, device):
     case = embedding_layer_norm(5, 4, dropout_p=dropout_p, device=device, padding_idx=None)
@@ -78,6 +79,7 @@ def test_contract(tokens, variant, fast, device):
     proofs.prove_contract(embedding_layer_norm(tokens, 4, device=device, **variant), fast)
 
 
+@pytest.mark.same_mask
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_compiles_whole(variant, fast, device):
     proofs.prove_compiles(embedding_layer_norm(5, 33, device=device, **variant), fast)
@@ -97,6 +99,7 @@ def test_cells_are_dropped_or_scaled(impl, device):
     assert abs(rate - expected) < 5 * (expected * (1 - expected) / gone.numel()) ** 0.5
 
 
+@pytest.mark.same_mask
 def test_dropout_is_a_function_of_seed_and_site(impl, device):
     case = embedding_layer_norm(device=device, dropout_p=0.25)
     other = {"site": 4}, {"seed": case.options["seed"] + 1}

@@ -155,6 +155,7 @@ def test_backward_twice(op, impl, device):
     twice(FACTORIES[op](device=device), impl)
 
 
+@pytest.mark.same_mask
 @pytest.mark.parametrize("op", DROPPING)
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 def test_backward_twice_replays_dropout(op, impl, device):
