@@ -78,6 +78,7 @@ class Case:
     providers: list[Any]
     checks: tuple[Check, ...]
     dtypes: tuple[str, ...] | None = None  # its only ones; by default those that are asked for
+    calls: int = 1  # in a row that one measurement is the mean of, where one call is short
 
     @property
     def valid_fraction(self) -> float:

@@ -200,7 +200,7 @@ def measure(
         say(f"{dtype}: comparing losses and gradients")
         for name, error in check(case, dtype).items():
             errors[name, dtype] = error
-    times = interleave(lanes, rounds, warm_up, clock, say)
+    times = interleave(lanes, rounds, warm_up, clock, say, case.calls)
     say("peak memory")
     peaks = {
         (provider, dtype): peak_bytes(partial(provider.run, dtype), device)
@@ -288,17 +288,18 @@ def interleave(
     warm_up: int,
     clock: Callable[[Callable[[], Any]], float],
     say: Callable[[str], None] = lambda _: None,
+    calls: int = 1,
 ) -> dict[Lane, list[float]]:
-    """Seconds of every lane in every round: A B C, A B C, ..."""
+    """Seconds of every lane in every round: A B C, A B C, ...; the mean of ``calls`` in a row."""
     times: dict[Lane, list[float]] = {lane: [] for lane in lanes}
     for number in range(-warm_up, rounds):
         say("warm-up" if number < 0 else f"round {number + 1} of {rounds}")
         gc.collect()  # rather now than inside somebody's time
         for lane in lanes:
             provider, dtype = lane
-            seconds = clock(partial(provider.run, dtype))
+            seconds = clock(lambda: [provider.run(dtype) for _ in range(calls)])  # noqa: B023
             if number >= 0:
-                times[lane].append(seconds)
+                times[lane].append(seconds / calls)
     return times
 
 

@@ -37,6 +37,7 @@ PIECES = 0.2  # of the vocabulary continue a word
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHECKED_ROWS = 4
 INTEGERS = ("int64",)
+CALLS = 10
 
 
 class Call:
@@ -49,7 +50,7 @@ class Call:
         pass
 
     def setting(self, dtype: str) -> str:
-        return ""
+        return f"{CALLS} calls in a row"
 
     def run(self, dtype: str) -> None:
         self.call()
@@ -136,6 +137,7 @@ def mask_cases(setup: Setup) -> Iterator[Case]:
             ],
             checks=(),
             dtypes=INTEGERS,
+            calls=CALLS,
         )
 
 
@@ -178,6 +180,7 @@ def collate_cases(setup: Setup, *, name: str, whole_words: bool) -> Iterator[Cas
             ],
             checks=(),
             dtypes=INTEGERS,
+            calls=CALLS,
         )
 
 
