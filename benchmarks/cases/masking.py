@@ -37,20 +37,20 @@ PIECES = 0.2  # of the vocabulary continue a word
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHECKED_ROWS = 4
 INTEGERS = ("int64",)
-CALLS = 10
+CALLS, SHORT_CALLS = 10, 50  # in a row, for one measurement
 
 
 class Call:
     """A call as a provider."""
 
-    def __init__(self, name: str, role: str, call: Callable[[], Any]) -> None:
-        self.name, self.role, self.call = name, role, call
+    def __init__(self, name: str, role: str, call: Callable[[], Any], in_a_row: int) -> None:
+        self.name, self.role, self.call, self.in_a_row = name, role, call, in_a_row
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
         pass
 
     def setting(self, dtype: str) -> str:
-        return f"{CALLS} calls in a row"
+        return f"{self.in_a_row} calls in a row"
 
     def run(self, dtype: str) -> None:
         self.call()
@@ -130,14 +130,14 @@ def mask_cases(setup: Setup) -> Iterator[Case]:
             dropout=0.0,
             optimizer="none",
             providers=[
-                Call("transformers", BASELINE, partial(in_torch, ids, special)),
-                Call("transformers numpy", CAREFUL, partial(in_numpy, *arrays)),
-                Call("ours", OURS, partial(ours, rule)),
-                Call("ours weighted", OURS, partial(ours, weighted)),
+                Call("transformers", BASELINE, partial(in_torch, ids, special), SHORT_CALLS),
+                Call("transformers numpy", CAREFUL, partial(in_numpy, *arrays), SHORT_CALLS),
+                Call("ours", OURS, partial(ours, rule), SHORT_CALLS),
+                Call("ours weighted", OURS, partial(ours, weighted), SHORT_CALLS),
             ],
             checks=(),
             dtypes=INTEGERS,
-            calls=CALLS,
+            calls=SHORT_CALLS,
         )
 
 
@@ -167,7 +167,7 @@ def collate_cases(setup: Setup, *, name: str, whole_words: bool) -> Iterator[Cas
             dropout=0.0,
             optimizer="none",
             providers=[
-                Call(label, role, partial(of_copies, collator))
+                Call(label, role, partial(of_copies, collator), CALLS)
                 for label, role, collator in (
                     ("transformers", BASELINE, DataCollatorForLanguageModeling(known, **options)),
                     (
