@@ -101,14 +101,16 @@ class AcceleratedBertModel(Accelerated, BertModel):
         *,
         capture: Capture | None = None,
         layout: SequenceLayout | None = None,
+        direction: str = "both",
         packed: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """BertModel's forward, with three keywords more, which every accelerated class passes on.
+        """BertModel's forward, with four keywords more, which every accelerated class passes on.
 
         Args:
             capture: what to record of hidden states, queries and keys (modules/capture.py).
             layout: of this batch, if the caller has built it; ``attention_mask`` is then not read.
+            direction: "both", "causal" or "anti_causal" (``ops.attention``), in every layer.
             packed: give a head its `Packed` rows, or None where Transformers' own code has to run.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -121,6 +123,11 @@ class AcceleratedBertModel(Accelerated, BertModel):
             if self.fast_block_mask is not None:
                 raise ValueError(
                     f"block_mask= needs packed rows, and this call cannot run on them: {reason}"
+                )
+            if direction != "both":
+                raise ValueError(
+                    f"direction={direction!r} needs packed rows, and this call cannot run on them: "
+                    f"{reason}"
                 )
             if capture is not None:
                 raise ValueError(
@@ -164,6 +171,7 @@ class AcceleratedBertModel(Accelerated, BertModel):
             position_ids=position_ids,
             capture=record,
             block_mask=_block_mask(self, layout.rows.device),
+            direction=direction,
             impl=self.fast_impl,
         )
         if capture is not None and record is not capture:

@@ -40,6 +40,7 @@ def encode(
     position_ids: Tensor | None = None,
     capture: Capture | None = None,
     block_mask: ops.BlockMask | None = None,
+    direction: str = "both",
     impl: Any = "auto",
 ) -> Tensor:
     """The last hidden state (T, C) of ``bert`` on the real tokens of a padded batch.
@@ -47,14 +48,15 @@ def encode(
     ``bert``: anything with the submodules of Transformers' BertModel; its train/eval state, dropout
     rates and gradient checkpointing are honoured. Inputs are padded, as the caller has them: ids
     (B, N), types and positions (B, N) or (1, N), ``inputs_embeds`` (B, N, C). ``capture`` records
-    what it asks for on the way. ``block_mask`` says which tokens meet, in every layer.
+    what it asks for on the way. ``block_mask`` and ``direction`` (of ``ops.attention``) say which
+    tokens meet, in every layer.
     """
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
-    if block_mask is not None and capture.attention:
+    if capture.attention and (block_mask is not None or direction != "both"):
         raise ValueError(
-            "capture asks for queries and keys of a model with a block mask; the losses that read "
-            "them count all pairs of tokens, also those that its mask forbids"
+            "capture asks for queries and keys of a model whose tokens do not all meet (a block "
+            "mask, a direction); the losses that read them count all pairs of tokens"
         )
     capture.start(len(layers), layout)
     seed = draw_seed(layout.rows.device) if _drops(bert) else None
@@ -80,6 +82,7 @@ def encode(
             m=m,
             give_scores=attended,
             block_mask=block_mask,
+            direction=direction,
             impl=impl,
         )
         if _checkpointed(layer):
@@ -156,6 +159,7 @@ def encode_layer(
     m: int,
     give_scores: bool,
     block_mask: ops.BlockMask | None,
+    direction: str,
     impl: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Layer m: (T, C) -> (T, C), with its queries and keys (T, H, D) if ``give_scores``."""
@@ -177,6 +181,7 @@ def encode_layer(
         values,
         layout=layout,
         scale=heads.scaling,
+        direction=direction,
         dropout_p=heads.dropout.p if heads.training else 0.0,
         seed=seed,
         site=site + ATTENTION,
