@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinybert_fast.testing.tiny_models import tiny_classifier, tiny_tokenizer
+from tinybert_fast.training import run_folder
 from tinybert_fast.training.loading import load_classifier
 from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.report import panels_of, plot, table
