@@ -16,7 +16,7 @@ from tinybert_fast.training.recipes import Masking, pretrain
 
 GLOBAL_BATCH = 16
 CASES = {
-    "uniform": {"accumulation": 2},
+    "uniform": {"accumulation": 2, "duplicates": 3},  # three shards for two processes
     "reverse": {"bidirectional": "reverse"},
     "causal": {"bidirectional": "causal", "nsp": False},
     "loss": {"masking": Masking(weights="loss")},
