@@ -158,8 +158,6 @@ def curves(given: argparse.Namespace) -> dict[str, Any]:
         metrics = json.loads((folder / "metrics.json").read_text())
         found[name] = {
             "steps": metrics["steps"],
-            "seconds": metrics["train_seconds"],
-            "tokens_per_second": metrics["tokens_per_second"],
             "held_out": metrics["held_out"],
             "settings": settings,
             "curve": [

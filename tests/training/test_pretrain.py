@@ -176,6 +176,7 @@ def test_resume_wants_the_same_masks(text, tmp_path):
         ({"vocab_size": 8}, "vocab_size is 8; expected 32 or more"),
         ({"model": "5l-100"}, "no student or model 5l-100"),
         ({"steps": 0}, "steps is 0"),
+        ({"fsdp": True}, "this is one: use torchrun"),
     ],
 )
 def test_refusals(text, tmp_path, options, message):

@@ -200,6 +200,30 @@ def test_causal_needs_packed_rows(tokenizer):
         PreTraining(model_of(tokenizer, fast=False), Objectives(bidirectional="causal"))
 
 
+def test_only_rows_that_are_read_are_computed(tokenizer, examples):
+    """The last layer's output behind its attention, values and gradients, with dropout's cells."""
+    batch = with_layout(batch_of(tokenizer, examples, Objectives()))
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(tokenizer), attention_probs_dropout_prob=0.25)
+    model = tbf.accelerate(BertForPreTraining(config))
+    inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "layout")}
+    read = torch.tensor([7, 0, 3])
+    answers = []
+    for rows in (None, read):
+        torch.manual_seed(1)
+        model.zero_grad()
+        states = model.encode_packed(**inputs, read=rows).rows
+        states = states if rows is not None else states[read]
+        states.square().sum().backward()
+        answers.append((states, [p.grad for p in model.bert.encoder.parameters()]))
+    (want, gradients), (got, ours) = answers
+    torch.testing.assert_close(got, want, **FP32)
+    for one, other in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(one, other, **FP32)
+    with pytest.raises(ValueError, match="asks for packed"):
+        model.bert(**inputs, read=read)
+
+
 def test_direction_is_refused_where_it_would_be_lost(tokenizer):
     model = copy.deepcopy(model_of(tokenizer, fast=True))
     ids = torch.tensor([[2, 7, 3]])

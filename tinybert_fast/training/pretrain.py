@@ -39,6 +39,17 @@ from tinybert_fast.training.students import PRESETS, Student
 log = logging.getLogger(__name__)
 
 Source = str | Path | Sequence[str | Path] | Corpus
+HELD_OUT_RATIO = 0.15
+# The packed encoder reads a layer's weights without calling the layer, so layers are not sharded
+# one by one: the model is one unit.
+FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "NO_WRAP",
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
 
 
 def pretrain(
@@ -162,6 +173,8 @@ def pretrain(
         "processes": arguments.world_size,
         **recipe,
     }
+    if fsdp and arguments.world_size == 1:
+        raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
     if run.finished(settings):
         return run.metrics()
     run.begin(settings)
@@ -235,23 +248,11 @@ def pretrain(
     return metrics
 
 
-# The packed encoder reads a layer's weights without calling the layer, so layers are not sharded
-# one by one: the model is one unit.
-FSDP: dict[str, Any] = {
-    "fsdp": True,
-    "fsdp_config": {
-        "version": 2,
-        "auto_wrap_policy": "NO_WRAP",
-        "state_dict_type": "FULL_STATE_DICT",
-    },
-}
-
-
 def plain_batches(tokenizer: Any, objectives: Objectives) -> PreTrainingBatches:
-    """Of held-out text: 15 % of the tokens, uniform, always the same ones: comparable between runs
-    whatever they mask in training.
+    """Of held-out text: HELD_OUT_RATIO of the tokens, uniform, always the same ones, so that runs
+    compare whatever they mask in training.
     """
-    masks = {"mlm_probability": 0.15} if objectives.masks else {"mlm": False}
+    masks = {"mlm_probability": HELD_OUT_RATIO} if objectives.masks else {"mlm": False}
     return PreTrainingBatches(PreTrainingCollator(tokenizer, **masks), objectives)
 
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tinybert_fast.data import LossWeights, PreTrainingCollator, RatioSchedule
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.integrations.bert import is_accelerated
-from tinybert_fast.modules.heads import first_tokens, predict, vocabulary_loss
+from tinybert_fast.modules.heads import predict, vocabulary_loss
+from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.common import TermsTrainer
 
 BIDIRECTIONAL = ("off", "reverse", "causal")
@@ -121,9 +122,8 @@ class PreTrainingBatches:
 class Run(NamedTuple):
     """What a run of the encoder gives."""
 
-    states: Tensor  # (rows, C)
-    first: Tensor  # (P, 1, C), of first tokens
-    terms: dict[str, Tensor]  # rows that predict, by term
+    first: Tensor  # (P, 1, C), states of first tokens
+    terms: dict[str, Tensor]  # (R, C), states that predict
 
 
 class PreTraining(nn.Module):
@@ -157,10 +157,9 @@ class PreTraining(nn.Module):
         sums: dict[str, Tensor] = {}
         single: list[Tensor] = []
         runs = self.runs(batch)
-        for hidden, _, terms in runs:
-            for term, rows in terms.items():
+        for run in runs:
+            for term, states in run.terms.items():
                 labels = batch["targets"][term][1]
-                states = hidden.index_select(0, rows)
                 if each:
                     logits = predict(self.model.cls.predictions, states, impl=self.impl).float()
                     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -192,43 +191,49 @@ class PreTraining(nn.Module):
         causal = self.objectives.bidirectional == "causal"
         ways = [("causal", terms[:1]), ("anti_causal", terms[1:])] if causal else [("both", terms)]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-        width = inputs["input_ids"].shape[1]
         found = []
         for direction, of in ways:
-            packed = None
-            rows = {term: batch["targets"][term][0] for term in of}
-            if is_accelerated(self.model):
-                layout = batch.get("layout")
-                packed = self.model.encode_packed(direction=direction, layout=layout, **inputs)
-            if packed is None:
-                hidden = self.model.bert(**inputs).last_hidden_state
-                found.append(Run(hidden.flatten(0, 1), hidden[:, :1], rows))
-            else:
-                padding = torch.arange(len(inputs["input_ids"]), device=packed.rows.device) * width
-                padding = padding - packed.layout.cu_seqlens[:-1]  # in front of each sequence
-                rows = {term: at - padding[at // width] for term, at in rows.items()}
-                first = first_tokens(packed.rows, packed.layout)
-                found.append(Run(packed.rows, first, rows))
+            rows = [batch["targets"][term][0] for term in of]
+            first, *states = self.states(batch, inputs, rows, direction)
+            found.append(Run(first.unsqueeze(1), dict(zip(of, states))))
         return found
+
+    def states(
+        self,
+        batch: Mapping[str, Any],
+        inputs: dict[str, Tensor],
+        rows: list[Tensor],
+        direction: str,
+    ) -> list[Tensor]:
+        """The last hidden states of first tokens (P, C) and of flat places (R, C) each."""
+        sequences, width = inputs["input_ids"].shape
+        starts = torch.arange(sequences, device=inputs["input_ids"].device) * width
+        parts = [starts, *rows]
+        wanted = torch.cat(parts)
+        if is_accelerated(self.model):
+            layout = batch.get("layout") or SequenceLayout.from_mask(inputs["attention_mask"])
+            padding = starts - layout.cu_seqlens[:-1]  # in front of each sequence
+            read = wanted - padding[wanted // width]
+            packed = self.model.encode_packed(
+                direction=direction, layout=layout, read=read, **inputs
+            )
+            if packed is not None:
+                return list(packed.rows.split([len(part) for part in parts]))
+        hidden = self.model.bert(**inputs).last_hidden_state.flatten(0, 1)
+        return list(hidden.index_select(0, wanted).split([len(part) for part in parts]))
 
     @torch.no_grad()
     def scores(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """{term: (sum of losses, right answers, answers)}, float64 (3,)."""
         found: dict[str, Tensor] = {}
         runs = self.runs(batch)
-        for hidden, _, terms in runs:
-            for term, rows in terms.items():
+        for run in runs:
+            for term, states in run.terms.items():
                 labels = batch["targets"][term][1]
-                found[term] = sum(
-                    (
-                        _score(
-                            predict(self.model.cls.predictions, hidden[some], impl=self.impl),
-                            target,
-                        )
-                        for some, target in zip(rows.split(LOGIT_ROWS), labels.split(LOGIT_ROWS))
-                    ),
-                    start=hidden.new_zeros(3, dtype=torch.float64),
-                )
+                found[term] = states.new_zeros(3, dtype=torch.float64)
+                for some, target in zip(states.split(LOGIT_ROWS), labels.split(LOGIT_ROWS)):
+                    logits = predict(self.model.cls.predictions, some, impl=self.impl)
+                    found[term] += _score(logits, target)
         if self.objectives.nsp:
             labels = batch["next_sentence_label"]
             found["nsp"] = _score(self.order_of(runs[-1].first, labels), labels)
