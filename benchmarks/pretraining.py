@@ -51,7 +51,7 @@ def measure(provider: str, given: argparse.Namespace, *, dropout: float, steps: 
     torch.set_num_threads(given.threads)
     corpus = Corpus.of(given.text, documents="files")
     tokenizer = load_tokenizer(next(given.data.glob("tokenizer-*")))
-    options = {
+    options: dict[str, Any] = {
         "max_length": WIDTH, "nsp": True, "short": 0.1, "duplicates": 1, "words": "wordpiece",
         "seed": 0,
     }  # fmt: skip

@@ -78,7 +78,11 @@ def installed() -> Path | None:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Largest differences of both heads' logits on real tokens; accuracies of both models."""
+    """Accuracies of both models, and the largest differences of their logits on real tokens.
+
+    Beside it stands how far Transformers' own fp32 logits are from its fp64 ones, and the
+    difference of the two models in fp64.
+    """
     tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=False)
     rows = []
     for number, reaction in enumerate(REACTIONS):
@@ -86,35 +90,48 @@ def measure(folder: Path) -> dict[str, Any]:
         assert "".join(tokens) == reaction, reaction
         ids = tokenizer.convert_tokens_to_ids(["[CLS]", *tokens, "[SEP]"])
         rows.append({"input_ids": ids, "example_id": number})
-    theirs = BertForPreTraining.from_pretrained(folder).eval()
+    theirs: Any = BertForPreTraining.from_pretrained(folder).eval()
     ours = tbf.accelerate(copy.deepcopy(theirs))
-    apart = {"prediction_logits": 0.0, "seq_relationship_logits": 0.0}
+    models = {"transformers": theirs, "ours": ours}
+    exact: dict[str, Any] = {who: copy.deepcopy(one).double() for who, one in models.items()}
+    apart = {"fp32": 0.0, "fp64": 0.0, "transformers_fp32_to_fp64": 0.0}
     right = {"transformers": 0, "ours": 0}
-    masked = 0
+    masked, largest = 0, 0.0
     for seed in range(SEEDS):
         batch = PreTrainingCollator(tokenizer, seed=seed)(rows)
         places, labels = batch["masked_rows"], batch["masked_labels"]
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names}
-        real = inputs["attention_mask"].bool()
         with torch.no_grad():
             answers = {"transformers": theirs(**inputs), "ours": ours(**inputs)}
-        for name in apart:
-            a, b = (answers[who][name] for who in ("transformers", "ours"))
-            if name == "prediction_logits":
-                a, b = a[real], b[real]
-            apart[name] = max(apart[name], (a - b).abs().max().item())
+            wide = {name: model(**inputs) for name, model in exact.items()}
+        for name, one, other in (
+            ("fp32", answers["ours"], answers["transformers"]),
+            ("fp64", wide["ours"], wide["transformers"]),
+            ("transformers_fp32_to_fp64", answers["transformers"], wide["transformers"]),
+        ):
+            apart[name] = max(apart[name], _apart(one, other, inputs["attention_mask"].bool()))
         for who, answer in answers.items():
             best = answer.prediction_logits.flatten(0, 1)[places].argmax(-1)
             right[who] += int((best == labels).sum())
         masked += len(labels)
+        largest = max(largest, answers["transformers"].prediction_logits.abs().max().item())
     return {
         "reactions": len(rows),
         "unknown_tokens": sum(row["input_ids"].count(tokenizer.unk_token_id) for row in rows),
         "masked_tokens": masked,
+        "largest_logit": largest,
         "largest_difference": apart,
         "accuracy": {who: count / masked for who, count in right.items()},
     }
+
+
+def _apart(one: Any, other: Any, real: torch.Tensor) -> float:
+    """The largest difference of MLM logits of real tokens and NSP logits."""
+    return max(
+        (one.prediction_logits[real] - other.prediction_logits[real]).abs().max().item(),
+        (one.seq_relationship_logits - other.seq_relationship_logits).abs().max().item(),
+    )
 
 
 def main() -> None:
