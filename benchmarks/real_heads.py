@@ -92,7 +92,7 @@ def measure(folder: Path) -> dict[str, Any]:
         rows.append({"input_ids": ids, "example_id": number})
     theirs: Any = BertForPreTraining.from_pretrained(folder).eval()
     ours = tbf.accelerate(copy.deepcopy(theirs))
-    models = {"transformers": theirs, "ours": ours}
+    models: dict[str, Any] = {"transformers": theirs, "ours": ours}
     exact: dict[str, Any] = {who: copy.deepcopy(one).double() for who, one in models.items()}
     apart = {"fp32": 0.0, "fp64": 0.0, "transformers_fp32_to_fp64": 0.0}
     right = {"transformers": 0, "ours": 0}

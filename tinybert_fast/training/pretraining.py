@@ -392,6 +392,9 @@ class PreTrainingTrainer(TermsTrainer):
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         assert self.held_out is not None
+        if self._since is not None:  # the next speed to be logged is one of training again
+            self.seconds += time.perf_counter() - self._since[0]
+            self._since = None
         ranks, size = self.args.world_size, self.args.eval_batch_size
         starts = range(0, len(rows), size)
         found: dict[str, Tensor] = {}
@@ -418,7 +421,6 @@ class PreTrainingTrainer(TermsTrainer):
         self.control: Any = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self._since = None  # the next speed is one of training
         return metrics
 
     # ---- checkpoints ----
