@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from transformers import BertForPreTraining, BertTokenizerFast
 
-import tinybert_fast as tbf
 from tinybert_fast.data import PreTrainingCollator
 from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.integrations import accelerate
 
 INSIDE = "models/transformers/bert_pretrained"
 SEEDS = 8  # of masks
@@ -91,8 +91,8 @@ def measure(folder: Path) -> dict[str, Any]:
         ids = tokenizer.convert_tokens_to_ids(["[CLS]", *tokens, "[SEP]"])
         rows.append({"input_ids": ids, "example_id": number})
     theirs: Any = BertForPreTraining.from_pretrained(folder).eval()
-    ours = tbf.accelerate(copy.deepcopy(theirs))
-    models: dict[str, Any] = {"transformers": theirs, "ours": ours}
+    ours = accelerate(copy.deepcopy(theirs))
+    models = {"transformers": theirs, "ours": ours}
     exact: dict[str, Any] = {who: copy.deepcopy(one).double() for who, one in models.items()}
     apart = {"fp32": 0.0, "fp64": 0.0, "transformers_fp32_to_fp64": 0.0}
     right = {"transformers": 0, "ours": 0}
