@@ -111,7 +111,7 @@ class SparseMaskingCollator:
         self._step.fill_(step)
 
     def __call__(self, examples: Sequence[Any], return_tensors: str | None = None) -> dict:
-        if (return_tensors or self.return_tensors) not in KINDS:
+        if return_tensors not in (None, *KINDS):
             raise ValueError(f"return_tensors={return_tensors!r} is not one of pt, np")
         if not examples:
             raise ValueError("SparseMaskingCollator got no example")

@@ -18,10 +18,10 @@ from tinybert_fast.ops.dispatch import (
     define,
     integer,
 )
+from tinybert_fast.ops.native import UNITS
 from tinybert_fast.reference.mlm_mask import IGNORE, ONE, Plan
 from tinybert_fast.reference.mlm_mask import mlm_mask as reference
 
-UNITS = ("token", "word", "span")
 MOST_TOKENS = 8192  # of a row
 MOST_WORDS = 2**31 - 1  # of a vocabulary, and tokens of a batch: places and ids are int32 inside
 HEAVIEST = 2**31 - 1
