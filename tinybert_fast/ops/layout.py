@@ -206,8 +206,9 @@ def full_tables(batch_size: int, width: int, device: torch.device | str) -> Tabl
     """
     numbers = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
     stops = numbers * width
-    numbers, lengths, zeros = numbers[:-1], stops[1:] - stops[:-1], torch.zeros_like(numbers[:-1])
-    return stops, *(_listed(numbers, lengths, firsts) for firsts in (stops[:-1], zeros))
+    numbers, firsts, lengths = numbers[:-1], stops[:-1], stops[1:] - stops[:-1]
+    padded_work = _listed(numbers, lengths, torch.zeros_like(firsts))
+    return stops, _listed(numbers, lengths, firsts), padded_work
 
 
 def longest_first(lengths: Tensor, firsts: Tensor) -> Tensor:
