@@ -261,6 +261,15 @@ def rows(kernel: str, columns: int) -> RowSetting:
     return RowSetting(block_m, block_n, num_warps)
 
 
+VOCABULARY = RowSetting(1, 8 * WARP, 8)  # each thread loads 16 bytes of half precision at a time
+VOCABULARY_INTERPRETED = RowSetting(1, 64, 1)  # so that few words have several blocks
+
+
+def vocabulary() -> RowSetting:
+    """The setting of the kernel over a row of logits."""
+    return VOCABULARY_INTERPRETED if INTERPRETED else VOCABULARY
+
+
 @cache
 def row_programs(device: torch.device) -> int:
     """Programs of a kernel that sums over all rows; also how many partial sums there are."""

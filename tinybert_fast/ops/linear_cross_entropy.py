@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -19,7 +21,11 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.linear_cross_entropy import linear_cross_entropy as reference
 
-LIMITS = Limits("linear_cross_entropy", torch=Limit(FLOATS_AND_DOUBLE))
+LIMITS = Limits(
+    "linear_cross_entropy",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES),
+)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -37,6 +43,7 @@ _forward = define(
     " -> (Tensor losses, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
     torch="tinybert_fast.tuned.linear_cross_entropy:forward",
+    triton="tinybert_fast.kernels.linear_cross_entropy:forward",
 )
 
 
@@ -68,10 +75,14 @@ class _Losses(torch.autograd.Function):
         operands, needs = (*ctx.saved_tensors, *ctx.options), ctx.needs_input_grad[1:]
         if ctx.impl == "reference":
             return (None, *reference_gradient(reference, operands, needs, upstream))
-        _, *gradients = _forward(*operands, upstream, True, ctx.impl)
+        # Of order 1 inside, where fp16 does not hold a loss scale.
+        largest = upstream.new_ones(())
+        if len(upstream):
+            largest = upstream.abs().amax().clamp_min(torch.finfo(upstream.dtype).tiny)
+        _, *gradients = _forward(*operands, upstream / largest, True, ctx.impl)
         gradients += [None] * (len(needs) - len(gradients))
         return None, *(
-            g.to(x.dtype) if need else None
+            (g * largest).to(x.dtype) if need else None
             for g, x, need in zip(gradients, operands, needs, strict=True)
         )
 
@@ -103,7 +114,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: shapes or dtypes that disagree, numbers out of range, or a named ``impl`` that
-            cannot serve the call. On a GPU a label out of range stops PyTorch's kernel.
+            cannot serve the call. On a GPU nobody waits to look at labels: one out of range makes
+            its loss NaN (triton) or stops PyTorch's kernel (torch).
         IndexError or RuntimeError: a row out of range, from PyTorch.
     """
     impls = choose(impl, LIMITS, hidden)
