@@ -261,13 +261,15 @@ def rows(kernel: str, columns: int) -> RowSetting:
     return RowSetting(block_m, block_n, num_warps)
 
 
-VOCABULARY = RowSetting(1, 8 * WARP, 8)  # each thread loads 16 bytes of half precision at a time
-VOCABULARY_INTERPRETED = RowSetting(1, 64, 1)  # so that few words have several blocks
+L2_BYTES = 32 << 20  # of what two products share: it stays in the L2 cache of an A100 or H100
 
 
-def vocabulary() -> RowSetting:
-    """The setting of the kernel over a row of logits."""
-    return VOCABULARY_INTERPRETED if INTERPRETED else VOCABULARY
+def vocabulary() -> dict[str, int]:
+    """Keyword arguments of the kernel over a row of logits."""
+    if INTERPRETED:  # so that few words have several blocks
+        return {"BLOCK_N": 64}
+    warps = 8  # each thread loads 16 bytes of half precision at a time
+    return {"BLOCK_N": warps * WARP, "num_warps": warps}
 
 
 @cache

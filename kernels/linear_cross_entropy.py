@@ -15,45 +15,42 @@ import triton.language as tl
 
 from tinybert_fast.kernels import configs
 
-CHUNK_BYTES = 32 << 20  # of logits: what stays in the L2 cache of an A100 or H100
-ALIGN = 16  # rows of logits begin at multiples of so many numbers, as wide loads and cuBLAS want
+# Rows of logits are multiples of so many numbers long: wide loads, aligned products. Beyond the
+# vocabulary the bias is -inf.
+ALIGN = 16
 LOWEST = tl.constexpr(-3.0e38)  # a running maximum's start: -inf would subtract from itself
 
 
 @triton.jit
-def _numbers(logits_ptr, bias_ptr, offs_n, words):
-    live = offs_n < words
-    x = tl.load(logits_ptr + offs_n, mask=live, other=float("-inf")).to(tl.float32)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + offs_n, mask=live, other=0.0).to(tl.float32)
-    return x  # (BLOCK_N,)
+def _numbers(logits_ptr, bias_ptr, offs_n, width):
+    """Logits in fp32, -inf beyond the vocabulary, where the bias is so: (BLOCK_N,)."""
+    x = tl.load(logits_ptr + offs_n, mask=offs_n < width, other=0.0).to(tl.float32)
+    return x + tl.load(bias_ptr + offs_n, mask=offs_n < width, other=float("-inf"))
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def _loss_kernel(
-    logits_ptr, bias_ptr, labels_ptr, upstream_ptr, losses_ptr, stride_r, words, ignore_index,
+    logits_ptr, bias_ptr, labels_ptr, upstream_ptr, losses_ptr, words, width, ignore_index,
     smoothing, GRADIENTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    logits_ptr += row * stride_r
+    logits_ptr += row * width
     lanes = tl.arange(0, BLOCK_N)
     highest = tl.full((BLOCK_N,), LOWEST, tl.float32)
     total, plain = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, words, BLOCK_N):
-        x = _numbers(logits_ptr, bias_ptr, first + lanes, words)
+    for first in range(0, width, BLOCK_N):
+        x = _numbers(logits_ptr, bias_ptr, first + lanes, width)
         higher = tl.maximum(highest, x)
         total = total * tl.exp(highest - higher) + tl.exp(x - higher)
         plain += tl.where(first + lanes < words, x, 0.0)
         highest = higher
     peak = tl.max(highest, axis=0)
-    total = tl.sum(total * tl.exp(highest - peak), axis=0)
-    logsumexp = peak + tl.log(total)
+    logsumexp = peak + tl.log(tl.sum(total * tl.exp(highest - peak), axis=0))
 
     known = (label >= 0) & (label < words)
     chosen = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-    if bias_ptr is not None:
-        chosen += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
+    chosen += tl.load(bias_ptr + label, mask=known, other=0.0)
     mean = tl.sum(plain, axis=0) / words
     loss = logsumexp - (1.0 - smoothing) * chosen - smoothing * mean
     live = label != ignore_index
@@ -62,13 +59,12 @@ def _loss_kernel(
         scale = tl.where(live, 1.0, 0.0)
         if upstream_ptr is not None:
             scale *= tl.load(upstream_ptr + row)
-        for first in range(0, words, BLOCK_N):
+        for first in range(0, width, BLOCK_N):
             offs_n = first + lanes
-            x = _numbers(logits_ptr, bias_ptr, offs_n, words)
-            z = tl.exp(x - logsumexp) - smoothing / words
-            z -= tl.where(offs_n == label, 1.0 - smoothing, 0.0)
+            z = tl.exp(_numbers(logits_ptr, bias_ptr, offs_n, width) - logsumexp)
+            z -= smoothing / words + tl.where(offs_n == label, 1.0 - smoothing, 0.0)
             z = (z * scale).to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + offs_n, z, mask=offs_n < words)
+            tl.store(logits_ptr + offs_n, z, mask=offs_n < width)
 
 
 def forward(
@@ -87,18 +83,20 @@ def forward(
         dbias = losses.new_zeros(0 if bias is None else words)
     if upstream is not None:
         upstream = upstream.float().contiguous()
-    stride = triton.cdiv(words, ALIGN) * ALIGN
-    size = max(1, min(count, CHUNK_BYTES // (stride * hidden.element_size())))
-    logits = hidden.new_empty(size, stride)
+    width = triton.cdiv(words, ALIGN) * ALIGN
+    padded_bias = losses.new_full((width,), -torch.inf)
+    padded_bias[:words] = 0.0 if bias is None else bias
+    size = max(1, min(count, configs.L2_BYTES // (width * hidden.element_size())))
+    logits = hidden.new_zeros(size, width)  # what lies beyond the vocabulary has to be finite
     for first in range(0, count, size):
         chunk = slice(first, min(first + size, count))
         some = selected[chunk]
         z = logits[: len(some), :words]
         torch.mm(some, projection.mT, out=z)
         _loss_kernel[(len(some),)](
-            z, bias, labels[chunk], None if upstream is None else upstream[chunk], losses[chunk],
-            stride, words, ignore_index, label_smoothing, GRADIENTS=gradients,
-            **configs.vocabulary().launch(),
+            z, padded_bias, labels[chunk], None if upstream is None else upstream[chunk],
+            losses[chunk], words, width, ignore_index, label_smoothing, GRADIENTS=gradients,
+            **configs.vocabulary(),
         )  # fmt: skip
         if gradients:
             dselected[chunk] = z @ projection

@@ -104,6 +104,15 @@ def multiply(a, b):
 
 
 @triton.jit
+def scaled(tiles, factor):
+    """Tiles times a number."""
+    products: tl.tuple = ()
+    for i in tl.static_range(len(tiles)):
+        products = products + (tiles[i] * factor,)
+    return products
+
+
+@triton.jit
 def where_rows(keep, tiles):
     """The rows that ``keep`` (BLOCK_M, 1) names, the others zero."""
     kept: tl.tuple = ()

@@ -40,14 +40,23 @@ def test_reference_is_the_definition():
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_gradients(projection, impl, device):
-    proofs.prove_gradient(case_of(((2, 3), 5, 4), projection, device=device), impl)
+def test_gradients(projection, exact, device):
+    proofs.prove_gradient(case_of(((2, 3), 5, 4), projection, device=device), exact)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("rows", [3, 0])
 def test_contract(rows, projection, fast, device):
     proofs.prove_contract(case_of(((rows,), 5, 4), projection, device=device), fast)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_chunks(projection, counted, device, monkeypatch):
+    """Two rows at a time and one that is left."""
+    from tinybert_fast.kernels import configs
+
+    monkeypatch.setattr(configs, "L2_BYTES", 2 * 17 * 4)
+    assert_within_budget(case_of(((5,), 33, 17), projection, device=device), counted)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

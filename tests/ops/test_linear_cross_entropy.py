@@ -64,6 +64,16 @@ def test_chunks(cells, dtype, fast, device, monkeypatch):
     assert_within_budget(case, fast)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_of_a_kernel(reduction, counted, device, monkeypatch):
+    """Two rows at a time and one that is left."""
+    from tinybert_fast.kernels import configs
+
+    monkeypatch.setattr(configs, "L2_BYTES", 2 * 112 * 4)
+    case = linear_cross_entropy(9, 5, 312, 101, reduction=reduction, device=device)
+    assert_within_budget(case, counted)
+
+
 def test_holds_one_chunk_of_logits(monkeypatch):
     """200 rows of 1000 logits would take 0.8 MB; the weight's copy and gradient are 32 kB each."""
     monkeypatch.setattr(tuned, "CHUNK_CELLS", 10_000)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -14,11 +16,15 @@ from tinybert_fast.ops.dispatch import (
     define,
     without_autocast,
 )
+from tinybert_fast.ops.layer_norm import refuses_columns
 from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.hidden_mse import hidden_mse as reference
 
-LIMITS = Limits("hidden_mse", torch=Limit(FLOATS_AND_DOUBLE))
-
+LIMITS = Limits(
+    "hidden_mse",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, refuses_columns),
+)
 
 _forward = define(
     "hidden_mse_fwd(Tensor student, Tensor? weight, Tensor? bias, Tensor teacher)"
@@ -30,6 +36,7 @@ _forward = define(
         in_fp32(student, (0,) if bias is None else bias.shape),
     ),
     torch="tinybert_fast.tuned.hidden_mse:forward",
+    triton="tinybert_fast.kernels.hidden_mse:forward",
 )
 
 
@@ -54,7 +61,7 @@ def hidden_mse(
     Raises:
         ValueError: shapes that disagree, or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, student)
+    impls = choose(impl, LIMITS, student, columns=teacher.shape[-1])
     _check(student, teacher, weight, bias)
     student = student if weight is None else autocast(student)
     rows = student.reshape(-1, student.shape[-1])
