@@ -45,7 +45,7 @@ from tinybert_fast.benchmarks.table import (
     write_json,
 )
 
-SUITES = ("step", "memory", "masking")
+SUITES = ("step", "ops", "memory", "masking")
 DTYPE_CHOICES = {"fp32": ("fp32",), "bf16": ("bf16",), "both": ("fp32", "bf16")}
 
 # Relative differences allowed at dropout 0 in fp32, where the order of additions differs. In bf16:
@@ -69,6 +69,14 @@ def load_cases(suite: str) -> Cases:
     """Name -> builder of every case of a suite."""
     if suite not in SUITES:
         raise ValueError(f"--suite {suite!r} is not one of {', '.join(SUITES)}")
+    if suite == "ops":
+        from tinybert_fast.benchmarks.cases import (
+            attention_score_mse,
+            hidden_mse,
+            linear_cross_entropy,
+        )
+
+        return {**attention_score_mse.CASES, **hidden_mse.CASES, **linear_cross_entropy.CASES}
     if suite == "memory":
         from tinybert_fast.benchmarks.cases import attention_score_mse_memory
 
@@ -101,8 +109,9 @@ def run_suite(
     """Run a suite, print its table, write what was asked for, and return the rows (table.COLUMNS).
 
     Args:
-        suite: "step" (training steps), "memory" (attention loss against the length) or "masking"
-            (mlm_mask and collators, of integers whatever the dtype).
+        suite: "step" (training steps), "ops" (losses by themselves, forward and backward), "memory"
+            (attention loss against the length) or "masking" (mlm_mask and collators, of integers
+            whatever the dtype).
         cases: names, or beginnings of names, of the cases to run; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
         rounds: repetitions; by default 10 on a CPU (3 where bf16 is emulated), 50 on a GPU.

@@ -17,7 +17,7 @@ LONGEST = 3  # widths that a growth exponent is fitted to
 
 # Column -> what it says. A cell that does not apply, or was not measured, is empty (null in JSON).
 COLUMNS = {
-    "suite": "step, memory or masking",
+    "suite": "step, ops, memory or masking",
     "case": "what is computed (benchmarks/cases)",
     "provider": "who computes it",
     "role": "a: as it comes; b: as a careful user writes it; ours",

@@ -12,7 +12,7 @@ from tinybert_fast.benchmarks import runner, table
 from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown
 from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup
 from tinybert_fast.benchmarks.cases import (
-    attention_score_mse_memory,
+    attention_score_mse,
     distill_step,
     masking,
     mlm_step,
@@ -305,15 +305,28 @@ def test_memory_suite_in_both_dtypes(capsys):
     rows = runner.run_suite("memory", smoke=True, dtype="both", threads=1)
     assert "peak ~ N^" in capsys.readouterr().out
     assert {row["dtype"] for row in rows} == {"fp32", "bf16"}
-    growth = {(row["provider"], row["dtype"]): row["growth"] for row in rows}
-    assert growth["official", "fp32"] > 1.7
-    assert growth["ours", "fp32"] < 1.2
+    growth = {(row["case"], row["provider"], row["dtype"]): row["growth"] for row in rows}
+    of_length, of_tokens = "attention_score_mse_memory", "attention_score_mse_memory_of_tokens"
+    assert growth[of_length, "autograd", "fp32"] > 1.7
+    assert growth[of_length, "ours", "fp32"] < 1.2
+    assert growth[of_tokens, "autograd", "fp32"] > 0.7
+    assert growth[of_tokens, "ours", "fp32"] < 0.2
     assert {row["bf16_hardware"] for row in rows} <= {"yes", "no"}
+
+
+def test_ops_suite():
+    rows = runner.run_suite("ops", smoke=True, dtype="both", threads=1, rounds=1)
+    widths = {"attention_score_mse": (26, 64), "hidden_mse": (312, 768)}
+    widths["linear_cross_entropy"] = (312, 768)
+    cases = {f"{op}_d{width}" for op, both in widths.items() for width in both}
+    assert {row["case"] for row in rows} == cases
+    compared = [row for row in rows if row["provider"] == "ours"]
+    assert all(row["gradient_error"] < 0.05 for row in compared)
 
 
 def test_disagreement_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        attention_score_mse_memory.ops, "attention_score_mse", lambda q, k, p, r: (q * k).sum()
+        attention_score_mse.ops, "attention_score_mse", lambda q, k, p, r: (q * k).sum()
     )
     target = tmp_path / "rows.json"
     with pytest.raises(runner.Disagreement, match="No speed is reported"):
@@ -325,7 +338,7 @@ def test_disagreement_writes_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"suite": "ops"}, "--suite 'ops' is not one of step, memory, masking"),
+        ({"suite": "all"}, "--suite 'all' is not one of step, ops, memory, masking"),
         ({"cases": ["pretrain"]}, "--case 'pretrain' matches none of mlm_step, distill_step_b16"),
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),

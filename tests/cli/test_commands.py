@@ -157,7 +157,8 @@ def test_bench(cli, tmp_path):
 
 def test_bench_refuses(cli):
     assert (
-        "--suite 'all' is not one of step, memory, masking" in cli("bench", "--suite", "all").line
+        "--suite 'all' is not one of step, ops, memory, masking"
+        in cli("bench", "--suite", "all").line
     )
 
 

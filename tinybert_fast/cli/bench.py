@@ -27,8 +27,8 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="step: one training step; memory: the attention loss against length; "
-            "masking: of masked-LM batches."
+            help="step: one training step; ops: losses by themselves; memory: the attention loss "
+            "against length; masking: of masked-LM batches."
         ),
     ] = "step",
     case: Annotated[
