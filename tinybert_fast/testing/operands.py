@@ -201,6 +201,26 @@ def attention_score_mse(
     return Case(ops.attention_score_mse, operands, {"layout": layout, **options})
 
 
+def attention_relation_kl(
+    lengths: tuple[int, ...] = LENGTHS["ragged"],
+    heads: int = 4,
+    width: int = 13,
+    teacher_heads: int = 2,
+    teacher_width: int = 64,
+    relation_heads: int = 2,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Case:
+    """Student a, b (T, H, D) and teacher a, b (T, Ht, Dt), packed."""
+    layout = SequenceLayout.from_lengths(lengths, device=device)
+    ours, theirs = (layout.total, heads, width), (layout.total, teacher_heads, teacher_width)
+    a, b, c, d = leaves(ours, ours, theirs, theirs, dtype=dtype, device=device)
+    options = {"relation_heads": relation_heads, "layout": layout, **options}
+    return Case(ops.attention_relation_kl, (a, b, c.detach(), d.detach()), options)
+
+
 def layer_norm(
     shape: tuple[int, ...] = (3, 312),
     *,
@@ -333,6 +353,7 @@ FACTORIES: dict[str, Callable[..., Case]] = {
     factory.__name__: factory
     for factory in (
         attention,
+        attention_relation_kl,
         attention_score_mse,
         bias_gelu,
         dropout_add_layer_norm,
