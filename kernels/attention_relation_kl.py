@@ -203,14 +203,15 @@ def _gradient_kernel(
     s_rows = _load(s_ptr, s.row, first, length, BLOCK_M)[:, None]
     t_rows = _load(t_ptr, t.row, first, length, BLOCK_M)[:, None]
     grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first_n in range(0, length, BLOCK_N):  # rows of B beyond the sequence are zero
+    for first_n in range(0, length, BLOCK_N):
         b_tile = load_tile(b_ptr, b.row, first_n, length, D, BLOCK_N, BLOCK_D, ALIGN)
         d_tile = load_tile(d_ptr, d.row, first_n, length, DT, BLOCK_N, BLOCK_DT, ALIGN_T)
         s_tile = _scores(a_tile, b_tile, scale)
         t_tile = _scores(c_tile, d_tile, scale_teacher)
         error = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if OF != "columns":
-            error += tl.exp2(s_tile - s_rows) - tl.exp2(t_tile - t_rows)
+            live = (first_n + tl.arange(0, BLOCK_N) < length)[None, :]
+            error += tl.where(live, tl.exp2(s_tile - s_rows) - tl.exp2(t_tile - t_rows), 0.0)
         if OF != "rows":
             s_columns = _load(s_ptr, s.row, first_n, length, BLOCK_N)[None, :]
             t_columns = _load(t_ptr, t.row, first_n, length, BLOCK_N)[None, :]

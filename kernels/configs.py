@@ -64,7 +64,7 @@ RELATION = ("relation_statistics", "relation_gradient")
 RELATIONS: Settings = {
     "relation_one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "relation_statistics": _any(dict.fromkeys(HEADS, PLAIN)),
-    "relation_gradient": _any(dict.fromkeys(HEADS, PLAIN)),
+    "relation_gradient": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
 }
 SM_90 = Family(
     all={
@@ -96,6 +96,9 @@ SM_80 = Family(
         "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         **RELATIONS,
+        "relation_one_tile": dict.fromkeys((32, 64), {64: PLAIN}),
+        "relation_statistics": _any({32: PLAIN, 64: PLAIN, 128: Setting(32, 32, 4, 1)}),
+        "relation_gradient": _any({32: PLAIN, 64: NARROW, 128: EIGHT}),
     },
     direction={
         "forward": _any({128: Setting(128, 32, 8, 1)}),
@@ -111,6 +114,7 @@ SM_100 = Family(
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
         **RELATIONS,
+        "relation_gradient": _any({32: NARROW, 64: NARROW, 128: EIGHT}),
     },
     direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},
     blocks={
