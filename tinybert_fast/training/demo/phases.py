@@ -37,7 +37,8 @@ from tinybert_fast.training.run_folder import (
     examples_digest,
     weights_digest,
 )
-from tinybert_fast.training.students import Student, matches_for
+from tinybert_fast.training.objectives import matches_for
+from tinybert_fast.training.students import Student
 
 log = logging.getLogger(__name__)
 
