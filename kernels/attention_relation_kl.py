@@ -222,7 +222,7 @@ def _gradient_kernel(
 
 
 def forward(a, b, c, d, cu_seqlens, max_length):
-    """(T, R, D) student and (T, R, Dt) teacher -> loss, da, db in fp32; db is empty if b is None."""
+    """(T, R, D) student, (T, R, Dt) teacher -> loss, da, db in fp32; db is empty if b is None."""
     itself = b is None
     a, c = as_addressable(a), as_addressable(c)
     b, d = (a, c) if itself else (as_addressable(b), as_addressable(d))

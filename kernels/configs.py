@@ -96,7 +96,7 @@ SM_80 = Family(
         "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         **RELATIONS,
-        "relation_one_tile": dict.fromkeys((32, 64), {64: PLAIN}),
+        "relation_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
         "relation_statistics": _any({32: PLAIN, 64: PLAIN, 128: Setting(32, 32, 4, 1)}),
         "relation_gradient": _any({32: PLAIN, 64: NARROW, 128: EIGHT}),
     },
@@ -141,11 +141,15 @@ DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
     **_spread(
         _everywhere(SEVERAL, "forward", "dq", "dkdv", *RELATION),
-        DTYPES_INTERPRETED, "all", "direction",
+        DTYPES_INTERPRETED,
+        "all",
+        "direction",
     ),
     **_spread(
         _everywhere({32: SMALL}, "one_tile", "relation_one_tile"),
-        DTYPES_INTERPRETED, "all", "direction",
+        DTYPES_INTERPRETED,
+        "all",
+        "direction",
     ),
     **_spread(
         _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv"),

@@ -57,8 +57,8 @@ def distill(
     loss: Annotated[
         str,
         typer.Option(
-            help="tinybert: hidden states and attention scores of matched layers. minilm: softmaxed "
-            "relations of one layer; student and teacher may have any number of heads.",
+            help="tinybert: hidden states and attention scores of matched layers. minilm: "
+            "softmaxed relations of one layer; student and teacher may have any number of heads.",
             rich_help_panel=BOTH,
         ),
     ] = "tinybert",

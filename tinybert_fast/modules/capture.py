@@ -69,8 +69,9 @@ def record_padded(model: nn.Module, capture: Capture) -> Iterator[Capture]:
     """Within the block, each forward of a plain ``model`` leaves its states in ``capture``.
 
     Works by forward hooks, so the model runs its own code: hidden states (B, N, C), queries, keys
-    and values (B, N, H, D), rows of padding included. Refuses an accelerated model (its forward does not
-    pass through these modules) and re-entrant gradient checkpointing (its first pass has no graph).
+    and values (B, N, H, D), rows of padding included. Refuses an accelerated model (its forward
+    does not pass through these modules) and re-entrant gradient checkpointing (its first pass has
+    no graph).
     """
     bert = encoder_of(model)
     layers = bert.encoder.layer

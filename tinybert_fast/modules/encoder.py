@@ -59,8 +59,8 @@ def encode(
     relations = capture.attention or capture.attention_values
     if relations and (block_mask is not None or direction != "both"):
         raise ValueError(
-            "capture asks for queries, keys or values of a model whose tokens do not all meet (a block "
-            "mask, a direction); the losses that read them count all pairs of tokens"
+            "capture asks for queries, keys or values of a model whose tokens do not all meet (a "
+            "block mask, a direction); the losses that read them count all pairs of tokens"
         )
     if read is not None and len(layers) in capture.hidden_states:
         raise ValueError("capture asks for the last hidden state whole, and read= for some rows")

@@ -79,7 +79,7 @@ def attention_relation_kl(
     _check(operands, layout, relation_heads)
     widths = [x.shape[-2] * x.shape[-1] // relation_heads for x in (a_student, a_teacher)]
     impls = choose(impl, LIMITS, a_student, width=max(widths))
-    layout = layout or SequenceLayout.full(*a_student.shape[:2], a_student.device)
+    layout = layout or SequenceLayout.full(a_student.shape[0], a_student.shape[1], a_student.device)
 
     def regrouped(x: Tensor) -> Tensor:
         rows = x if x.dim() == 3 else layout.pack(x)

@@ -175,9 +175,7 @@ class LayerMatches:
         parity: Parity = "paper",
     ) -> dict[str, Tensor]:
         """Of recorded states: see losses.intermediate_terms."""
-        return intermediate_terms(
-            student, teacher, self, projection, layout=layout, parity=parity
-        )
+        return intermediate_terms(student, teacher, self, projection, layout=layout, parity=parity)
 
     def settings(self, *, shared_projection: bool) -> dict[str, Any]:
         """What a run folder says of this."""

@@ -1,4 +1,4 @@
-"""Which relations of one student layer learn from one teacher layer: MiniLM and MiniLMv2 as data."""
+"""Which relations of a student layer learn from those of a teacher layer: MiniLM said as data."""
 
 from __future__ import annotations
 

@@ -98,11 +98,11 @@ def distill_task(
     """Trains in two stages, writes the student to `output` and returns the run's metrics.
 
     Stage A, `intermediate`: embedding, hidden-state and attention losses at a constant rate, or
-    MiniLM's by `loss="minilm"`; its student stays in `output/intermediate`. 0 epochs leave it out. Stage B, `prediction`: the
-    teacher's logits alone, never gold labels (one output: its score, by mean squared error); the
-    student that is best on `dev_file`, looked at every `eval_steps` steps, is kept (`select_by`: a
-    metric of the task, by default accuracy or the mean of Pearson and Spearman; or "loss", which
-    tells students on a small dev set apart more finely).
+    MiniLM's by `loss="minilm"`; its student stays in `output/intermediate`. 0 epochs leave it out.
+    Stage B, `prediction`: the teacher's logits alone, never gold labels (one output: its score, by
+    mean squared error); the student that is best on `dev_file`, looked at every `eval_steps` steps,
+    is kept (`select_by`: a metric of the task, by default accuracy or the mean of Pearson and
+    Spearman; or "loss", which tells students on a small dev set apart more finely).
 
     `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
     texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
