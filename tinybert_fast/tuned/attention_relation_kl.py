@@ -51,9 +51,14 @@ def forward(
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of Q (log Q - log P), and P - Q, of scores (b, h, n, n)."""
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    del student, teacher  # what is alive should fit a cache
-    q = log_q.exp()
-    total = log_q.sub_(log_p).mul_(q).sum()
-    return total, log_p.exp_().sub_(q)
+    """Sum of Q (log Q - log P), and P - Q, of scores (b, h, n, n), which are overwritten.
+
+    Two exponentials a score: logarithms are scores, counted from the largest of their row, plus
+    that of its probability.
+    """
+    student.sub_(student.amax(-1, keepdim=True))
+    teacher.sub_(teacher.amax(-1, keepdim=True))
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    largest = q.amax(-1).log_().sub_(p.amax(-1).log_())
+    total = teacher.sub_(student).mul_(q).sum() + largest.sum()
+    return total, p.sub_(q)
