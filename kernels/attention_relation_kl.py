@@ -13,7 +13,8 @@ Shapes: a, b, da, db (T, R, D); c, d (T, R, Dt); s, t (T, R), base 2. Products i
 dtype with fp32 sums (fp32 operands: IEEE products), softmax in fp32. E enters its product in the
 operands' dtype, 2^SHIFT times larger, so that what fp16 would flush to zero is a normal number. The
 gradients stay in fp32, since a mean's are below what fp16 holds. Scores count from the largest of
-their row: s and t are large beside a small KL.
+their row: s and t are large beside a small KL. Rows beyond a sequence are zero in all operands, so
+their P and Q are equal, add nothing to the loss and meet zeros.
 """
 
 import math
@@ -40,8 +41,8 @@ from tinybert_fast.kernels.attention.tiles import (
 
 LN_2 = math.log(2.0)
 SHIFT = tl.constexpr(14)  # |E + E^T| <= 2 becomes 2^15 at most; fp16 ends below 2^16
+LARGER = tl.constexpr(2.0**SHIFT.value)
 LOWEST = tl.constexpr(-1e30)  # of no score; finite, since it is subtracted from itself
-LARGER = tl.constexpr(2.0**14)
 
 
 @triton.jit
@@ -93,9 +94,7 @@ def _one_tile_kernel(
     p, q = tl.where(live, tl.exp2(s), 0.0), tl.where(live, tl.exp2(t), 0.0)
     p_total, q_total = tl.sum(p, 1), tl.sum(q, 1)
     kl = tl.sum(q * (t - s), 1) / q_total + tl.log2(p_total) - tl.log2(q_total)
-    kl = tl.where(tl.arange(0, BLOCK_M) < length, kl, 0.0)
     tl.store(loss_ptr, tl.sum(kl) * weight)
-    # Rows beyond the sequence meet zeros.
     p, q = p * (1.0 / p_total)[:, None], q * (1.0 / q_total)[:, None]
     error = ((p - q) * LARGER).to(a_tile.dtype)
     grad = tl.dot(error, b_tile, input_precision="ieee")
@@ -175,7 +174,6 @@ def _statistics_kernel(
     _store(head_of(s, lengths, sequence, head, 1), s.row, first, length, s_tile, BLOCK_M)
     _store(head_of(t, lengths, sequence, head, 1), t.row, first, length, t_tile, BLOCK_M)
     kl = gain / t_total + tl.log2(s_total) - tl.log2(t_total)
-    kl = tl.where(first + tl.arange(0, BLOCK_M) < length, kl, 0.0)
     tl.store(loss_ptr, tl.sum(kl) * weight)
 
 

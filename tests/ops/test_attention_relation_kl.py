@@ -79,7 +79,9 @@ def test_scores_of_any_size(kind, size, length, fast, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_gradients_of_nearly_equal_relations(dtype, fast, device):
     """P - Q is mostly below the normal numbers of fp16, and none of it is lost."""
-    a, b = leaves((300, 1, 16), (300, 1, 16), dtype=dtype, device=device)
+    shape = (300, 1, 16)
+    a, b = (0.3 * x.detach() for x in leaves(shape, shape, dtype=dtype, device=device))
+    a, b = a.requires_grad_(), b.requires_grad_()
     c, d = (x.detach() * (1 + 2e-3 * normal(x.shape, 7, dtype, device)) for x in (a, b))
     layout = ops.SequenceLayout.from_lengths((300,), device=device)
     call = {"relation_heads": 1, "layout": layout}
