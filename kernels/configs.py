@@ -104,7 +104,7 @@ SM_80 = Family(
         "forward": _any({128: Setting(128, 32, 8, 1)}),
         "dkdv": _any({32: NARROW_PIPELINED}),
     },
-    blocks=SM_90.blocks,
+    blocks={**SM_90.blocks, "forward": _any({32: NARROW, 64: PLAIN, 128: NARROW})},
 )
 # One stage: with two, ptxas is given 6 times as many instructions for a score.
 SM_100 = Family(
@@ -281,6 +281,15 @@ def rows(kernel: str, columns: int) -> RowSetting:
         block_m, numbers = block_m * 2, numbers * 2
     block_m = ROWS_INTERPRETED if INTERPRETED else min(block_m, MOST_ROWS)
     return RowSetting(block_m, block_n, num_warps)
+
+
+VOCABULARY = RowSetting(1, 8 * WARP, 8)  # each thread loads 16 bytes of half precision at a time
+VOCABULARY_INTERPRETED = RowSetting(1, 64, 1)  # so that few words have several blocks
+
+
+def vocabulary() -> RowSetting:
+    """The setting of the kernel over a row of logits."""
+    return VOCABULARY_INTERPRETED if INTERPRETED else VOCABULARY
 
 
 @cache

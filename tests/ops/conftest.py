@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc):
     """Parameters of a test of one op, each a name for ``impl=``.
 
     fast: each fast implementation of the file's op; impl: the reference too; exact: those of them
-    that take fp64; counted: the fast ones that drop the reference's cells (torch draws its own).
+    that take fp64; counted: kernels, which drop the reference's cells (torch draws its own).
     """
     op = op_of(metafunc.module)
     if op not in dispatch.OPS:

@@ -75,14 +75,19 @@ def autocast_run(case, impl, **options):
 
 @pytest.mark.parametrize("op", MULTIPLY_BY_A_PARAMETER)
 def test_autocast_decides_for_a_product_with_a_parameter(op, impl, device):
-    """As in ``F.linear``: fp32 operands are multiplied in autocast's dtype, fp64 ones in fp64."""
+    """As in ``F.linear``: fp32 operands are multiplied in autocast's dtype."""
     case = FACTORIES[op](device=device)
     want = mixed(op, device).run(impl)
     got = autocast_run(case, impl, upstream_dtype=HALF)
     student = next(name for name in want if name != "value")
     want[student] = want[student].float()
     torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
-    double = case.to(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+@pytest.mark.parametrize("op", MULTIPLY_BY_A_PARAMETER)
+def test_autocast_leaves_fp64_alone(op, impl, dtype, device):
+    double = FACTORIES[op](device=device).to(dtype)
     want = double.run(impl)
     torch.testing.assert_close(autocast_run(double, impl), want, rtol=0.0, atol=0.0)
 

@@ -17,6 +17,14 @@ SHAPES = [  # tokens, labelled, columns, words
     (9, 0, 312, 101),  # no labelled row: loss 0
     (0, 0, 312, 101),  # T = 0
 ]
+OPTIONS = [
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1},
+    {"ignored": 2},
+    {"ignored": 5},  # no label is left: loss 0
+    {"ignored": 2, "label_smoothing": 1.0, "reduction": "none"},
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -25,6 +33,27 @@ SHAPES = [  # tokens, labelled, columns, words
 def test_matches_reference(shape, with_bias, dtype, fast, device):
     case = linear_cross_entropy(*shape, with_bias=with_bias, dtype=dtype, device=device)
     assert_within_budget(case, fast)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options, dtype, fast, device, monkeypatch):
+    monkeypatch.setattr(tuned, "CHUNK_CELLS", 202)  # two rows
+    case = linear_cross_entropy(9, 5, 312, 101, dtype=dtype, device=device, **options)
+    assert_within_budget(case, fast)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_are_those_of_pytorch(options, exact):
+    case = linear_cross_entropy(9, 5, 312, 101, dtype=torch.float64, **options)
+    hidden, weight, bias, rows, labels = case.operands
+    logits = F.linear(hidden[rows], weight, bias)
+    want = F.cross_entropy(logits, labels, **case.options)
+    if options == {"ignored": 5}:
+        assert want.isnan()
+        want = want.new_zeros(())
+    got = ops.linear_cross_entropy(*case.operands, **case.options, impl=exact)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,9 +96,14 @@ def test_large_logits(impl):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_gradients(with_bias, impl, device):
+def test_gradients(with_bias, exact, device):
     case = linear_cross_entropy(4, 5, 3, 7, with_bias=with_bias, device=device)
-    proofs.prove_gradient(case, impl)
+    proofs.prove_gradient(case, exact)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_of_options(options, exact, device):
+    proofs.prove_gradient(linear_cross_entropy(4, 5, 3, 7, device=device, **options), exact)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -79,15 +113,18 @@ def test_contract(labelled, with_bias, fast, device):
     proofs.prove_contract(case, fast)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_compiles_whole(with_bias, fast, device):
-    case = linear_cross_entropy(9, 4, 33, 17, with_bias=with_bias, device=device)
-    proofs.prove_compiles(case, fast)
+def test_compiles_whole(with_bias, reduction, fast, device):
+    options = {"with_bias": with_bias, "reduction": reduction}
+    proofs.prove_compiles(linear_cross_entropy(9, 4, 33, 17, device=device, **options), fast)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_reference_gradient_under_a_fast_forward(with_bias, fast, device):
-    proofs.prove_pair(linear_cross_entropy(with_bias=with_bias, device=device), fast)
+def test_reference_gradient_under_a_fast_forward(with_bias, reduction, fast, device):
+    options = {"with_bias": with_bias, "reduction": reduction}
+    proofs.prove_pair(linear_cross_entropy(device=device, **options), fast)
 
 
 def test_refuses():
@@ -102,14 +139,31 @@ def test_refuses():
     for wrong in (rows.int(), rows[:2], rows[None]):
         with pytest.raises(ValueError, match=r"rows and labels must both be int64 \(R,\); got"):
             op(hidden, weight, bias, wrong, labels)
+    for smoothing in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"label_smoothing=.*; expected 0 to 1"):
+            op(hidden, weight, bias, rows, labels, label_smoothing=smoothing)
+    with pytest.raises(ValueError, match="reduction='max' is not one of mean, sum, none"):
+        op(hidden, weight, bias, rows, labels, reduction="max")
 
 
-@pytest.mark.parametrize("label", [7, -1, -100])
-def test_label_out_of_range_is_not_ignored(label, impl):
-    """-100 means "no label" elsewhere; here the caller has already chosen the labelled rows."""
+@pytest.mark.parametrize("label", [7, -1, -101])
+def test_label_out_of_range(label):
     hidden, weight, row = normal((2, 5), 0), normal((7, 5), 1), torch.tensor([1])
-    with pytest.raises((IndexError, RuntimeError)):
-        ops.linear_cross_entropy(hidden, weight, None, row, torch.tensor([label]), impl=impl)
+    message = f"label {label} is outside the vocabulary of 7; expected 0 to 6, or ignore_index"
+    with pytest.raises(ValueError, match=message):
+        ops.linear_cross_entropy(hidden, weight, None, row, torch.tensor([label]), impl="torch")
+    ops.linear_cross_entropy(
+        hidden, weight, None, row, torch.tensor([label]), ignore_index=label, impl="torch"
+    )
+
+
+@pytest.mark.parametrize("label", [7, -1])
+def test_label_that_a_kernel_cannot_refuse(label, counted, device):
+    """Whoever waited for the GPU to look at labels would lose more than the head takes."""
+    case = linear_cross_entropy(9, 5, 8, 7, device=device, reduction="none")
+    case.operands[4][1] = label
+    losses = ops.linear_cross_entropy(*case.operands, **case.options, impl=counted)
+    assert losses.isnan().tolist() == [False, True, False, False, False]
 
 
 def test_row_out_of_range(impl):

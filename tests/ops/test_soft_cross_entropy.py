@@ -15,7 +15,11 @@ SHAPES = [
     (5, 101),
     (0, 3),  # no example: loss 0
 ]
-OPTIONS = [{}, {"temperature": 2.0, "reduction": "official"}]
+OPTIONS = [
+    {},
+    {"temperature": 2.0, "reduction": "official"},
+    {"temperature": 3.0, "form": "kl"},
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,12 +40,18 @@ def test_reference_is_the_definition(temperature):
     log_probabilities = F.log_softmax(student / temperature, -1)
     likelihood = -F.softmax(teacher / temperature, -1) * log_probabilities
     torch.testing.assert_close(official, likelihood.mean())
+    divergence = F.kl_div(
+        log_probabilities, F.softmax(teacher / temperature, -1), reduction="batchmean"
+    )
+    kl = case.with_options(form="kl").function("reference")(student)
+    torch.testing.assert_close(kl, temperature**2 * divergence)
 
 
-def test_large_logits(impl):
+@pytest.mark.parametrize("form", ["cross_entropy", "kl"])
+def test_large_logits(form, impl):
     """No overflow, no inf - inf: the softmax is shifted by its maximum."""
     student = torch.tensor([[1e4, -1e4], [0.0, 3e38]], requires_grad=True)
-    loss = ops.soft_cross_entropy(student, student.detach().clone(), impl=impl)
+    loss = ops.soft_cross_entropy(student, student.detach().clone(), form=form, impl=impl)
     loss.backward()
     assert loss.item() == 0.0
     assert student.grad.count_nonzero() == 0
@@ -74,5 +84,7 @@ def test_refuses():
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="temperature must be positive"):
             ops.soft_cross_entropy(logits, logits, temperature=temperature)
-    with pytest.raises(ValueError, match="reduction='sum' is not one of 'batch', 'official'"):
+    with pytest.raises(ValueError, match="reduction='sum' is not one of batch, official"):
         ops.soft_cross_entropy(logits, logits, reduction="sum")
+    with pytest.raises(ValueError, match="form='js' is not one of cross_entropy, kl"):
+        ops.soft_cross_entropy(logits, logits, form="js")

@@ -6,32 +6,85 @@ import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
     autocast,
     choose,
     define,
+    reference_gradient,
     without_autocast,
 )
 from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.linear_cross_entropy import linear_cross_entropy as reference
 
-LIMITS = Limits("linear_cross_entropy", torch=Limit(FLOATS_AND_DOUBLE))
+LIMITS = Limits(
+    "linear_cross_entropy",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES),
+)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _fake(hidden, weight, bias, rows, labels, ignore_index, smoothing, upstream, gradients):
+    losses = in_fp32(hidden, labels.shape)
+    if not gradients:
+        return losses, *(in_fp32(hidden, (0,)) for _ in range(3))
+    dbias = in_fp32(hidden, (0,) if bias is None else bias.shape)
+    return losses, in_fp32(hidden), in_fp32(hidden, weight.shape), dbias
 
 
 _forward = define(
     "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows,"
-    " Tensor labels) -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    fake=lambda hidden, weight, bias, *rest: (
-        in_fp32(hidden, ()),
-        in_fp32(hidden),
-        in_fp32(hidden, weight.shape),
-        in_fp32(hidden, (0,) if bias is None else bias.shape),
-    ),
+    " Tensor labels, int ignore_index, float label_smoothing, Tensor? upstream, bool gradients)"
+    " -> (Tensor losses, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    fake=_fake,
     torch="tinybert_fast.tuned.linear_cross_entropy:forward",
+    triton="tinybert_fast.kernels.linear_cross_entropy:forward",
 )
+
+
+def _sum(*arguments):
+    *operands, impl = arguments
+    losses, *gradients = _forward(*operands, None, True, impl)
+    return losses.sum(), *gradients
+
+
+def _reference_sum(*operands):
+    return reference(*operands).sum()
+
+
+class _Losses(torch.autograd.Function):
+    """One loss for each row. What each gradient is multiplied by is known in the backward alone,
+    which therefore computes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, impls, *operands) -> Tensor:
+        losses, *_ = _forward(*operands, None, False, impls[0])
+        ctx.save_for_backward(*operands[:5])
+        ctx.options, ctx.impl = operands[5:], impls[1]
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        operands, needs = (*ctx.saved_tensors, *ctx.options), ctx.needs_input_grad[1:]
+        if ctx.impl == "reference":
+            return (None, *reference_gradient(reference, operands, needs, upstream))
+        # Of order 1 inside, where fp16 does not hold a loss scale.
+        largest = upstream.new_ones(())
+        if len(upstream):
+            largest = upstream.abs().amax().clamp_min(torch.finfo(upstream.dtype).tiny)
+        _, *gradients = _forward(*operands, upstream / largest, True, ctx.impl)
+        gradients += [None] * (len(needs) - len(gradients))
+        return None, *(
+            (g * largest).to(x.dtype) if need else None
+            for g, x, need in zip(gradients, operands, needs, strict=True)
+        )
 
 
 def linear_cross_entropy(
@@ -41,6 +94,9 @@ def linear_cross_entropy(
     rows: Tensor,
     labels: Tensor,
     *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
     impl: Impl = "auto",
 ) -> Tensor:
     """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``.
@@ -48,16 +104,46 @@ def linear_cross_entropy(
     Args:
         hidden: (T, C). weight: (V, C), the tied word embeddings. bias: (V,) or None.
         rows, labels: int64 (R,), which rows are labelled and with what, 0..V-1.
+        ignore_index: a label that has no loss and does not count, as behind what ``mlm_mask`` has
+            masked when it is given a capacity.
+        label_smoothing, reduction: as ``F.cross_entropy`` takes them.
 
     Returns:
-        Scalar, fp32 or wider: the mean over R; 0 with zero gradients where R = 0. The product runs
-        in hidden's dtype, or in autocast's; the softmax in fp32 or wider.
+        Fp32 or wider: a scalar, or (R,) for "none". No labelled row: loss 0 with zero gradients.
+        The product runs in hidden's dtype, or in autocast's; the softmax in fp32 or wider.
 
     Raises:
-        ValueError: shapes or dtypes that disagree, or a named ``impl`` that cannot serve the call.
-        IndexError or RuntimeError: a row or label out of range, from PyTorch.
+        ValueError: shapes or dtypes that disagree, numbers out of range, or a named ``impl`` that
+            cannot serve the call. On a GPU nobody waits to look at labels: one out of range makes
+            its loss NaN (triton) or stops PyTorch's kernel (torch).
+        IndexError or RuntimeError: a row out of range, from PyTorch.
     """
     impls = choose(impl, LIMITS, hidden)
+    _check(hidden, weight, bias, rows, labels)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(
+            f"linear_cross_entropy: label_smoothing={label_smoothing}; expected 0 to 1"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"linear_cross_entropy: reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}"
+        )
+    operands = (
+        autocast(hidden), weight, bias, rows, labels, ignore_index, float(label_smoothing),
+    )  # fmt: skip
+    if impls[0] == "reference":
+        losses = without_autocast(reference, *operands)
+        total = losses.sum()
+    elif reduction == "none":
+        losses = _Losses.apply(impls, *operands)
+    else:
+        total = ScalarLoss.apply(_sum, _reference_sum, impls, *operands)
+    if reduction == "none":
+        return losses
+    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp_min(1)
+
+
+def _check(hidden, weight, bias, rows, labels) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             "linear_cross_entropy: hidden must be (T, C) and weight (V, C); got "
@@ -74,7 +160,3 @@ def linear_cross_entropy(
             "linear_cross_entropy: rows and labels must both be int64 (R,); got "
             f"{rows.dtype} {tuple(rows.shape)} and {labels.dtype} {tuple(labels.shape)}"
         )
-    operands = (autocast(hidden), weight, bias, rows, labels)
-    if impls[0] == "reference":
-        return without_autocast(reference, *operands)
-    return ScalarLoss.apply(_forward, reference, impls, *operands)

@@ -17,10 +17,12 @@ from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.soft_cross_entropy import soft_cross_entropy as reference
 
 LIMITS = Limits("soft_cross_entropy", torch=Limit(FLOATS_AND_DOUBLE))
+FORMS = ("cross_entropy", "kl")
+REDUCTIONS = ("batch", "official")
 
 _forward = define(
-    "soft_cross_entropy_fwd(Tensor student, Tensor teacher, float temperature, SymInt divisor)"
-    " -> (Tensor loss, Tensor dstudent)",
+    "soft_cross_entropy_fwd(Tensor student, Tensor teacher, float temperature, SymInt divisor,"
+    " str form) -> (Tensor loss, Tensor dstudent)",
     fake=lambda student, *rest: (in_fp32(student, ()), in_fp32(student)),
     torch="tinybert_fast.tuned.soft_cross_entropy:forward",
 )
@@ -31,13 +33,17 @@ def soft_cross_entropy(
     teacher_logits: Tensor,
     *,
     temperature: float = 1.0,
+    form: str = "cross_entropy",
     reduction: str = "batch",
     impl: Impl = "auto",
 ) -> Tensor:
     """``F.cross_entropy(student / t, softmax(teacher / t))`` on (B, K) logits.
 
     Args:
-        temperature: t, divides both; there is no t^2 factor (Jiao et al. 2020, equation 10).
+        temperature: t, divides both.
+        form: "cross_entropy" as above, without a factor t^2 (Jiao et al. 2020, equation 10); or
+            "kl", ``t**2 * F.kl_div(log_softmax(student / t), softmax(teacher / t),
+            reduction="batchmean")``, whose gradient keeps its size as t grows (Hinton et al. 2015).
         reduction: "batch" averages over B (the paper); "official" over B and K, as the released
             code does, which makes the loss K times smaller.
 
@@ -45,8 +51,8 @@ def soft_cross_entropy(
         Scalar, fp32 or wider; no gradient to the teacher.
 
     Raises:
-        ValueError: shapes that disagree, a temperature that is not positive, an unknown reduction,
-            or a named ``impl`` that cannot serve the call.
+        ValueError: shapes that disagree, a temperature that is not positive, an unknown form or
+            reduction, or a named ``impl`` that cannot serve the call.
     """
     impls = choose(impl, LIMITS, student_logits)
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
@@ -56,13 +62,14 @@ def soft_cross_entropy(
         )
     if not temperature > 0.0:
         raise ValueError(f"soft_cross_entropy: temperature must be positive; got {temperature}")
-    if reduction not in ("batch", "official"):
-        raise ValueError(
-            f"soft_cross_entropy: reduction={reduction!r} is not one of 'batch', 'official'"
-        )
+    for name, value, known in (("form", form, FORMS), ("reduction", reduction, REDUCTIONS)):
+        if value not in known:
+            raise ValueError(
+                f"soft_cross_entropy: {name}={value!r} is not one of {', '.join(known)}"
+            )
     batch, classes = student_logits.shape
     divisor = max(batch if reduction == "batch" else batch * classes, 1)
-    operands = (student_logits, teacher_logits.detach(), float(temperature), divisor)
+    operands = (student_logits, teacher_logits.detach(), float(temperature), divisor, form)
     if impls[0] == "reference":
         return without_autocast(reference, *operands)
     return ScalarLoss.apply(_forward, reference, impls, *operands)

@@ -353,18 +353,23 @@ def linear_cross_entropy(
     words: int = 101,
     *,
     with_bias: bool = True,
+    ignored: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    **options: Any,
 ) -> Case:
-    """hidden (T, C), weight (V, C), bias (V,) or None; ``labelled`` rows, repeats allowed."""
+    """hidden (T, C), weight (V, C), bias (V,) or None; ``labelled`` rows, repeats allowed, the
+    last ``ignored`` of them without a label.
+    """
     hidden, weight, bias = leaves(
         (tokens, columns), (words, columns), (words,), dtype=dtype, device=device
     )
     weight = (weight.detach() * columns**-0.5).requires_grad_()  # logits of order 1
     rows = integers(max(tokens, 1), labelled, 3, device)
     labels = integers(words, labelled, 4, device)
+    labels[labelled - ignored :] = -100
     operands = (hidden, weight, bias if with_bias else None, rows, labels)
-    return Case(ops.linear_cross_entropy, operands)
+    return Case(ops.linear_cross_entropy, operands, options)
 
 
 FACTORIES: dict[str, Callable[..., Case]] = {

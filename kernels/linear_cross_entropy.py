@@ -1,0 +1,110 @@
+"""loss = logsumexp(l) - (1 - s) l[label] - s mean(l),   l = h W^T + bias, of labelled rows; and
+
+    z = softmax(l) - (1 - s) onehot(label) - s / V,
+    dh = u z W,   dW = (u z)^T h,   dbias = u z     with a row's upstream gradient u, s smoothing.
+
+Shapes: h (R, C), W (V, C), bias (V,), l and u z (R, V), loss and u (R,) fp32. The products are
+cuBLAS's, on chunks of rows whose logits stay in the L2 cache; between them one kernel, one program
+a row, reads the logits twice and leaves u z in their place. Sums are fp32; u z is rounded once, to
+the operands' dtype. A label outside the vocabulary makes its loss NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tinybert_fast.kernels import configs
+
+CHUNK_BYTES = 32 << 20  # of logits: what stays in the L2 cache of an A100 or H100
+ALIGN = 16  # rows of logits begin at multiples of so many numbers, as wide loads and cuBLAS want
+LOWEST = tl.constexpr(-3.0e38)  # a running maximum's start: -inf would subtract from itself
+
+
+@triton.jit
+def _numbers(logits_ptr, bias_ptr, offs_n, words):
+    live = offs_n < words
+    x = tl.load(logits_ptr + offs_n, mask=live, other=float("-inf")).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + offs_n, mask=live, other=0.0).to(tl.float32)
+    return x  # (BLOCK_N,)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def _loss_kernel(
+    logits_ptr, bias_ptr, labels_ptr, upstream_ptr, losses_ptr, stride_r, words, ignore_index,
+    smoothing, GRADIENTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    logits_ptr += row * stride_r
+    lanes = tl.arange(0, BLOCK_N)
+    highest = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total, plain = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, words, BLOCK_N):
+        x = _numbers(logits_ptr, bias_ptr, first + lanes, words)
+        higher = tl.maximum(highest, x)
+        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
+        plain += tl.where(first + lanes < words, x, 0.0)
+        highest = higher
+    peak = tl.max(highest, axis=0)
+    total = tl.sum(total * tl.exp(highest - peak), axis=0)
+    logsumexp = peak + tl.log(total)
+
+    known = (label >= 0) & (label < words)
+    chosen = tl.load(logits_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+    if bias_ptr is not None:
+        chosen += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
+    mean = tl.sum(plain, axis=0) / words
+    loss = logsumexp - (1.0 - smoothing) * chosen - smoothing * mean
+    live = label != ignore_index
+    tl.store(losses_ptr + row, tl.where(live, loss, 0.0))
+    if GRADIENTS:
+        scale = tl.where(live, 1.0, 0.0)
+        if upstream_ptr is not None:
+            scale *= tl.load(upstream_ptr + row)
+        for first in range(0, words, BLOCK_N):
+            offs_n = first + lanes
+            x = _numbers(logits_ptr, bias_ptr, offs_n, words)
+            z = tl.exp(x - logsumexp) - smoothing / words
+            z -= tl.where(offs_n == label, 1.0 - smoothing, 0.0)
+            z = (z * scale).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + offs_n, z, mask=offs_n < words)
+
+
+def forward(
+    hidden, weight, bias, rows, labels, ignore_index, label_smoothing, upstream, gradients
+):  # fmt: skip
+    """-> losses (R,); gradients of sum(upstream * losses), upstream 1 if None, with respect to
+    hidden (T, C), weight (V, C) and bias (V,) in fp32, empty unless ``gradients``.
+    """
+    words, count = weight.shape[0], len(labels)
+    selected, projection = hidden.index_select(0, rows), weight.to(hidden.dtype)
+    losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
+    dselected, dweight, dbias = (losses.new_empty(0) for _ in range(3))
+    if gradients:
+        dselected = losses.new_empty(selected.shape)
+        dweight = losses.new_zeros(weight.shape)
+        dbias = losses.new_zeros(0 if bias is None else words)
+    if upstream is not None:
+        upstream = upstream.float().contiguous()
+    stride = triton.cdiv(words, ALIGN) * ALIGN
+    size = max(1, min(count, CHUNK_BYTES // (stride * hidden.element_size())))
+    logits = hidden.new_empty(size, stride)
+    for first in range(0, count, size):
+        chunk = slice(first, min(first + size, count))
+        some = selected[chunk]
+        z = logits[: len(some), :words]
+        torch.mm(some, projection.mT, out=z)
+        _loss_kernel[(len(some),)](
+            z, bias, labels[chunk], None if upstream is None else upstream[chunk], losses[chunk],
+            stride, words, ignore_index, label_smoothing, GRADIENTS=gradients,
+            **configs.vocabulary().launch(),
+        )  # fmt: skip
+        if gradients:
+            dselected[chunk] = z @ projection
+            dweight += z.mT @ some
+            if bias is not None:
+                dbias += z.sum(0, dtype=torch.float32)
+    if not gradients:
+        return losses, dselected, dweight, dbias
+    return losses, losses.new_zeros(hidden.shape).index_add_(0, rows, dselected), dweight, dbias
