@@ -193,10 +193,11 @@ def relation_kernels(
 
     a, b = (torch.zeros(longest, MODEL_HEADS, width, dtype=dtype) for _ in range(2))
     c, d = (torch.zeros(longest, MODEL_HEADS, width_teacher, dtype=dtype) for _ in range(2))
-    cu_seqlens = torch.tensor([0, longest], dtype=torch.int32)
+    layout = SequenceLayout.from_lengths((longest,))
+    call = (layout.cu_seqlens, layout.work, longest)
     with compiling_for(arch) as found:
-        attention_relation_kl.forward(a, b, c, d, cu_seqlens, longest)
-        attention_relation_kl.forward(a, None, c, None, cu_seqlens, longest)
+        attention_relation_kl.forward(a, b, c, d, *call)
+        attention_relation_kl.forward(a, None, c, None, *call)
     return found
 
 

@@ -9,12 +9,13 @@ over blocks of rows for s, t and the loss, then one over blocks of rows for dA, 
 the operands exchanged for dB. Of a relation of A with itself dA = w (E + E^T) A / sqrt(D), and S is
 symmetric, so E^T is P and Q by the statistics of columns and one kernel less is needed.
 
-Shapes: a, b, da, db (T, R, D); c, d (T, R, Dt); s, t (T, R), base 2. Products in the operands'
-dtype with fp32 sums (fp32 operands: IEEE products), softmax in fp32. E enters its product in the
-operands' dtype, 2^SHIFT times larger, so that what fp16 would flush to zero is a normal number. The
-gradients stay in fp32, since a mean's are below what fp16 holds. Scores count from the largest of
-their row: s and t are large beside a small KL. Rows beyond a sequence are zero in all operands, so
-their P and Q are equal, add nothing to the loss and meet zeros.
+Shapes: a, b, da, db (T, R, D); c, d (T, R, Dt); s, t (T, R), base 2; work int32 (B, 4), as in
+ops/layout.py. Products in the operands' dtype with fp32 sums (fp32 operands: IEEE products),
+softmax in fp32. E enters its product in the operands' dtype, 2^SHIFT times larger, so that what
+fp16 would flush to zero is a normal number. The gradients stay in fp32, since a mean's are below
+what fp16 holds. Scores count from the largest of their row: s and t are large beside a small KL.
+Rows beyond a sequence are zero in all operands, so their P and Q are equal, add nothing to the loss
+and meet zeros.
 """
 
 import math
@@ -26,7 +27,6 @@ import triton.language as tl
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
     LOG2_E,
-    Lengths,
     Rows,
     alignment,
     as_addressable,
@@ -37,6 +37,7 @@ from tinybert_fast.kernels.attention.tiles import (
     rows_at,
     statistics,
     store_tile,
+    task_of,
 )
 
 LN_2 = math.log(2.0)
@@ -65,25 +66,25 @@ def _store(ptr, row, first, length, tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def _one_tile_kernel(
-    a, b, c, d, da, db, lengths, loss_ptr, weight, scale, scale_teacher, factor,
+    a, b, c, d, da, db, work, loss_ptr, weight, scale, scale_teacher, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
     SELF: tl.constexpr,
 ):  # fmt: skip
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths.cu_seqlens + sequence + 1) - tl.load(lengths.cu_seqlens + sequence)
-    loss_ptr += sequence * tl.num_programs(1) + head
+    task, head = task_of(work, tl.program_id(0)), tl.program_id(1)
+    length = tl.load(task + 1)
+    loss_ptr += tl.program_id(0) * tl.num_programs(1) + head
     if length == 0:
         tl.store(loss_ptr, 0.0)
         return
-    a_ptr = head_of(a, lengths, sequence, head, ALIGN)
-    c_ptr = head_of(c, lengths, sequence, head, ALIGN_T)
+    a_ptr = head_of(a, task, head, ALIGN)
+    c_ptr = head_of(c, task, head, ALIGN_T)
     a_tile = load_tile(a_ptr, a.row, 0, length, D, BLOCK_M, BLOCK_D, ALIGN)
     c_tile = load_tile(c_ptr, c.row, 0, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
     b_tile, d_tile = a_tile, c_tile
     if not SELF:
-        b_ptr = head_of(b, lengths, sequence, head, ALIGN)
-        d_ptr = head_of(d, lengths, sequence, head, ALIGN_T)
+        b_ptr = head_of(b, task, head, ALIGN)
+        d_ptr = head_of(d, task, head, ALIGN_T)
         b_tile = load_tile(b_ptr, b.row, 0, length, D, BLOCK_N, BLOCK_D, ALIGN)
         d_tile = load_tile(d_ptr, d.row, 0, length, DT, BLOCK_N, BLOCK_DT, ALIGN_T)
     live = (tl.arange(0, BLOCK_N) < length)[None, :]
@@ -99,11 +100,11 @@ def _one_tile_kernel(
     error = ((p - q) * LARGER).to(a_tile.dtype)
     grad = tl.dot(error, b_tile, input_precision="ieee")
     other = tl.dot(tl.trans(error), a_tile, input_precision="ieee")
-    da_ptr = head_of(da, lengths, sequence, head, 1)
+    da_ptr = head_of(da, task, head, 1)
     if SELF:
         grad += other
     else:
-        db_ptr = head_of(db, lengths, sequence, head, 1)
+        db_ptr = head_of(db, task, head, 1)
         store_tile(db_ptr, db.row, 0, length, other * factor, D, BLOCK_N, BLOCK_D, 1)
     store_tile(da_ptr, da.row, 0, length, grad * factor, D, BLOCK_M, BLOCK_D, 1)
 
@@ -136,20 +137,20 @@ def _step(
 
 @triton.jit(do_not_specialize=["max_length"])
 def _statistics_kernel(
-    a, b, c, d, s, t, lengths, loss_ptr, max_length, weight, scale, scale_teacher,
+    a, b, c, d, s, t, work, loss_ptr, max_length, weight, scale, scale_teacher,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, length = place(lengths, max_length, BLOCK_M)
-    head = tl.program_id(1)
+    task, first = place(work, max_length, BLOCK_M)
+    length, head = tl.load(task + 1), tl.program_id(1)
     loss_ptr += tl.program_id(0) * tl.num_programs(1) + head
     if first >= length:
         tl.store(loss_ptr, 0.0)
         return
-    a_ptr = head_of(a, lengths, sequence, head, ALIGN)
-    b_ptr = head_of(b, lengths, sequence, head, ALIGN)
-    c_ptr = head_of(c, lengths, sequence, head, ALIGN_T)
-    d_ptr = head_of(d, lengths, sequence, head, ALIGN_T)
+    a_ptr = head_of(a, task, head, ALIGN)
+    b_ptr = head_of(b, task, head, ALIGN)
+    c_ptr = head_of(c, task, head, ALIGN_T)
+    d_ptr = head_of(d, task, head, ALIGN_T)
     a_tile = load_tile(a_ptr, a.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
     c_tile = load_tile(c_ptr, c.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
     s_peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -171,15 +172,15 @@ def _statistics_kernel(
             D, BLOCK_D, DT, BLOCK_DT, BLOCK_N, ALIGN, ALIGN_T, True,
         )  # fmt: skip
     s_tile, t_tile = s_peak + tl.log2(s_total), t_peak + tl.log2(t_total)
-    _store(head_of(s, lengths, sequence, head, 1), s.row, first, length, s_tile, BLOCK_M)
-    _store(head_of(t, lengths, sequence, head, 1), t.row, first, length, t_tile, BLOCK_M)
+    _store(head_of(s, task, head, 1), s.row, first, length, s_tile, BLOCK_M)
+    _store(head_of(t, task, head, 1), t.row, first, length, t_tile, BLOCK_M)
     kl = gain / t_total + tl.log2(s_total) - tl.log2(t_total)
     tl.store(loss_ptr, tl.sum(kl) * weight)
 
 
 @triton.jit(do_not_specialize=["max_length"])
 def _gradient_kernel(
-    a, b, c, d, s, t, da, lengths, max_length, scale, scale_teacher, factor,
+    a, b, c, d, s, t, da, work, max_length, scale, scale_teacher, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
     OF: tl.constexpr,
@@ -187,15 +188,15 @@ def _gradient_kernel(
     """dA: the softmax is over columns ("rows" have statistics), over rows ("columns" have them), or
     both are added.
     """
-    sequence, first, length = place(lengths, max_length, BLOCK_M)
-    head = tl.program_id(1)
+    task, first = place(work, max_length, BLOCK_M)
+    length, head = tl.load(task + 1), tl.program_id(1)
     if first >= length:
         return
-    a_ptr = head_of(a, lengths, sequence, head, ALIGN)
-    b_ptr = head_of(b, lengths, sequence, head, ALIGN)
-    c_ptr = head_of(c, lengths, sequence, head, ALIGN_T)
-    d_ptr = head_of(d, lengths, sequence, head, ALIGN_T)
-    s_ptr, t_ptr = head_of(s, lengths, sequence, head, 1), head_of(t, lengths, sequence, head, 1)
+    a_ptr = head_of(a, task, head, ALIGN)
+    b_ptr = head_of(b, task, head, ALIGN)
+    c_ptr = head_of(c, task, head, ALIGN_T)
+    d_ptr = head_of(d, task, head, ALIGN_T)
+    s_ptr, t_ptr = head_of(s, task, head, 1), head_of(t, task, head, 1)
     a_tile = load_tile(a_ptr, a.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
     c_tile = load_tile(c_ptr, c.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
     s_rows = _load(s_ptr, s.row, first, length, BLOCK_M)[:, None]
@@ -215,11 +216,11 @@ def _gradient_kernel(
             t_columns = _load(t_ptr, t.row, first_n, length, BLOCK_N)[None, :]
             error += tl.exp2(s_tile - s_columns) - tl.exp2(t_tile - t_columns)
         grad = tl.dot(error.to(b_tile.dtype), b_tile, grad, input_precision="ieee")
-    da_ptr = head_of(da, lengths, sequence, head, 1)
+    da_ptr = head_of(da, task, head, 1)
     store_tile(da_ptr, da.row, first, length, grad * factor, D, BLOCK_M, BLOCK_D, 1)
 
 
-def forward(a, b, c, d, cu_seqlens, max_length):
+def forward(a, b, c, d, cu_seqlens, work, max_length):
     """(T, R, D) student, (T, R, Dt) teacher -> loss, da, db in fp32; db is empty if b is None."""
     itself = b is None
     a, c = as_addressable(a), as_addressable(c)
@@ -234,7 +235,6 @@ def forward(a, b, c, d, cu_seqlens, max_length):
     scores = configs.Scores.of(wider, its_align, max_length, 0.0, "both", [])
     operands = tuple(Rows.of(x, n) for x, n in ((a, align), (b, align), (c, align_t), (d, align_t)))
     da_, db_ = (Rows.of(x, 1) for x in (da, da if itself else db))
-    lengths = Lengths.of(cu_seqlens, None)
     weight = 1.0 / (tokens * heads)
     scales = (LOG2_E * width**-0.5, LOG2_E * width_teacher**-0.5)
     factor = weight * width**-0.5 / LARGER.value
@@ -252,22 +252,22 @@ def forward(a, b, c, d, cu_seqlens, max_length):
 
     setting = configs.attention_if_served("relation_one_tile", scores)
     if setting is not None:
-        loss = partial_losses(len(cu_seqlens) - 1)
-        _one_tile_kernel[len(cu_seqlens) - 1, heads](
-            *operands, da_, db_, lengths, loss, weight * LN_2, *scales, factor,
+        loss = partial_losses(len(work))
+        _one_tile_kernel[len(work), heads](
+            *operands, da_, db_, work, loss, weight * LN_2, *scales, factor,
             SELF=itself, **constants, **setting.launch(),
         )  # fmt: skip
         return loss.sum(), da, db
     s, t = (Rows.of(statistics(x)[..., None], 1) for x in (a, c))
     setting = configs.attention("relation_statistics", scores)
-    programs = grid(cu_seqlens, max_length, setting.block_m, heads)
+    programs = grid(work, max_length, setting.block_m, heads)
     loss = partial_losses(programs[0])
     _statistics_kernel[programs](
-        *operands, s, t, lengths, loss, max_length, weight * LN_2, *scales,
+        *operands, s, t, work, loss, max_length, weight * LN_2, *scales,
         **constants, **setting.launch(),
     )  # fmt: skip
     setting = configs.attention("relation_gradient", scores)
-    programs = grid(cu_seqlens, max_length, setting.block_m, heads)
+    programs = grid(work, max_length, setting.block_m, heads)
     a_, b_, c_, d_ = operands
     for of, exchanged, gradient in (
         ("both" if itself else "rows", operands, da_),
@@ -275,7 +275,7 @@ def forward(a, b, c, d, cu_seqlens, max_length):
     ):
         if not (itself and of == "columns"):
             _gradient_kernel[programs](
-                *exchanged, s, t, gradient, lengths, max_length, *scales, factor,
+                *exchanged, s, t, gradient, work, max_length, *scales, factor,
                 OF=of, **constants, **setting.launch(),
             )  # fmt: skip
     return loss.sum(), da, db

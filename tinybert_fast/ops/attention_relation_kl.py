@@ -39,7 +39,7 @@ LIMITS = Limits(
 
 _forward = define(
     "attention_relation_kl_fwd(Tensor a, Tensor? b, Tensor c, Tensor? d, Tensor cu_seqlens,"
-    " SymInt max_length) -> (Tensor loss, Tensor da, Tensor db)",
+    " Tensor work, SymInt max_length) -> (Tensor loss, Tensor da, Tensor db)",
     fake=lambda a, b, *rest: (in_fp32(a, ()), in_fp32(a), in_fp32(a, (0,) if b is None else None)),
     torch="tinybert_fast.tuned.attention_relation_kl:forward",
     triton="tinybert_fast.kernels.attention_relation_kl:forward",
@@ -89,7 +89,7 @@ def attention_relation_kl(
     b = d = None
     if a_student is not b_student or a_teacher is not b_teacher:
         b, d = regrouped(b_student), regrouped(b_teacher.detach())
-    call = (a, b, c, d, layout.cu_seqlens, layout.max_length)
+    call = (a, b, c, d, layout.cu_seqlens, layout.work, layout.max_length)
     if impls[0] == "reference":
         return without_autocast(reference, *call)
     return ScalarLoss.apply(_forward, reference, impls, *call)

@@ -17,7 +17,13 @@ from torch import Tensor
 
 
 def attention_relation_kl(
-    a: Tensor, b: Tensor | None, c: Tensor, d: Tensor | None, cu_seqlens: Tensor, max_length: int
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor,
+    d: Tensor | None,
+    cu_seqlens: Tensor,
+    work: Tensor,
+    max_length: int,
 ) -> Tensor:
     """``F.kl_div(log_softmax(a @ b.mT / D**0.5), softmax(c @ d.mT / Dt**0.5))``, mean of rows."""
     wide = torch.promote_types(a.dtype, torch.float32)

@@ -15,7 +15,13 @@ from tinybert_fast.tuned.attention import SCRATCH, equal_lengths, heads_of, put
 
 
 def forward(
-    a: Tensor, b: Tensor | None, c: Tensor, d: Tensor | None, cu_seqlens: Tensor, max_length: int
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor,
+    d: Tensor | None,
+    cu_seqlens: Tensor,
+    work: Tensor,
+    max_length: int,
 ):
     """(T, R, D) student, (T, R, Dt) teacher -> loss, da, db; db is empty if b is None."""
     wide = torch.promote_types(a.dtype, torch.float32)
