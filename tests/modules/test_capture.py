@@ -189,6 +189,9 @@ def test_refusals():
         pass
     with pytest.raises(ValueError, match="hidden state -1"):
         fast(**batch(), capture=tbf.Capture(hidden_states=[-1]))
+    for asked in ({"attention": [1]}, {"attention_values": [1]}):
+        with pytest.raises(ValueError, match="whose tokens do not all meet"):
+            fast(**batch(), capture=tbf.Capture(**asked), direction="causal")
     with pytest.raises(ValueError, match=r"attention of layer 0, .* has 1\.\.3"):
         fast(**batch(), capture=tbf.Capture(attention_values=[0]))
     plain.gradient_checkpointing_enable({"use_reentrant": True})
