@@ -56,6 +56,7 @@ DROPOUT = (0.0, 0.1)
 LONGEST = (64, 128, 512)  # one of each bucket of kernels/configs.py
 VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDES)]
 MODEL_HEADS = 12  # so that rows are as far apart as in BERT
+RELATIONS = ((26, 64), (32, 32), (64, 64), (128, 128))  # widths of student's and teacher's heads
 COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
 ROWS = 64
 
@@ -66,6 +67,8 @@ PASSES = {
     "_dq_kernel": "backward, dq",
     "_dkdv_kernel": "backward, dk and dv",
     "_add_kernel": "backward, sums of vectors",
+    "_statistics_kernel": "forward, statistics",
+    "_gradient_kernel": "forward, gradient",
 }
 
 # Of one SM: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -182,6 +185,22 @@ def attention_kernels(
     return found
 
 
+def relation_kernels(
+    arch: int, width: int, width_teacher: int, dtype: torch.dtype, longest: int
+) -> list[Compiled]:
+    """One call of attention_relation_kl, of two operands and of one with itself."""
+    from tinybert_fast.kernels import attention_relation_kl
+
+    a, b = (torch.zeros(longest, MODEL_HEADS, width, dtype=dtype) for _ in range(2))
+    c, d = (torch.zeros(longest, MODEL_HEADS, width_teacher, dtype=dtype) for _ in range(2))
+    layout = SequenceLayout.from_lengths((longest,))
+    call = (layout.cu_seqlens, layout.work, longest)
+    with compiling_for(arch) as found:
+        attention_relation_kl.forward(a, b, c, d, *call)
+        attention_relation_kl.forward(a, None, c, None, *call)
+    return found
+
+
 def layer_norm_kernels(
     arch: int, columns: int, dtype: torch.dtype, dropout_p: float
 ) -> list[Compiled]:
@@ -228,10 +247,10 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     scores = constants["BLOCK_M"] * constants["BLOCK_N"] / threads
     return {
         "op": compiled.op,
-        "pass": PASSES[compiled.kernel],
+        "pass": pass_of(compiled),
         "arch": f"sm_{arch}",
-        "head_dim": constants["D"] if attention else None,
-        "columns": None if attention else constants["C"],
+        "head_dim": constants.get("D"),
+        "columns": constants.get("C"),
         "dtype": str(dtype).removeprefix("torch."),
         "dropout": constants.get("DROPOUT", False),
         "direction": constants.get("DIRECTION"),
@@ -249,6 +268,17 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
         "load_bytes": load_bytes(code.asm["ttgir"]),
         "per_element": round(body(sass) / scores, 1) if plain else None,
     }
+
+
+def pass_of(compiled: Compiled) -> str:
+    """Where a kernel belongs; a loss makes its gradients in the forward."""
+    name, constants = PASSES[compiled.kernel], compiled.constants
+    if compiled.op == "attention_relation_kl":
+        name = name.replace("backward", "forward")
+        kinds = {"both": "of itself", "rows": "of rows", "columns": "of columns"}
+        kind = kinds.get(constants.get("OF", "both" if constants.get("SELF") else ""))
+        return f"{name} {kind}" if kind else name
+    return name
 
 
 def resident_warps(arch: int, registers: int, shared: int, num_warps: int) -> int:
@@ -307,7 +337,10 @@ def report(
             if dropout_p and dtype == torch.bfloat16:  # what needs most registers
                 for head, (direction, side) in itertools.product(HEADS, VARIANTS):
                     found += attention_kernels(arch, head, dtype, dropout_p, 512, direction, side)
-        if op != "attention":
+        if op in (None, "attention_relation_kl") and not dropout_p:
+            for (ours, theirs), longest in itertools.product(RELATIONS, LONGEST):
+                found += relation_kernels(arch, ours, theirs, dtype, longest)
+        if op not in ("attention", "attention_relation_kl"):
             for columns in COLUMNS:
                 found += layer_norm_kernels(arch, columns, dtype, dropout_p)
         for compiled in found:

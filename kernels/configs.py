@@ -59,6 +59,13 @@ class Family(NamedTuple):
     blocks: Settings  # a tile is no larger than a block; what a list names is not fetched ahead
 
 
+# Of MiniLM's relation loss, whose head is the wider of student's and teacher's.
+RELATION = ("relation_statistics", "relation_gradient")
+RELATIONS: Settings = {
+    "relation_one_tile": {32: ONE_TILE, 64: ONE_TILE},
+    "relation_statistics": _any(dict.fromkeys(HEADS, PLAIN)),
+    "relation_gradient": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
+}
 SM_90 = Family(
     all={
         "forward": {
@@ -69,6 +76,7 @@ SM_90 = Family(
         "one_tile": {32: ONE_TILE, 64: ONE_TILE},
         "dq": _any({32: PIPELINED, 64: PIPELINED, 128: TALL}),
         "dkdv": _any({32: PIPELINED, 64: PIPELINED, 128: NARROW}),
+        **RELATIONS,
     },
     direction={"dkdv": _any({32: NARROW_PIPELINED, 64: NARROW_PIPELINED})},
     blocks={
@@ -87,6 +95,10 @@ SM_80 = Family(
         "one_tile": {32: ONE_TILE, 64: {64: PLAIN}},
         "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
+        **RELATIONS,
+        "relation_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
+        "relation_statistics": _any({32: PLAIN, 64: PLAIN, 128: Setting(32, 32, 4, 1)}),
+        "relation_gradient": _any({32: PLAIN, 64: NARROW, 128: EIGHT}),
     },
     direction={
         "forward": _any({128: Setting(128, 32, 8, 1)}),
@@ -101,6 +113,8 @@ SM_100 = Family(
         "one_tile": SM_90.all["one_tile"],
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
+        **RELATIONS,
+        "relation_gradient": _any({32: NARROW, 64: NARROW, 128: EIGHT}),
     },
     direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},
     blocks={
@@ -110,7 +124,7 @@ SM_100 = Family(
     },
 )
 # No tensor core: small tiles keep it out of the stack.
-FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, "forward", "dq", "dkdv")
+FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, "forward", "dq", "dkdv", *RELATION)
 FAMILIES: dict[int, Table] = {
     number: {
         **_spread(family.all, HALF, "all", "direction"),
@@ -126,9 +140,17 @@ SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}
 DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
     **_spread(
-        _everywhere(SEVERAL, "forward", "dq", "dkdv"), DTYPES_INTERPRETED, "all", "direction"
+        _everywhere(SEVERAL, "forward", "dq", "dkdv", *RELATION),
+        DTYPES_INTERPRETED,
+        "all",
+        "direction",
     ),
-    **_spread(_everywhere({32: SMALL}, "one_tile"), DTYPES_INTERPRETED, "all", "direction"),
+    **_spread(
+        _everywhere({32: SMALL}, "one_tile", "relation_one_tile"),
+        DTYPES_INTERPRETED,
+        "all",
+        "direction",
+    ),
     **_spread(
         _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv"),
         DTYPES_INTERPRETED,

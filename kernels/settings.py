@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 class Key(NamedTuple):
     """What a table has an entry for."""
 
-    kernel: str  # forward, one_tile, dq or dkdv
+    kernel: str  # forward, one_tile, dq, dkdv; relation_one_tile, _statistics, _gradient
     head: int  # width of the tile that holds a head
     dtype: torch.dtype
     dropout: bool
@@ -83,7 +83,7 @@ def table_of(entries: list[dict]) -> Table:
 
 
 def _check(key: Key, by_length: dict[int, Setting]) -> None:
-    one_tile = key.kernel == "one_tile"
+    one_tile = key.kernel.endswith("one_tile")
     if not one_tile and ANY not in by_length:
         raise ValueError(f"{key} has no setting for any length")
     for longest, setting in by_length.items():

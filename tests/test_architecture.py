@@ -40,6 +40,7 @@ READS_TRITON = "benchmarks.machine_code"
 
 OPS = {
     "attention",
+    "attention_relation_kl",
     "attention_score_mse",
     "bias_gelu",
     "block_mask",

@@ -18,6 +18,10 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not
 
 # Instructions per score of the forward at heads of 32.
 LIMIT, LIMIT_WITH_DROPOUT = 22, 34
+RELATION_PASSES = {
+    *("forward, one tile", "forward, one tile of itself", "forward, statistics"),
+    *(f"forward, gradient of {of}" for of in ("rows", "columns", "itself")),
+}
 
 
 def rows(head, dropout_p, longest):
@@ -52,6 +56,20 @@ def test_a_rate_whose_threshold_is_1_compiles():
     assert machine_code.layer_norm_kernels(90, 312, torch.bfloat16, 0.005)
 
 
+def test_a_relation_compiles_well():
+    """Of a TinyBERT-4 under a BERT-base: one tile, and what longer sequences take."""
+    found = [
+        machine_code.row(one, 90, torch.bfloat16)
+        for longest in (128, 512)
+        for one in machine_code.relation_kernels(90, 26, 64, torch.bfloat16, longest)
+    ]
+    assert {one["pass"] for one in found} == RELATION_PASSES
+    for one in found:
+        assert one["op"] == "attention_relation_kl"
+        assert one["stack_bytes"] == one["spill_bytes"] == 0, one
+        assert one["tensor_core_kind"] == "HGMMA", one
+
+
 def test_narrow_strides_show():
     """Heads of 26, as a model without padded heads hands them over: 4 bytes at a time."""
     assert rows(26, 0.0, 64)["forward"]["load_bytes"] == 4
@@ -81,6 +99,7 @@ def test_every_default_is_reported(committed):
         ("attention", which)
         for which in ("forward", "backward, one tile", "backward, dq", "backward, dk and dv")
     }
+    assert passes >= {("attention_relation_kl", which) for which in RELATION_PASSES}
 
 
 def test_no_default_spills(committed):
@@ -91,7 +110,7 @@ def test_no_default_spills(committed):
 def test_attention_has_tensor_cores_and_wide_loads(committed):
     kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     for one in committed:
-        if one["op"] == "attention":
+        if one["head_dim"]:
             assert int(one["tensor_core"]) > 0, one
             # A product of 32 columns may take the older instruction beside its family's own.
             assert kinds[one["arch"]] in one["tensor_core_kind"].split("+"), one
@@ -112,7 +131,7 @@ def test_few_instructions_for_a_score(committed):
 
 def test_layer_norms_load_16_bytes(committed):
     for one in committed:
-        assert one["op"] == "attention" or one["load_bytes"] == "16", one
+        assert one["head_dim"] or one["load_bytes"] == "16", one
 
 
 def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):

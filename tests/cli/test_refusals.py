@@ -233,6 +233,28 @@ def test_parity_and_init_must_be_known(cli, files, out):
     assert "'5-6'" in cli(*run, "--matches", "5-6").line
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--loss", "distilbert"), "loss is 'distilbert'; expected one of tinybert, minilm"),
+        (("--relations", "qq"), "relations belongs to loss='minilm'"),
+        (("--loss", "minilm", "--matches", "0:0,1:2,2:4"), "matches belongs to loss='tinybert'"),
+        (("--loss", "minilm", "--projection-per-layer"), "projection_per_layer belongs to"),
+        (("--loss", "minilm", "--parity", "official"), "parity='official' is the code that"),
+        (("--loss", "minilm", "--relations", "qq,vq"), "relation 'vq' is not one of qk, qq, kk"),
+        (("--loss", "minilm", "--relation-heads", 3), "relation_heads among 1, 2, 4, 8"),
+        (("--loss", "minilm", "--teacher-layer", 5), "the teacher has layers 1..4"),
+    ],
+)
+def test_options_of_a_loss(cli, files, out, options, complaint):
+    answer = cli(
+        "distill", files / "encoder", "--corpus", files / "corpus.txt", "--student",
+        files / "student.json", "-o", out, *options,
+    )  # fmt: skip
+    assert complaint in answer.line
+    assert not out.exists()
+
+
 def test_json_file_that_is_a_folder(cli, files, teacher, tmp_path):
     assert "is a folder" in cli("evaluate", teacher, files / "dev.csv", "--json", tmp_path).line
 

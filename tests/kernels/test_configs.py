@@ -33,10 +33,12 @@ def scores(**changes):
 def test_every_call_is_served(family, dtype, width, longest, pattern):
     call = scores(dtype=dtype, width=width, longest=longest, pattern=pattern)
     with configs.forced(configs.FAMILIES[family]):
-        for kernel in ("forward", "dq", "dkdv"):
+        kernels = ("forward", "dq", "dkdv", *(configs.RELATION if pattern == "all" else ()))
+        for kernel in kernels:
             assert min(configs.attention(kernel, call)[:2]) >= 32
-        one = configs.attention_if_served("one_tile", call)
-    assert one is None or (pattern != "blocks" and one.block_m == one.block_n >= longest)
+        for kernel in ("one_tile", "relation_one_tile"):
+            one = configs.attention_if_served(kernel, call)
+            assert one is None or (pattern != "blocks" and one.block_m == one.block_n >= longest)
 
 
 def test_an_entry_is_of_one_kernel_head_dtype_and_dropout():

@@ -10,7 +10,8 @@ import tinybert_fast as tbf
 from tinybert_fast.modules import record_padded
 
 LENGTHS, WIDTH, HEADS, CHANNELS, LAYERS = (7, 3, 0, 1), 7, 4, 24, 3
-EVERYTHING = {"hidden_states": range(LAYERS + 1), "attention": range(1, LAYERS + 1)}
+EVERYTHING = {"hidden_states": range(LAYERS + 1)}
+EVERYTHING |= dict.fromkeys(("attention", "attention_values"), range(1, LAYERS + 1))
 
 
 def models(kind=BertModel, **changes):
@@ -40,7 +41,7 @@ def batch():
 
 def recorded(capture):
     """[(what, m, tensor)] in a fixed order."""
-    kinds = ("hidden", "queries", "keys")
+    kinds = ("hidden", "queries", "keys", "values")
     return [(kind, m, t) for kind in kinds for m, t in sorted(getattr(capture, kind).items())]
 
 
@@ -65,13 +66,18 @@ def test_packed_and_padded_records_agree():
     assert packed.layout.lengths == LENGTHS
     ours, theirs = recorded(packed), recorded(padded)
     assert [x[:2] for x in ours] == [x[:2] for x in theirs]
-    assert len(ours) == (LAYERS + 1) + 2 * LAYERS
+    assert len(ours) == (LAYERS + 1) + 3 * LAYERS
     for (kind, _, got), (_, _, want) in zip(ours, theirs):
         inner = (CHANNELS,) if kind == "hidden" else (HEADS, CHANNELS // HEADS)
         assert got.shape == (sum(LENGTHS), *inner)
         assert want.shape == (len(LENGTHS), WIDTH, *inner)
         torch.testing.assert_close(got, packed.layout.pack(want), atol=1e-5, rtol=1e-5)
     assert torch.equal(packed.layout.pad(packed.hidden[LAYERS]), output.last_hidden_state)
+    for m, layer in enumerate(plain.encoder.layer, start=1):  # Transformers' own
+        heads = layer.attention.self
+        for kind, dense in (("queries", heads.query), ("keys", heads.key), ("values", heads.value)):
+            want = dense(padded.hidden[m - 1])
+            assert torch.equal(getattr(padded, kind)[m].flatten(2), want)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -119,10 +125,11 @@ def test_checkpointing_replays_dropout_for_recorded_states():
 
 def test_only_what_was_asked_is_kept_and_the_next_forward_replaces_it():
     _, fast = models()
-    capture = tbf.Capture(hidden_states=[0, 2], attention=[3])
+    capture = tbf.Capture(hidden_states=[0, 2], attention=[3], attention_values=[1])
     fast(**batch(), capture=capture)
     assert sorted(capture.hidden) == [0, 2]
     assert sorted(capture.queries) == sorted(capture.keys) == [3]
+    assert sorted(capture.values) == [1]
     before = capture.hidden[2]
     again = {key: value[:2] for key, value in batch().items()}
     fast(**again, capture=capture)
@@ -134,11 +141,12 @@ def test_only_what_was_asked_is_kept_and_the_next_forward_replaces_it():
 def test_beside_output_hidden_states_and_through_heads():
     for kind in (BertForMaskedLM, BertForSequenceClassification):
         _, fast = models(kind)
-        capture = tbf.Capture(hidden_states=[1], attention=[2])
+        capture = tbf.Capture(hidden_states=[1], attention=[2], attention_values=[3])
         output = fast(**batch(), capture=capture, output_hidden_states=True)
         assert len(output.hidden_states) == LAYERS + 1
         assert sorted(capture.hidden) == [1]
         assert sorted(capture.queries) == [2]
+        assert sorted(capture.values) == [3]
         assert torch.equal(capture.layout.pad(capture.hidden[1]), output.hidden_states[1])
 
 
@@ -181,6 +189,11 @@ def test_refusals():
         pass
     with pytest.raises(ValueError, match="hidden state -1"):
         fast(**batch(), capture=tbf.Capture(hidden_states=[-1]))
+    for asked in ({"attention": [1]}, {"attention_values": [1]}):
+        with pytest.raises(ValueError, match="whose tokens do not all meet"):
+            fast(**batch(), capture=tbf.Capture(**asked), direction="causal")
+    with pytest.raises(ValueError, match=r"attention of layer 0, .* has 1\.\.3"):
+        fast(**batch(), capture=tbf.Capture(attention_values=[0]))
     plain.gradient_checkpointing_enable({"use_reentrant": True})
     with (
         pytest.raises(ValueError, match="use_reentrant=False"),

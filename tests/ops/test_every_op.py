@@ -17,6 +17,7 @@ HALF = torch.float16 if INTERPRETED else torch.bfloat16  # Triton's interpreter 
 # residuals and fp32 teachers.
 FROM_LINEAR = {
     "attention": ("q", "k", "v"),
+    "attention_relation_kl": ("a_student", "b_student"),
     "attention_score_mse": ("q_student", "k_student"),
     "bias_gelu": ("x",),
     "dropout_add_layer_norm": ("x",),
@@ -98,6 +99,7 @@ def test_compiles_under_autocast(op, device):
 
 
 LARGE = {  # gradients of a mean over many entries
+    "attention_relation_kl": partial(operands.attention_relation_kl, (60,) * 8),
     "attention_score_mse": partial(operands.attention_score_mse, (60,) * 8),
     "hidden_mse": partial(operands.hidden_mse, (300,)),
     "linear_cross_entropy": partial(operands.linear_cross_entropy, 2000, 2000, 8, 50),
@@ -206,7 +208,12 @@ def test_operands_are_left_alone(op, impl, device):
             torch.testing.assert_close(x.detach(), copy, rtol=0.0, atol=0.0)
 
 
-TEACHERS = {"attention_score_mse": 2, "hidden_mse": 1, "soft_cross_entropy": 1}
+TEACHERS = {  # op -> the operands that are the teacher's
+    "attention_relation_kl": (2, 3),
+    "attention_score_mse": (2, 3),
+    "hidden_mse": (1,),
+    "soft_cross_entropy": (1,),
+}
 
 
 @pytest.mark.parametrize("op", TEACHERS)
@@ -215,13 +222,12 @@ def test_teacher_gets_no_gradient_and_may_be_inference_only(op, impl, device):
     want = case.run(impl)
     for made_in in (contextlib.nullcontext, torch.inference_mode):
         given = list(case.operands)
-        first = 2 if op == "attention_score_mse" else 1
-        for i in range(first, first + TEACHERS[op]):
+        for i in TEACHERS[op]:
             with made_in():
                 teacher = given[i].clone()
             given[i] = teacher if teacher.is_inference() else teacher.requires_grad_()
         value = case.op(*given, **case.options, impl=impl)
-        teachers = [x for x in given[first : first + TEACHERS[op]] if x.requires_grad]
+        teachers = [x for x in (given[i] for i in TEACHERS[op]) if x.requires_grad]
         assert torch.equal(value, want["value"])
         found = torch.autograd.grad(value, [*case.leaves(), *teachers], allow_unused=True)
         assert all(g is None for g in found[len(case.leaves()) :])

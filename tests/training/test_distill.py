@@ -16,6 +16,7 @@ from tinybert_fast.training.common import training_arguments
 from tinybert_fast.training.distill import DistillationTrainer, bf16_linears
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.projection import HiddenProjection
+from tinybert_fast.training.relation_matches import RelationMatches
 
 TERMS = {"embedding", "hidden_1", "hidden_2", "attention_1", "attention_2"}
 STAGES = ("intermediate", "prediction")
@@ -99,6 +100,39 @@ def test_intermediate_stage_learns_and_logs_every_term(data, tmp_path, accelerat
     assert not teacher.training
     assert all(torch.equal(v, frozen[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def minilm(accelerate=True):
+    """A student of 12 heads under a teacher of 4, and MiniLMv2's relations of 12 heads."""
+    torch.manual_seed(0)
+    student = BertModel(tiny_config(num_attention_heads=12, initializer_range=0.1))
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 5}
+    teacher = BertModel(tiny_config(**sizes, initializer_range=0.3))
+    if accelerate:
+        tbf.accelerate(student)
+        tbf.accelerate(teacher)
+    return (student, teacher), RelationMatches.of(student.config, teacher.config)
+
+
+@pytest.mark.parametrize("accelerate", [True, False], ids=["packed", "padded"])
+def test_relations_are_learnt_under_other_heads(data, tmp_path, accelerate):
+    pair, matches = minilm(accelerate)
+    trainer = trainer_of(data, tmp_path, pair, options={"matches": matches}, epochs=8)
+    start = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    logs = losses(trainer.state.log_history)
+    terms = {f"relation_{kind}_loss" for kind in ("qq", "kk", "vv")}
+    for entry in logs:
+        assert {name for name in entry if name.endswith("_loss")} == terms
+        assert sum(entry[name] for name in terms) == pytest.approx(entry["loss"], rel=1e-5)
+    assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
+    assert trainer.projection is None
+    moved = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, start[k])}
+    last = "student.encoder.layer.1."
+    assert {f"{last}attention.self.{name}.weight" for name in ("query", "key", "value")} <= moved
+    behind = ("attention.output", "intermediate", "output")
+    assert not any(name.startswith(f"{last}{part}") for name in moved for part in behind)
+    assert not (tmp_path / "checkpoint-48" / "projection.safetensors").exists()
 
 
 @pytest.mark.parametrize("accelerate", [True, False], ids=["packed", "padded"])
@@ -188,6 +222,26 @@ def test_accumulated_batches_make_one_step(data, tmp_path):
         found.append(losses(trainer.state.log_history)[0])
     for name in ("loss", "prediction_loss", "grad_norm"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-4)
+
+
+def test_relations_resume_with_the_same_bits(data, tmp_path):
+    def run(folder, callbacks=(), **train):
+        pair, matches = minilm()
+        more = {"save_strategy": "steps", "save_steps": 4, "log_steps": 4}
+        options = {"matches": matches, "callbacks": list(callbacks)}
+        trainer = trainer_of(data, folder, pair, options=options, **more)
+        trainer.train(**train)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", [StopAt(9)])
+    checkpoint = str(tmp_path / "parts" / "checkpoint-8")
+    resumed = run(tmp_path / "parts", resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 12
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
+    assert losses(resumed.state.log_history) == losses(whole.state.log_history)
 
 
 @pytest.mark.parametrize("parity", ["paper", "official"])

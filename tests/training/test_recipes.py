@@ -269,6 +269,44 @@ def test_regression_learns_the_teachers_scores(tmp_path):
     assert losses["last"] < 0.7 * losses["first"]
 
 
+def test_minilm_runs_both_recipes(made, tmp_path):
+    """Layer 3 of 4, of 2 heads, teaches a student of 3 heads by 4 relation heads; resumed,
+    reported, and no projection anywhere.
+    """
+    student = tiny_config(num_attention_heads=3, num_hidden_layers=3)
+    matched = {"loss": "minilm", "relations": "qk,vv", "relation_heads": 4, "teacher_layer": 3}
+    options = {"student": student, "checkpoint_steps": 4, "log_steps": 4, **matched}
+    whole = general(made, tmp_path / "general", epochs=4, **options)
+    terms = {"loss", "relation_qk_loss", "relation_vv_loss"}
+    assert whole["losses"].keys() == terms
+    for term in terms:
+        assert whole["losses"][term]["last"] < whole["losses"][term]["first"]
+    out = tmp_path / "general"
+    assert names(out) >= FILES
+    assert "projection.safetensors" not in names(out)
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert {name: settings[name] for name in matched} == matched
+    assert "matches" not in settings
+    assert "shared_projection" not in settings
+    report = (out / "report.md").read_text()
+    assert "| relations | qk,vv |" in report
+    assert "| relation_heads | 4 |" in report
+    assert "projection" not in report
+
+    with pytest.raises(KeyboardInterrupt):
+        general(made, tmp_path / "parts", epochs=4, callbacks=[StopAt(9)], **options)
+    other = {**options, "relation_heads": 2}
+    with pytest.raises(ValueError, match=r"other settings \(relation_heads was 4, now 2\)"):
+        general(made, tmp_path / "parts", epochs=4, resume=True, **other)
+    general(made, tmp_path / "parts", epochs=4, resume=True, **options)
+    assert_same_weights(out, tmp_path / "parts")
+
+    metrics = task(made, tmp_path / "task", out, **matched)
+    assert metrics["intermediate"]["losses"].keys() == terms
+    assert metrics["prediction"]["losses"].keys() == {"loss", "prediction_loss"}
+    assert not (tmp_path / "task" / "intermediate" / "projection.safetensors").exists()
+
+
 def test_official_parity_runs_both_recipes(made, tmp_path):
     """Padded to the full length, the last incomplete batch dropped: 5 of 90 / 16, 7 of 60 / 8."""
     metrics = general(made, tmp_path / "general", parity="official", bf16=True)

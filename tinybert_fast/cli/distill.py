@@ -21,6 +21,7 @@ EPILOG = (
     "2. Task distillation, from the fine-tuned teacher to the student of step 1:\n\n"
     "tinybert-fast distill teacher --student general --train train.csv --dev dev.csv -o student\n\n"
     "A 6-layer teacher and the 4-layer student: --matches 0:0,1:2,2:3,3:5,4:6\n\n"
+    "A teacher with another number of heads than the student: --loss minilm\n\n"
     "Defaults are the paper's. DIR gets the model (plain Transformers), metrics.json, report.md "
     "with curves.png, and TensorBoard logs."
 )
@@ -50,6 +51,38 @@ def distill(
             metavar="HOW",
             help="Start of a new student: random (default), layers (copies the teacher's), or pca "
             "(of the teacher's embeddings).",
+            rich_help_panel=BOTH,
+        ),
+    ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="tinybert: hidden states and attention scores of matched layers. minilm: "
+            "softmaxed relations of one layer; student and teacher may have any number of heads.",
+            rich_help_panel=BOTH,
+        ),
+    ] = "tinybert",
+    relations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of minilm: qk, qq, kk, vv, joined by commas. qq,kk,vv (MiniLMv2) by default; "
+            "MiniLM is qk,vv.",
+            rich_help_panel=BOTH,
+        ),
+    ] = None,
+    relation_heads: Annotated[
+        int | None,
+        typer.Option(
+            help="Of minilm, for both models; divides both widths. By default the larger number of "
+            "attention heads that does.",
+            rich_help_panel=BOTH,
+        ),
+    ] = None,
+    teacher_layer: Annotated[
+        int | None,
+        typer.Option(
+            help="Of minilm: whose relations the student's last layer learns; the last by default.",
             rich_help_panel=BOTH,
         ),
     ] = None,
@@ -186,7 +219,9 @@ def distill(
     keep_checkpoints: options.KeepCheckpoints = False,
     json_file: options.Json = None,
 ) -> None:
-    """Train a small BERT to think like a large one (TinyBERT): from plain text, or for a task."""
+    """Train a small BERT to think like a large one (TinyBERT, MiniLM): from plain text, or for a
+    task.
+    """
     if bool(corpus) == bool(train):
         raise ValueError(
             "distill needs one of --corpus FILE (general distillation, plain text) and "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class AcceleratedBertModel(Accelerated, BertModel):
         """BertModel's forward, with five keywords more, which every accelerated class passes on.
 
         Args:
-            capture: what to record of hidden states, queries and keys (modules/capture.py).
+            capture: what to record of hidden states, queries, keys and values (modules/capture.py).
             layout: of this batch, if the caller has built it; ``attention_mask`` is then not read.
             direction: "both", "causal" or "anti_causal" (``ops.attention``), in every layer.
             read: the packed rows that a head will read, int64 (R,), with ``packed``: it gets these
@@ -166,7 +166,7 @@ class AcceleratedBertModel(Accelerated, BertModel):
         wanted = _selected(asked, self.config.num_hidden_layers)
         record = capture or Capture()
         if wanted is not None:
-            record = Capture({*wanted, *record.hidden_states}, record.attention)
+            record = replace(record, hidden_states={*wanted, *record.hidden_states})
         rows = encode(
             self,
             layout,

@@ -1,4 +1,4 @@
-"""Recording hidden states, queries and keys of a forward, for losses between two models.
+"""Recording hidden states, queries, keys and values of a forward, for losses between two models.
 
 Numbering is the paper's: hidden state m = 0..M, where 0 is the embedding output, and attention of
 layer m = 1..M. No N x N tensor is recorded: a loss makes scores from queries and keys.
@@ -22,26 +22,30 @@ class Capture:
 
     ``Capture(hidden_states=(0, 2), attention=(2,))`` passed as ``model(**batch, capture=capture)``
     to an accelerated model leaves ``hidden[m]`` (T, C), ``queries[m]`` and ``keys[m]`` (T, H, D),
-    and the ``layout`` of the T tokens. ``record_padded`` leaves (B, N, C) and (B, N, H, D), and no
-    layout. Tensors carry the graph of their forward; the next forward replaces them.
+    and the ``layout`` of the T tokens; ``attention_values=(2,)`` leaves ``values[m]``.
+    ``record_padded`` leaves (B, N, C) and (B, N, H, D), and no layout. Tensors carry the graph of
+    their forward; the next forward replaces them.
     """
 
     hidden_states: Collection[int] = ()
     attention: Collection[int] = ()
+    attention_values: Collection[int] = ()
     layout: SequenceLayout | None = field(default=None, init=False)
     hidden: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     queries: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
     keys: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    values: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.hidden_states = frozenset(self.hidden_states)
         self.attention = frozenset(self.attention)
+        self.attention_values = frozenset(self.attention_values)
 
     def start(self, layers: int, layout: SequenceLayout | None) -> None:
         """Forget the last forward; refuse what a model of M layers does not have."""
         for what, wanted, first in (
             ("hidden state", self.hidden_states, 0),
-            ("attention of layer", self.attention, 1),
+            ("attention of layer", {*self.attention, *self.attention_values}, 1),
         ):
             strange = sorted(m for m in wanted if not first <= m <= layers)
             if strange:
@@ -49,7 +53,7 @@ class Capture:
                     f"capture asks for {what} {strange[0]}, and this model has {first}..{layers}"
                 )
         self.layout = layout
-        self.hidden, self.queries, self.keys = {}, {}, {}
+        self.hidden, self.queries, self.keys, self.values = {}, {}, {}, {}
 
     def take(self, other: Capture) -> None:
         """Copy from ``other``, which recorded the same forward and at least as much."""
@@ -57,15 +61,17 @@ class Capture:
         self.hidden = {m: other.hidden[m] for m in self.hidden_states}
         self.queries = {m: other.queries[m] for m in self.attention}
         self.keys = {m: other.keys[m] for m in self.attention}
+        self.values = {m: other.values[m] for m in self.attention_values}
 
 
 @contextmanager
 def record_padded(model: nn.Module, capture: Capture) -> Iterator[Capture]:
     """Within the block, each forward of a plain ``model`` leaves its states in ``capture``.
 
-    Works by forward hooks, so the model runs its own code: hidden states (B, N, C), queries and
-    keys (B, N, H, D), rows of padding included. Refuses an accelerated model (its forward does not
-    pass through these modules) and re-entrant gradient checkpointing (its first pass has no graph).
+    Works by forward hooks, so the model runs its own code: hidden states (B, N, C), queries, keys
+    and values (B, N, H, D), rows of padding included. Refuses an accelerated model (its forward
+    does not pass through these modules) and re-entrant gradient checkpointing (its first pass has
+    no graph).
     """
     bert = encoder_of(model)
     layers = bert.encoder.layer
@@ -99,10 +105,15 @@ def record_padded(model: nn.Module, capture: Capture) -> Iterator[Capture]:
     for m in capture.hidden_states:
         module = layers[m - 1] if m else bert.embeddings
         hooks.append(module.register_forward_hook(keep("hidden", m)))
-    for m in capture.attention:
-        heads = layers[m - 1].attention.self
-        for where, module in (("queries", heads.query), ("keys", heads.key)):
-            hooks.append(module.register_forward_hook(keep(where, m, heads.num_attention_heads)))
+    for where, name, wanted in (
+        ("queries", "query", capture.attention),
+        ("keys", "key", capture.attention),
+        ("values", "value", capture.attention_values),
+    ):
+        for m in wanted:
+            heads = layers[m - 1].attention.self
+            hook = keep(where, m, heads.num_attention_heads)
+            hooks.append(getattr(heads, name).register_forward_hook(hook))
     try:
         yield capture
     finally:

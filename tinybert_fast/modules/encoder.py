@@ -56,10 +56,11 @@ def encode(
     """
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
-    if capture.attention and (block_mask is not None or direction != "both"):
+    relations = capture.attention or capture.attention_values
+    if relations and (block_mask is not None or direction != "both"):
         raise ValueError(
-            "capture asks for queries and keys of a model whose tokens do not all meet (a block "
-            "mask, a direction); the losses that read them count all pairs of tokens"
+            "capture asks for queries, keys or values of a model whose tokens do not all meet (a "
+            "block mask, a direction); the losses that read them count all pairs of tokens"
         )
     if read is not None and len(layers) in capture.hidden_states:
         raise ValueError("capture asks for the last hidden state whole, and read= for some rows")
@@ -78,14 +79,14 @@ def encode(
     if 0 in capture.hidden_states:
         capture.hidden[0] = hidden
     for m, layer in enumerate(layers, start=1):
-        attended = m in capture.attention
+        attended = m in capture.attention or m in capture.attention_values
         run: Callable[..., Any] = partial(
             encode_layer,
             layer,
             layout=layout,
             seed=seed,
             m=m,
-            give_scores=attended,
+            give_heads=attended,
             block_mask=block_mask,
             direction=direction,
             read=read if m == len(layers) else None,
@@ -96,10 +97,11 @@ def encode(
             if not hidden.requires_grad:  # a reentrant checkpoint would cut the layer's gradients
                 hidden.requires_grad_()
         # Recorded here, outside the checkpointed function: once per forward, and with a graph.
-        if attended:
-            hidden, capture.queries[m], capture.keys[m] = run(hidden)
-        else:
-            hidden = run(hidden)
+        hidden, *heads = run(hidden) if attended else (run(hidden),)
+        if m in capture.attention:
+            capture.queries[m], capture.keys[m] = heads[:2]
+        if m in capture.attention_values:
+            capture.values[m] = heads[2]
         if m in capture.hidden_states:
             capture.hidden[m] = hidden
     return hidden
@@ -163,14 +165,14 @@ def encode_layer(
     layout: SequenceLayout,
     seed: Tensor | None,
     m: int,
-    give_scores: bool,
+    give_heads: bool,
     block_mask: ops.BlockMask | None,
     direction: str,
     read: Tensor | None,
     impl: Any,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Layer m: (T, C) -> (T, C), or (R, C) of the rows to ``read``; with its queries and keys
-    (T, H, D) if ``give_scores``.
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Layer m: (T, C) -> (T, C), or (R, C) of the rows to ``read``; with its queries, keys and
+    values (T, H, D) if ``give_heads``.
     """
     attention, site = layer.attention, SITES_PER_LAYER * m
     heads = attention.self
@@ -215,7 +217,9 @@ def encode_layer(
     else:
         expanded = inner(hidden)
     hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, **common)
-    return (hidden, queries[..., :size], keys[..., :size]) if give_scores else hidden
+    if not give_heads:
+        return hidden
+    return hidden, queries[..., :size], keys[..., :size], values[..., :size]
 
 
 def pays_to_pad(hidden: Tensor) -> bool:

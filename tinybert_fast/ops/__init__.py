@@ -2,6 +2,7 @@
 
 from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.attention import attention
+from tinybert_fast.ops.attention_relation_kl import attention_relation_kl
 from tinybert_fast.ops.attention_score_mse import attention_score_mse
 from tinybert_fast.ops.bias_gelu import bias_gelu
 from tinybert_fast.ops.block_mask import BlockMask, BlockPattern
@@ -24,6 +25,7 @@ __all__ = [
     "MaskingRule",
     "SequenceLayout",
     "attention",
+    "attention_relation_kl",
     "attention_score_mse",
     "bias_gelu",
     "dropout_add_layer_norm",

@@ -201,6 +201,44 @@ def attention_score_mse(
     return Case(ops.attention_score_mse, operands, {"layout": layout, **options})
 
 
+def attention_relation_kl(
+    lengths: tuple[int, ...] = LENGTHS["ragged"],
+    heads: int = 4,
+    width: int = 13,
+    teacher_heads: int = 2,
+    teacher_width: int = 64,
+    relation_heads: int = 2,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Case:
+    """Student a, b (T, H, D) and teacher a, b (T, Ht, Dt), packed.
+
+    One number of a head varies most, as a model's do, so that relations differ: else a token would
+    be related to itself alone, in student and teacher alike.
+    """
+    layout = SequenceLayout.from_lengths(lengths, device=device)
+    ours, theirs = (layout.total, heads, width), (layout.total, teacher_heads, teacher_width)
+    operands = leaves(ours, ours, theirs, theirs, dtype=torch.float64, device=device)
+    for x in operands:
+        x.detach()[..., 1:].mul_(0.3)
+        x.detach()[..., 0].mul_(1.5 * x.shape[-1] ** 0.25)  # scores of 2 or so
+    a, b, c, d = (x.detach().to(dtype) for x in operands)
+    options = {"relation_heads": relation_heads, "layout": layout, **options}
+    call = (a.requires_grad_(), b.requires_grad_(), c, d)
+    return Case(ops.attention_relation_kl, call, options)
+
+
+def with_itself(case: Case) -> Case:
+    """Of attention_relation_kl: the relations of a alone, one tensor on both sides."""
+    return Case(_relation_with_itself, case.operands[::2], case.options)
+
+
+def _relation_with_itself(a_student: Tensor, a_teacher: Tensor, **options: Any) -> Tensor:
+    return ops.attention_relation_kl(a_student, a_student, a_teacher, a_teacher, **options)
+
+
 def layer_norm(
     shape: tuple[int, ...] = (3, 312),
     *,
@@ -338,6 +376,7 @@ FACTORIES: dict[str, Callable[..., Case]] = {
     factory.__name__: factory
     for factory in (
         attention,
+        attention_relation_kl,
         attention_score_mse,
         bias_gelu,
         dropout_add_layer_norm,

@@ -40,6 +40,16 @@ ATTENTION_INTERPRETED = {
 ROWS = ((0, 312), (1, 312), (131, 312), (33, 384), (1, 768), (33, 768))  # of a layer norm
 HIDDEN = (312, 384, 768)  # TinyBERT-4, MiniLM, BERT-base
 MASKED = 256  # tokens under a block mask
+# Heads of the student, of the teacher, relation heads: of 26 and 64 numbers, 52 and 64, 16, 128.
+RELATIONS = (
+    ((2, 26), (2, 64), 2),
+    ((4, 26), (2, 64), 2),
+    ((1, 64), (2, 32), 4),
+    ((1, 128), (2, 64), 1),
+)
+RELATION_LENGTHS = ((5, 32), (2, 64), (31, 97)) if dispatch.INTERPRETED else (
+    (5, 32), (2, 64), (0, 31, 127, 128), (*MIXED, 512),
+)  # fmt: skip
 # Roundings beside the usual: attention's dS = P (dP - rowsum(P dP)) is a difference of larger
 # numbers, and hidden_mse's loss one number of 100,000 squares of sums.
 SLACK = {"attention": 4, "hidden_mse": 2}
@@ -202,6 +212,26 @@ def _attention_score_mse() -> Calls:
     }
 
 
+def _attention_relation_kl() -> Calls:
+    calls: Calls = {}
+    for heads, lengths in itertools.product(RELATIONS, RELATION_LENGTHS):
+        (ours, width), (theirs, teacher), relations = heads
+        label = (
+            f"{ours} heads of {width} against {theirs} of {teacher} as {relations}, lengths "
+            f"{_list(lengths)}"
+        )
+        make = partial(
+            operands.attention_relation_kl, lengths, ours, width, theirs, teacher, relations
+        )
+        calls[label] = make
+        calls[f"{label}, with itself"] = partial(_with_itself, make)
+    return calls
+
+
+def _with_itself(make: Callable[..., Case], **like) -> Case:
+    return operands.with_itself(make(**like))
+
+
 def _linear_cross_entropy() -> Calls:
     return {
         f"{labelled} of 131 rows of {columns}, 1,009 words": partial(
@@ -214,6 +244,7 @@ def _linear_cross_entropy() -> Calls:
 
 CALLS: dict[str, Callable[[], Calls]] = {
     "attention": _attention,
+    "attention_relation_kl": _attention_relation_kl,
     "attention_score_mse": _attention_score_mse,
     "bias_gelu": lambda: {
         f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))

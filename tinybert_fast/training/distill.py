@@ -14,8 +14,9 @@ from tinybert_fast.modules.capture import Capture, record_padded
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import TermsTrainer
-from tinybert_fast.training.losses import PARITIES, Parity, intermediate_terms, prediction_loss
+from tinybert_fast.training.losses import PARITIES, Parity, prediction_loss
 from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.objectives import Matches
 from tinybert_fast.training.projection import HiddenProjection
 
 Stage = Literal["intermediate", "prediction"]
@@ -34,7 +35,7 @@ class Distillation(nn.Module):
         self,
         student: Any,
         projection: HiddenProjection | None,
-        matches: LayerMatches | None,
+        matches: Matches | None,
         *,
         temperature: float = 1.0,
         parity: Parity = "paper",
@@ -57,14 +58,13 @@ class Distillation(nn.Module):
             term = prediction_loss(logits, lesson, temperature=self.temperature, parity=self.parity)
             return {"prediction": term}
         assert self.matches is not None
-        assert self.projection is not None
         capture = self.matches.student_capture()
         record(self.student, batch, capture, layout)
         layout = layout or capture.layout
         if layout is None:
             layout = SequenceLayout.from_mask(_mask(batch))
-        return intermediate_terms(
-            capture, lesson, self.matches, self.projection, layout=layout, parity=self.parity
+        return self.matches.terms(
+            capture, lesson, self.projection, layout=layout, parity=self.parity
         )
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -113,8 +113,9 @@ def bf16_linears(teacher: nn.Module) -> nn.Module:
 class DistillationTrainer(TermsTrainer):
     """Train ``student`` on what ``teacher`` says about the same batches.
 
-    ``stage="intermediate"``: embedding, hidden-state and attention losses over ``matches`` through
-    ``projection``, which is trained, checkpointed and resumed with the student.
+    ``stage="intermediate"``: over ``matches``, embedding, hidden-state and attention losses
+    (LayerMatches) through ``projection``, which is trained, checkpointed and resumed with the
+    student; or MiniLM's relation losses (RelationMatches), which need none.
     ``stage="prediction"``: the teacher's logits alone. Either model may be accelerated
     (``tinybert_fast.accelerate``) or not. The teacher is put in eval mode and gets no gradient (the
     official code forgets eval mode, which leaves the teacher's dropout on; that is not reproduced).
@@ -132,7 +133,7 @@ class DistillationTrainer(TermsTrainer):
         *,
         args: transformers.TrainingArguments,
         stage: Stage = "intermediate",
-        matches: LayerMatches | None = None,
+        matches: Matches | None = None,
         projection: HiddenProjection | None = None,
         temperature: float = 1.0,
         parity: Parity = "paper",
@@ -165,11 +166,9 @@ class DistillationTrainer(TermsTrainer):
             matches = matches or LayerMatches.uniform(
                 ours.num_hidden_layers, theirs.num_hidden_layers
             )
-            matches.validate(ours, theirs)
+            matches.validate(ours, theirs, parity)
             if projection is None:
-                projection = HiddenProjection(
-                    ours.hidden_size, theirs.hidden_size, matches.student_states
-                )
+                projection = matches.new_projection(ours, theirs)
         else:
             if ours.num_labels != theirs.num_labels:
                 raise ValueError(

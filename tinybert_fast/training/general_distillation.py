@@ -14,6 +14,7 @@ from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
 from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.objectives import Loss, matches_for
 from tinybert_fast.training.projection import FILE_NAME as PROJECTION
 from tinybert_fast.training.recipe_parts import (
     check_batches,
@@ -33,7 +34,7 @@ from tinybert_fast.training.recipe_parts import (
 )
 from tinybert_fast.training.report import table
 from tinybert_fast.training.run_folder import RunFolder, weights_digest
-from tinybert_fast.training.students import Student, matches_for
+from tinybert_fast.training.students import Student
 
 
 def distill_general(
@@ -52,8 +53,12 @@ def distill_general(
     weight_decay: float = 0.01,
     schedule: str = "linear",
     init: How | None = None,
+    loss: Loss = "tinybert",
     matches: LayerMatches | str | None = None,
     shared_projection: bool = True,
+    relations: str | None = None,
+    relation_heads: int | None = None,
+    teacher_layer: int | None = None,
     parity: Parity = "paper",
     checkpoint_steps: int = 500,
     log_steps: int = 10,
@@ -73,10 +78,13 @@ def distill_general(
     or its .json file, or a saved BERT to go on with. ``corpus``: text files with one sentence per
     line, or a list of sentences. ``steps`` overrides ``epochs``. ``init`` starts new weights at
     random (default), from the teacher's ``layers`` or from a ``pca`` of its embeddings.
-    ``matches``: see LayerMatches.parse; uniform by default.
+    ``loss``: "tinybert", over ``matches`` (see LayerMatches.parse; uniform by default); or
+    "minilm", the softmaxed ``relations`` (such as "qk,vv"; MiniLMv2's by default) of the student's
+    last layer and of ``teacher_layer`` (the last), in ``relation_heads`` of both: the models may
+    then have any number of heads, and there is no projection. Defaults: RelationMatches.of.
 
-    ``output`` gets a BertModel that plain Transformers loads, and ``projection.safetensors``, with
-    which task distillation goes on.
+    ``output`` gets a BertModel that plain Transformers loads, and of TinyBERT's loss
+    ``projection.safetensors``, with which task distillation goes on.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
     check_parity(parity)
@@ -85,7 +93,17 @@ def distill_general(
     chosen = Student.of(student, teacher_config)
     tokenizer = load_tokenizer(teacher)
     chosen.check(teacher, teacher_config, tokenizer)
-    matches = matches_for(matches, chosen.config, teacher_config)
+    matched = matches_for(
+        matches,
+        chosen.config,
+        teacher_config,
+        loss=loss,
+        relations=relations,
+        relation_heads=relation_heads,
+        teacher_layer=teacher_layer,
+        shared_projection=shared_projection,
+        parity=parity,
+    )
     max_length = usable(max_length, chosen.config, teacher_config)
     lines = Lines.of(corpus)
     sentences, digest = lines.survey(progress and run.main)
@@ -118,8 +136,7 @@ def distill_general(
         **student_settings(chosen, init),
         "corpus": digest,
         "max_length": max_length,
-        "matches": str(matches),
-        "shared_projection": shared_projection,
+        **matched.settings(shared_projection=shared_projection),
         "parity": parity,
         "accelerate": accelerate,
         "impl": impl,
@@ -130,7 +147,7 @@ def distill_general(
         return run.metrics()
 
     guide = load_encoder(teacher)
-    pupil, projection = chosen.build(guide, matches, init=init, shared=shared_projection, seed=seed)
+    pupil, projection = chosen.build(guide, matched, init=init, shared=shared_projection, seed=seed)
     prepare(pupil, guide, parity=parity, accelerate=accelerate, impl=impl, bf16=bf16)
     run.begin(settings)
     with arguments.main_process_first(local=False):
@@ -144,7 +161,7 @@ def distill_general(
         pupil,
         guide,
         stage="intermediate",
-        matches=matches,
+        matches=matched,
         projection=projection,
         parity=parity,
         args=arguments,
@@ -172,10 +189,13 @@ def distill_general(
         "Result": table(("what", "value"), facts(metrics)),
         "Losses": loss_table(metrics["losses"]),
         "Settings": table(("setting", "value"), settings.items()),
-        "Use it": usage(run.path, "AutoModel")
-        + f"\n\n`{PROJECTION}` holds the map from the student's width to the teacher's: it is no "
-        "part of the model, and task distillation goes on with it.",
+        "Use it": usage(run.path, "AutoModel"),
     }
+    if projection is not None:
+        sections["Use it"] += (
+            f"\n\n`{PROJECTION}` holds the map from the student's width to the teacher's: it is no "
+            "part of the model, and task distillation goes on with it."
+        )
     run.write_report("General distillation", sections, loss_panels(history, "general"))
     run.finish(keep_checkpoints)
     return metrics

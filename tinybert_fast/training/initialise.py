@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.objectives import Matches
 from tinybert_fast.training.projection import HiddenProjection
 
 How = Literal["random", "layers", "pca"]
@@ -40,11 +41,11 @@ def initialise_student(
     teacher: Any,
     how: How = "random",
     *,
-    matches: LayerMatches | None = None,
+    matches: Matches | None = None,
     shared: bool = True,
-) -> HiddenProjection:
+) -> HiddenProjection | None:
     """Set the start of ``student`` (any BERT class, changed in place) and return the projection
-    that goes with it.
+    that goes with it, if ``matches`` has one.
 
     ``random``: nothing is changed. ``layers``: embeddings, pooler and, for each matched student
     layer, the teacher layer of ``matches`` (uniform when not given) are copied; widths must agree;
@@ -56,24 +57,19 @@ def initialise_student(
     ours, theirs = student.config, teacher.config
     if matches is None:
         matches = LayerMatches.uniform(ours.num_hidden_layers, theirs.num_hidden_layers)
-    projection = HiddenProjection(
-        ours.hidden_size,
-        theirs.hidden_size,
-        matches.student_states,
-        shared=shared,
-        std=ours.initializer_range,
-    )
+    projection = matches.new_projection(ours, theirs, shared=shared)
+    start: tuple[Tensor, Tensor] | None = None
     if how == "layers":
-        _copy_layers(student.base_model, teacher.base_model, matches)
-        projection.start(torch.eye(theirs.hidden_size), torch.zeros(theirs.hidden_size))
+        _copy_layers(student.base_model, teacher.base_model, matches.copied_layers)
+        start = torch.eye(theirs.hidden_size), torch.zeros(theirs.hidden_size)
     elif how == "pca":
-        projection.start(
-            *_embed_by_pca(student.base_model.embeddings, teacher.base_model.embeddings)
-        )
+        start = _embed_by_pca(student.base_model.embeddings, teacher.base_model.embeddings)
+    if projection is not None and start is not None:
+        projection.start(*start)
     return projection
 
 
-def _copy_layers(student: Any, teacher: Any, matches: LayerMatches) -> None:
+def _copy_layers(student: Any, teacher: Any, chosen: dict[int, int]) -> None:
     ours, theirs = student.config, teacher.config
     for name in (
         "hidden_size",
@@ -94,7 +90,6 @@ def _copy_layers(student: Any, teacher: Any, matches: LayerMatches) -> None:
         table = getattr(student.embeddings, name).weight
         table.copy_(getattr(teacher.embeddings, name).weight[: len(table)])
     student.embeddings.LayerNorm.load_state_dict(teacher.embeddings.LayerNorm.state_dict())
-    chosen = {m: g for m, g in matches.hidden + matches.attention if m > 0}
     for m in range(1, ours.num_hidden_layers + 1):
         if m not in chosen:
             raise ValueError(

@@ -1,15 +1,17 @@
-"""The TinyBERT losses, pure: recorded states in, one named scalar per term out.
+"""The losses of TinyBERT and MiniLM, pure: recorded states in, one named scalar per term out.
 
     attention_m   mean over heads of MSE(Q_S K_S^T / sqrt(d_S), Q_T K_T^T / sqrt(d_T)): no softmax
     hidden_m      MSE(H_S W^T + b, H_T); m = 0, the embedding output, is called ``embedding``
     prediction    CE(z_T / t, z_S / t)
+    relation_qk   KL of softmax(Q K^T / sqrt(d)) after regrouping to relation heads of d numbers;
+                  likewise qq, kk and vv, of one layer of either model
 
-Every term has weight 1 in the total, as in the paper (arXiv 1909.10351).
+Every term has weight 1 in the total, as in the papers (arXiv 1909.10351, 2002.10957, 2012.15828).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,20 @@ from torch import Tensor
 from tinybert_fast import ops
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.projection import HiddenProjection
+
+if TYPE_CHECKING:  # their modules import this one
+    from tinybert_fast.training.matches import LayerMatches
+    from tinybert_fast.training.relation_matches import RelationMatches
 
 Parity = Literal["paper", "official"]
 PARITIES = ("paper", "official")
+RELATIONS = {  # between the tokens of a sequence -> the two records of a Capture
+    "qk": ("queries", "keys"),
+    "qq": ("queries", "queries"),
+    "kk": ("keys", "keys"),
+    "vv": ("values", "values"),
+}
 
 
 def intermediate_terms(
@@ -53,14 +64,9 @@ def intermediate_terms(
                 "parity='official' counts padding, but states were recorded packed; "
                 "record_padded() them"
             )
-        if capture.layout is not None:
+        if official and layout is not None:
             return states
-        if layout is None:
-            raise ValueError(
-                "padded states were recorded, and no layout says which tokens are real; pass "
-                "layout="
-            )
-        return states if official else layout.pack(states)
+        return _real(states, capture, layout)
 
     for m, g in matches.hidden:
         ours, theirs = pick(student.hidden[m], student), pick(teacher.hidden[g], teacher)
@@ -77,6 +83,47 @@ def intermediate_terms(
             count_padded_queries=official,
         )
     return terms
+
+
+def relation_terms(
+    student: Capture,
+    teacher: Capture,
+    matches: RelationMatches,
+    *,
+    layout: SequenceLayout | None = None,
+) -> dict[str, Tensor]:
+    """MiniLM's terms {"relation_qq": ..., ...} -> scalars, over real tokens alone.
+
+    States may be recorded packed (T, H, D) or padded (B, N, H, D); ``layout``: of the batch, the
+    one recorded by the student when not given. Teacher states are constants.
+    """
+    layout = layout if layout is not None else student.layout
+    sides = (student, matches.student_layer), (teacher, matches.teacher_layer)
+    terms: dict[str, Tensor] = {}
+    for kind in matches.kinds:
+        operands = []
+        for capture, layer in sides:
+            first, second = RELATIONS[kind]
+            a = _real(getattr(capture, first)[layer], capture, layout)
+            # One tensor twice is a relation with itself, which costs less.
+            same = first == second
+            b = a if same else _real(getattr(capture, second)[layer], capture, layout)
+            operands += [a, b]
+        terms[f"relation_{kind}"] = ops.attention_relation_kl(
+            *operands, relation_heads=matches.heads, layout=layout
+        )
+    return terms
+
+
+def _real(states: Tensor, capture: Capture, layout: SequenceLayout | None) -> Tensor:
+    """The rows of real tokens, (T, ...)."""
+    if capture.layout is not None:
+        return states
+    if layout is None:
+        raise ValueError(
+            "padded states were recorded, and no layout says which tokens are real; pass layout="
+        )
+    return layout.pack(states)
 
 
 def prediction_loss(

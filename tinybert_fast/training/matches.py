@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from tinybert_fast.modules.capture import Capture
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.training.losses import Parity, intermediate_terms
+from tinybert_fast.training.projection import HiddenProjection
 
 Pairs = tuple[tuple[int, int], ...]
 _PAIR = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
@@ -28,6 +33,8 @@ class LayerMatches:
 
     hidden: Pairs
     attention: Pairs
+
+    loss: ClassVar[str] = "tinybert"
 
     def __post_init__(self) -> None:
         for kind, pairs, first in (("hidden", self.hidden, 0), ("attention", self.attention, 1)):
@@ -94,7 +101,7 @@ class LayerMatches:
             )
         return cls(**{kind: _read(kinds.get(kind, "")) for kind in ("hidden", "attention")})
 
-    def validate(self, student_config: Any, teacher_config: Any) -> None:
+    def validate(self, student_config: Any, teacher_config: Any, parity: Parity = "paper") -> None:
         """Refuse states that do not exist and attention between different head counts."""
         for kind in ("hidden", "attention"):
             for side, at, config in (
@@ -119,8 +126,8 @@ class LayerMatches:
                 f"{student_heads} heads and the teacher "
                 f"{teacher_heads}; give the student num_attention_heads={teacher_heads} (its "
                 "hidden size must be a "
-                "multiple of it), or match hidden states alone: "
-                f'"hidden={_write(self.hidden) or "0:0"}"'
+                "multiple of it), match hidden states alone: "
+                f'"hidden={_write(self.hidden) or "0:0"}", or choose loss=minilm'
             )
 
     @property
@@ -140,6 +147,43 @@ class LayerMatches:
             hidden_states=sorted({g for _, g in self.hidden}),
             attention=sorted({g for _, g in self.attention}),
         )
+
+    @property
+    def copied_layers(self) -> dict[int, int]:
+        """{student layer: teacher layer} that it may start from."""
+        return {m: g for m, g in self.hidden + self.attention if m > 0}
+
+    def new_projection(
+        self, student_config: Any, teacher_config: Any, *, shared: bool = True
+    ) -> HiddenProjection:
+        """From student to teacher width, of the matched hidden states."""
+        return HiddenProjection(
+            student_config.hidden_size,
+            teacher_config.hidden_size,
+            self.student_states,
+            shared=shared,
+            std=student_config.initializer_range,
+        )
+
+    def terms(
+        self,
+        student: Capture,
+        teacher: Capture,
+        projection: HiddenProjection,
+        *,
+        layout: SequenceLayout | None = None,
+        parity: Parity = "paper",
+    ) -> dict[str, Tensor]:
+        """Of recorded states: see losses.intermediate_terms."""
+        return intermediate_terms(student, teacher, self, projection, layout=layout, parity=parity)
+
+    def settings(self, *, shared_projection: bool) -> dict[str, Any]:
+        """What a run folder says of this."""
+        return {
+            "loss": self.loss,
+            "matches": str(self),
+            "shared_projection": shared_projection,
+        }
 
     def __str__(self) -> str:
         if self == LayerMatches.of(self.hidden):

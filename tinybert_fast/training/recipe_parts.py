@@ -117,7 +117,7 @@ def first_and_last(history: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def loss_panels(history: Iterable[Mapping[str, Any]], stage: str) -> Panels:
-    """Attention, hidden-state and total loss apart: their sizes differ a hundredfold."""
+    """Attention, relation, hidden-state and total loss apart: their sizes differ a hundredfold."""
     panels: Panels = {}
     for title, curves in panels_of(history).items():
         if title != "training loss":
@@ -126,7 +126,8 @@ def loss_panels(history: Iterable[Mapping[str, Any]], stage: str) -> Panels:
         for name, curve in curves.items():
             term = name.removesuffix("_loss")
             group = {"loss": "loss", "prediction": "loss"}.get(term, "hidden-state losses")
-            group = "attention losses" if term.startswith("attention") else group
+            for kind in ("attention", "relation"):
+                group = f"{kind} losses" if term.startswith(kind) else group
             panels.setdefault(f"{stage}: {group}", {})[term] = curve
     return panels
 

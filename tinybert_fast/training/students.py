@@ -19,7 +19,7 @@ from tinybert_fast.training.loading import (
     load_encoder,
     load_tokenizer,
 )
-from tinybert_fast.training.matches import LayerMatches
+from tinybert_fast.training.objectives import Matches
 from tinybert_fast.training.projection import HiddenProjection
 
 PRESETS: dict[str, Callable[..., BertConfig]] = {
@@ -96,14 +96,15 @@ class Student:
     def build(
         self,
         teacher: Any,
-        matches: LayerMatches,
+        matches: Matches,
         *,
         task: Task | None = None,
         init: How | None = None,
         shared: bool = True,
         seed: int = 0,
-    ) -> tuple[Any, HiddenProjection]:
-        """The model (an encoder, or a classifier for ``task``) and the projection it starts with.
+    ) -> tuple[Any, HiddenProjection | None]:
+        """The model (an encoder, or a classifier for ``task``) and the projection it starts with,
+        if ``matches`` has one.
 
         ``init`` is for new weights only. A saved student goes on with the projection saved beside
         it, if there is one.
@@ -124,28 +125,10 @@ class Student:
                 "leave init out, or start from a preset or a config"
             )
         model = load_classifier(self.folder, task) if task else load_encoder(self.folder)
-        projection = HiddenProjection(
-            self.config.hidden_size,
-            teacher.config.hidden_size,
-            matches.student_states,
-            shared=shared,
-            std=self.config.initializer_range,
-        )
-        if HiddenProjection.exists(self.folder):
+        projection = matches.new_projection(self.config, teacher.config, shared=shared)
+        if projection is not None and HiddenProjection.exists(self.folder):
             projection.load(self.folder)
         return model, projection
-
-
-def matches_for(
-    matches: LayerMatches | str | None, student: BertConfig, teacher: BertConfig
-) -> LayerMatches:
-    """Uniform for None, parsed from text; checked against both models."""
-    if matches is None:
-        matches = LayerMatches.uniform(student.num_hidden_layers, teacher.num_hidden_layers)
-    elif isinstance(matches, str):
-        matches = LayerMatches.parse(matches)
-    matches.validate(student, teacher)
-    return matches
 
 
 def _read_config(path: Path) -> BertConfig:

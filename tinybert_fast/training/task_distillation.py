@@ -19,6 +19,7 @@ from tinybert_fast.training.loading import load_classifier, load_config, load_to
 from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.metrics import check_metric, compute_metrics, metric_names, score
+from tinybert_fast.training.objectives import Loss, matches_for
 from tinybert_fast.training.recipe_parts import (
     check_batches,
     check_parity,
@@ -42,7 +43,7 @@ from tinybert_fast.training.run_folder import (
     examples_digest,
     weights_digest,
 )
-from tinybert_fast.training.students import Student, matches_for
+from tinybert_fast.training.students import Student
 
 SINGLE_LENGTH, PAIR_LENGTH = 64, 128  # tokens of an input in the paper
 PREDICTION: Stage = "prediction"
@@ -73,8 +74,12 @@ def distill_task(
     weight_decay: float = 0.01,
     temperature: float = 1.0,
     init: How | None = None,
+    loss: Loss = "tinybert",
     matches: LayerMatches | str | None = None,
     shared_projection: bool = True,
+    relations: str | None = None,
+    relation_heads: int | None = None,
+    teacher_layer: int | None = None,
     parity: Parity = "paper",
     eval_steps: int = 100,
     select_by: str | None = None,
@@ -92,16 +97,16 @@ def distill_task(
 ) -> dict[str, Any]:
     """Trains in two stages, writes the student to `output` and returns the run's metrics.
 
-    Stage A, `intermediate`: embedding, hidden-state and attention losses at a constant rate; its
-    student stays in `output/intermediate`. 0 epochs leave it out. Stage B, `prediction`: the
-    teacher's logits alone, never gold labels (one output: its score, by mean squared error); the
-    student that is best on `dev_file`, looked at every `eval_steps` steps, is kept (`select_by`: a
-    metric of the task, by default accuracy or the mean of Pearson and Spearman; or "loss", which
-    tells students on a small dev set apart more finely).
+    Stage A, `intermediate`: embedding, hidden-state and attention losses at a constant rate, or
+    MiniLM's by `loss="minilm"`; its student stays in `output/intermediate`. 0 epochs leave it out.
+    Stage B, `prediction`: the teacher's logits alone, never gold labels (one output: its score, by
+    mean squared error); the student that is best on `dev_file`, looked at every `eval_steps` steps,
+    is kept (`select_by`: a metric of the task, by default accuracy or the mean of Pearson and
+    Spearman; or "loss", which tells students on a small dev set apart more finely).
 
     `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
     texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
-    the paper; `augmented_prediction` decides otherwise. `student`, `init`, `matches`: see
+    the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`: see
     distill_general, whose output is the student meant here, its projection included. Files and
     columns: `load_examples`. `max_length`: 64 for single texts and 128 for pairs by default.
     """
@@ -118,7 +123,17 @@ def distill_task(
     chosen = Student.of(student, config)
     tokenizer = load_tokenizer(teacher)
     chosen.check(teacher, config, tokenizer)
-    matches = matches_for(matches, chosen.config, config)
+    matched = matches_for(
+        matches,
+        chosen.config,
+        config,
+        loss=loss,
+        relations=relations,
+        relation_heads=relation_heads,
+        teacher_layer=teacher_layer,
+        shared_projection=shared_projection,
+        parity=parity,
+    )
     data = _read(
         config, train_file, dev_file, augmented, text=text, text_pair=text_pair, label=label
     )
@@ -182,8 +197,7 @@ def distill_task(
         **data.digests(),
         "augmented_prediction": augmented_prediction,
         "max_length": max_length,
-        "matches": str(matches),
-        "shared_projection": shared_projection,
+        **matched.settings(shared_projection=shared_projection),
         "parity": parity,
         "temperature": temperature,
         "accelerate": accelerate,
@@ -208,7 +222,7 @@ def distill_task(
     texts = {stage: encoded[name] for stage, name in sources.items()}
     dev = sort_by_length(encoded["dev"])[0] if "dev" in encoded else None
     pupil, projection = chosen.build(
-        guide, matches, task=task, init=init, shared=shared_projection, seed=seed
+        guide, matched, task=task, init=init, shared=shared_projection, seed=seed
     )
 
     metrics: dict[str, Any] = {
@@ -241,7 +255,7 @@ def distill_task(
                 pupil,
                 guide,
                 stage=INTERMEDIATE,
-                matches=matches,
+                matches=matched,
                 projection=projection,
                 args=arguments[INTERMEDIATE],
                 train_dataset=texts[INTERMEDIATE],

@@ -29,6 +29,7 @@ from tinybert_fast.training.demo.settings import DemoSettings
 from tinybert_fast.training.finetune import finetune
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
+from tinybert_fast.training.objectives import matches_for
 from tinybert_fast.training.recipes import distill_general, distill_task
 from tinybert_fast.training.run_folder import (
     METRICS,
@@ -37,7 +38,7 @@ from tinybert_fast.training.run_folder import (
     examples_digest,
     weights_digest,
 )
-from tinybert_fast.training.students import Student, matches_for
+from tinybert_fast.training.students import Student
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,128 @@
+"""MiniLM's loss: KL divergence of softmaxed self-relations, no N x N tensor kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from tinybert_fast.ops.dispatch import (
+    FLOATS,
+    FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
+    Impl,
+    Limit,
+    Limits,
+    choose,
+    define,
+    without_autocast,
+)
+from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.reference.attention_relation_kl import attention_relation_kl as reference
+
+WIDEST_HEAD = 128  # of the Triton kernels
+
+
+def _refuses(width: int = 1, **others: Any) -> str | None:
+    if width > WIDEST_HEAD:
+        return f"relation heads of {width} numbers are wider than {WIDEST_HEAD}"
+    return None
+
+
+LIMITS = Limits(
+    "attention_relation_kl",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
+)
+
+_forward = define(
+    "attention_relation_kl_fwd(Tensor a, Tensor? b, Tensor c, Tensor? d, Tensor cu_seqlens,"
+    " Tensor work, SymInt max_length) -> (Tensor loss, Tensor da, Tensor db)",
+    fake=lambda a, b, *rest: (in_fp32(a, ()), in_fp32(a), in_fp32(a, (0,) if b is None else None)),
+    torch="tinybert_fast.tuned.attention_relation_kl:forward",
+    triton="tinybert_fast.kernels.attention_relation_kl:forward",
+)
+
+
+def attention_relation_kl(
+    a_student: Tensor,
+    b_student: Tensor,
+    a_teacher: Tensor,
+    b_teacher: Tensor,
+    *,
+    relation_heads: int,
+    layout: SequenceLayout | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """``F.kl_div(log_softmax(a_s @ b_s.mT / d_s**0.5), softmax(a_t @ b_t.mT / d_t**0.5))`` within
+    each sequence, after the H heads of D numbers have become ``relation_heads`` of d = H D / R.
+
+    Args:
+        a_student, b_student, a_teacher, b_teacher: packed (T, H, D) with ``layout``; or padded
+            (B, N, H, D), where ``layout`` names the real tokens and None means all. Queries and
+            keys, or one tensor twice: queries, keys or values (a relation with itself, which costs
+            less and whose gradient is the sum of both). Student and teacher may differ in H and D.
+        relation_heads: R, of student and teacher alike; divides both widths H D.
+
+    Returns:
+        Scalar, fp32 or wider: the mean over real tokens and relation heads of KL(teacher ||
+        student) (Wang et al. 2020, arXiv:2002.10957; Wang et al. 2021, arXiv:2012.15828). No
+        gradient to the teacher.
+
+    Raises:
+        ValueError: shapes that disagree, relation heads that do not divide a width, or a named
+            ``impl`` that cannot serve the call.
+    """
+    operands = (a_student, b_student, a_teacher, b_teacher)
+    _check(operands, layout, relation_heads)
+    widths = [x.shape[-2] * x.shape[-1] // relation_heads for x in (a_student, a_teacher)]
+    impls = choose(impl, LIMITS, a_student, width=max(widths))
+    layout = layout or SequenceLayout.full(a_student.shape[0], a_student.shape[1], a_student.device)
+
+    def regrouped(x: Tensor) -> Tensor:
+        rows = x if x.dim() == 3 else layout.pack(x)
+        return rows.flatten(1).unflatten(1, (relation_heads, -1))
+
+    a, c = regrouped(a_student), regrouped(a_teacher.detach())
+    b = d = None
+    if a_student is not b_student or a_teacher is not b_teacher:
+        b, d = regrouped(b_student), regrouped(b_teacher.detach())
+    call = (a, b, c, d, layout.cu_seqlens, layout.work, layout.max_length)
+    if impls[0] == "reference":
+        return without_autocast(reference, *call)
+    return ScalarLoss.apply(_forward, reference, impls, *call)
+
+
+def _check(operands, layout, relation_heads) -> None:
+    a, b, c, d = operands
+
+    def shapes() -> str:  # built on refusal alone: Dynamo cannot trace the join
+        names = ("a_student", "b_student", "a_teacher", "b_teacher")
+        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(names, operands, strict=True))
+
+    if a.dim() not in (3, 4) or a.shape != b.shape or c.shape != d.shape or a.dim() != c.dim():
+        raise ValueError(
+            "attention_relation_kl: the two sides of a relation must agree, packed (T, H, D) or "
+            f"padded (B, N, H, D); got {shapes()}"
+        )
+    if a.shape[:-2] != c.shape[:-2]:
+        raise ValueError(
+            f"attention_relation_kl: student and teacher must see the same tokens; got {shapes()}"
+        )
+    if a.dim() == 3 and layout is None:
+        raise ValueError("attention_relation_kl: packed (T, H, D) operands need layout=")
+    if layout is not None:
+        expected = (layout.total,) if a.dim() == 3 else (layout.batch_size, layout.width)
+        if tuple(a.shape[: len(expected)]) != expected:
+            raise ValueError(
+                f"attention_relation_kl: the layout has leading sizes {expected}; got {shapes()}"
+            )
+    widths = [x.shape[-2] * x.shape[-1] for x in (a, c)]
+    if relation_heads < 1 or any(width % relation_heads for width in widths):
+        raise ValueError(
+            f"attention_relation_kl: relation_heads={relation_heads} must divide the student's "
+            f"width {widths[0]} and the teacher's {widths[1]}; take a divisor of "
+            f"{math.gcd(*widths)}"
+        )
