@@ -71,12 +71,18 @@ def load_cases(suite: str) -> Cases:
         raise ValueError(f"--suite {suite!r} is not one of {', '.join(SUITES)}")
     if suite == "ops":
         from tinybert_fast.benchmarks.cases import (
+            attention_relation_kl,
             attention_score_mse,
             hidden_mse,
             linear_cross_entropy,
         )
 
-        return {**attention_score_mse.CASES, **hidden_mse.CASES, **linear_cross_entropy.CASES}
+        return {
+            **attention_score_mse.CASES,
+            **attention_relation_kl.CASES,
+            **hidden_mse.CASES,
+            **linear_cross_entropy.CASES,
+        }
     if suite == "memory":
         from tinybert_fast.benchmarks.cases import attention_score_mse_memory
 

@@ -319,6 +319,7 @@ def test_ops_suite():
     widths = {"attention_score_mse": (26, 64), "hidden_mse": (312, 768)}
     widths["linear_cross_entropy"] = (312, 768)
     cases = {f"{op}_d{width}" for op, both in widths.items() for width in both}
+    cases |= {"attention_relation_kl_qk", "attention_relation_kl_vv"}
     assert {row["case"] for row in rows} == cases
     compared = [row for row in rows if row["provider"] == "ours"]
     assert all(row["gradient_error"] < 0.05 for row in compared)
