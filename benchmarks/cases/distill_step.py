@@ -55,8 +55,10 @@ class OurStep(TrainingStep):
         projection: Any = self.trained["projection"]
         with self.autocast(dtype):
             with torch.no_grad():
-                self.teacher(dtype)(**batch.inputs, layout=layout, capture=theirs, packed=True)
-            student(**batch.inputs, layout=layout, capture=ours, packed=True)
+                self.teacher(dtype)(
+                    **batch.inputs, layout=layout, capture=theirs, packed=True, record_only=True
+                )
+            student(**batch.inputs, layout=layout, capture=ours, packed=True, record_only=True)
             terms = intermediate_terms(ours, theirs, self.matches, projection, layout=layout)
             loss = torch.stack(list(terms.values())).sum()
         loss.backward()

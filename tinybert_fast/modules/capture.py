@@ -51,6 +51,13 @@ class Capture:
         self.layout = layout
         self.hidden, self.queries, self.keys = {}, {}, {}
 
+    def reach(self) -> tuple[int, bool]:
+        """(m, whole): the last layer that leaves something here, and whether that is its output;
+        if not, its queries and keys alone. (0, True): the embeddings.
+        """
+        m = max((*self.hidden_states, *self.attention), default=0)
+        return m, m in self.hidden_states or m == 0
+
     def take(self, other: Capture) -> None:
         """Copy from ``other``, which recorded the same forward and at least as much."""
         self.layout = other.layout

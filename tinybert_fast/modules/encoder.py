@@ -43,6 +43,7 @@ def encode(
     block_mask: ops.BlockMask | None = None,
     direction: str = "both",
     read: Tensor | None = None,
+    record_only: bool = False,
     impl: Any = "auto",
 ) -> Tensor:
     """The last hidden state (T, C) of ``bert`` on the real tokens of a padded batch.
@@ -53,6 +54,9 @@ def encode(
     what it asks for on the way. ``block_mask`` and ``direction`` (of ``ops.attention``) say which
     tokens meet, in every layer. ``read``: int64 (R,), the rows of the last hidden state that are
     needed: the answer is then (R, C), and the last layer computes these alone behind its attention.
+    ``record_only``: what ``capture`` records is needed and nothing else, so no layer runs behind the
+    last one recorded, nor anything of that one behind its queries and keys if they alone are; the
+    answer is (0, C).
     """
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
@@ -64,6 +68,7 @@ def encode(
     if read is not None and len(layers) in capture.hidden_states:
         raise ValueError("capture asks for the last hidden state whole, and read= for some rows")
     capture.start(len(layers), layout)
+    last, whole = capture.reach() if record_only else (len(layers), True)
     seed = draw_seed(layout.rows.device) if _drops(bert) else None
     hidden = embed(
         bert.embeddings,
@@ -77,7 +82,7 @@ def encode(
     )
     if 0 in capture.hidden_states:
         capture.hidden[0] = hidden
-    for m, layer in enumerate(layers, start=1):
+    for m, layer in enumerate(layers[:last], start=1):
         attended = m in capture.attention
         run: Callable[..., Any] = partial(
             encode_layer,
@@ -86,6 +91,7 @@ def encode(
             seed=seed,
             m=m,
             give_scores=attended,
+            scores_only=m == last and not whole,
             block_mask=block_mask,
             direction=direction,
             read=read if m == len(layers) else None,
@@ -102,7 +108,7 @@ def encode(
             hidden = run(hidden)
         if m in capture.hidden_states:
             capture.hidden[m] = hidden
-    return hidden
+    return hidden[:0] if record_only else hidden
 
 
 def embed(
@@ -164,13 +170,14 @@ def encode_layer(
     seed: Tensor | None,
     m: int,
     give_scores: bool,
+    scores_only: bool,
     block_mask: ops.BlockMask | None,
     direction: str,
     read: Tensor | None,
     impl: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Layer m: (T, C) -> (T, C), or (R, C) of the rows to ``read``; with its queries and keys
-    (T, H, D) if ``give_scores``.
+    (T, H, D) if ``give_scores``. ``scores_only``: these, and ``hidden`` as it came.
     """
     attention, site = layer.attention, SITES_PER_LAYER * m
     heads = attention.self
@@ -181,9 +188,10 @@ def encode_layer(
     if not all(map(is_plain, (*projections, dense))):
         padding = 0
     # Three products: one over concatenated weights would pay for its launch with copies.
-    queries, keys, values = (
-        _project(projection, hidden, size, padding) for projection in projections
-    )
+    queries, keys = (_project(x, hidden, size, padding) for x in projections[:2])
+    if scores_only:
+        return hidden, queries[..., :size], keys[..., :size]
+    values = _project(heads.value, hidden, size, padding)
     context = ops.attention(
         queries,
         keys,

@@ -80,7 +80,7 @@ def record(
     """Run the encoder of any BERT class and leave in ``capture`` what it asks for; no head runs."""
     encoder = model.base_model
     if is_accelerated(model):
-        encoder(**batch, layout=layout, capture=capture, packed=True)
+        encoder(**batch, layout=layout, capture=capture, packed=True, record_only=True)
     else:
         with record_padded(model, capture):
             encoder(**batch)
