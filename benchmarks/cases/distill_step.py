@@ -53,12 +53,11 @@ class OurStep(TrainingStep):
         ours, theirs = self.matches.student_capture(), self.matches.teacher_capture()
         student: Any = self.trained["student"]
         projection: Any = self.trained["projection"]
+        record: dict[str, Any] = {"layout": layout, "packed": True, "record_only": True}
         with self.autocast(dtype):
             with torch.no_grad():
-                self.teacher(dtype)(
-                    **batch.inputs, layout=layout, capture=theirs, packed=True, record_only=True
-                )
-            student(**batch.inputs, layout=layout, capture=ours, packed=True, record_only=True)
+                self.teacher(dtype)(**batch.inputs, capture=theirs, **record)
+            student(**batch.inputs, capture=ours, **record)
             terms = intermediate_terms(ours, theirs, self.matches, projection, layout=layout)
             loss = torch.stack(list(terms.values())).sum()
         loss.backward()

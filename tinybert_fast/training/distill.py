@@ -77,7 +77,9 @@ class Distillation(nn.Module):
 def record(
     model: Any, batch: dict[str, Tensor], capture: Capture, layout: SequenceLayout | None = None
 ) -> None:
-    """Run the encoder of any BERT class and leave in ``capture`` what it asks for; no head runs."""
+    """Run the encoder of any BERT class and leave in ``capture`` what it asks for; no head runs, and
+    of an accelerated encoder nothing that lies behind the last state asked for.
+    """
     encoder = model.base_model
     if is_accelerated(model):
         encoder(**batch, layout=layout, capture=capture, packed=True, record_only=True)
