@@ -13,9 +13,10 @@ from tinybert_fast.data import LengthCollator
 from tinybert_fast.testing.tiny_models import sentiment_rows, tiny_config, tiny_tokenizer
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import training_arguments
-from tinybert_fast.training.distill import DistillationTrainer, bf16_linears
+from tinybert_fast.training.distill import DistillationTrainer
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.projection import HiddenProjection
+from tinybert_fast.training.teacher import bf16_linears
 
 TERMS = {"embedding", "hidden_1", "hidden_2", "attention_1", "attention_2"}
 STAGES = ("intermediate", "prediction")

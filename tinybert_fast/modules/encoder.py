@@ -54,9 +54,9 @@ def encode(
     what it asks for on the way. ``block_mask`` and ``direction`` (of ``ops.attention``) say which
     tokens meet, in every layer. ``read``: int64 (R,), the rows of the last hidden state that are
     needed: the answer is then (R, C), and the last layer computes these alone behind its attention.
-    ``record_only``: nothing is needed but what ``capture`` records, so no layer runs behind the last
-    one recorded, nor anything of that one behind its queries and keys if they alone are; the answer
-    is (0, C).
+    ``record_only``: nothing is needed but what ``capture`` records, so no layer runs behind the
+    last one recorded, nor anything of that one behind its queries and keys if they alone are; the
+    answer is (0, C).
     """
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
