@@ -152,9 +152,7 @@ def distill_general(
         guide, matches, init=start, shared=shared_projection, seed=seed
     )
     fast(pupil)
-    about = run.recorded_by_resumed("teacher")
-    if about is None:
-        about = {"parameters": parameters(guide.model)}
+    about = run.recorded_by_resumed("teacher") or {"parameters": parameters(guide.model)}
     run.begin(settings)
     run.record(teacher=about)
     with arguments.main_process_first(local=False):

@@ -216,6 +216,7 @@ def distill_task(
 
     how: dict[str, Any] = {"parity": parity, "accelerate": accelerate, "impl": impl}
     guide = Teacher(config, lambda: load_classifier(teacher), numbers, partial(prepare, **how))
+    about = run.recorded_by_resumed("teacher") or {"parameters": parameters(guide.model)}
     encoded = {
         name: encode_examples(examples, tokenizer, task, max_length, str(data.files[name]))
         for name, examples in data.parts.items()
@@ -227,13 +228,10 @@ def distill_task(
     pupil, projection = chosen.build(
         guide, matches, task=task, init=start, shared=shared_projection, seed=seed
     )
-    about = run.recorded_by_resumed("teacher")
-    if about is None:
-        about = {"parameters": parameters(guide.model), "dev": None}
-        if dev is not None:
-            guide.model.to(arguments[PREDICTION].device)
-            logits = evaluate.predict(guide.model, dev, tokenizer, batch_size=2 * batch_size)
-            about["dev"] = score(logits, np.asarray(dev["label"]), task)
+    if dev is not None and "dev" not in about:
+        guide.model.to(arguments[PREDICTION].device)
+        logits = evaluate.predict(guide.model, dev, tokenizer, batch_size=2 * batch_size)
+        about["dev"] = score(logits, np.asarray(dev["label"]), task)
 
     metrics: dict[str, Any] = {
         "task": f"{'regression' if task.regression else 'classification'}, distilled",
