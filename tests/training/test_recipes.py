@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -378,13 +379,13 @@ def test_a_run_with_cached_lessons_resumes_without_its_teacher(
     with pytest.raises(KeyboardInterrupt):
         run(made, tmp_path / "parts", callbacks=[StopAt(stop)], **options)
     loaded = []
+
+    def spied(load, path, *task):
+        loaded.append(Path(path).name)
+        return load(path, *task)
+
     for name in {"load_encoder", "load_classifier"} & vars(module).keys():
-
-        def load(path, *task, load=getattr(module, name)):
-            loaded.append(Path(path).name)
-            return load(path, *task)
-
-        monkeypatch.setattr(module, name, load)
+        monkeypatch.setattr(module, name, partial(spied, getattr(module, name)))
     resumed = run(made, tmp_path / "parts", resume=True, **options)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     teacher = "encoder" if recipe == "general" else "teacher"
