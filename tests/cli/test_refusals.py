@@ -223,7 +223,7 @@ def test_lessons_of_another_teacher_or_without_room(cli, files, out, tmp_path, m
     assert "the lessons are cut short; remove" in cli(*run, "-o", tmp_path / "cut").line
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     full = cli(*run[:-1], tmp_path / "full", "-o", tmp_path / "out2")
-    assert re.search(r"would take [\d.]+ .B and .*full has 1 kB free; make room", full.line)
+    assert re.search(r"would take [\d.]+ .B and .*full/general has 1 kB free; make room", full.line)
     assert not (tmp_path / "full").exists()
 
 

@@ -305,8 +305,8 @@ def _check_room(folder: Path, size: int) -> None:
     if size > free:
         raise ValueError(
             f"the teacher's lessons would take {in_words(size)} and {folder} has {in_words(free)} "
-            "free; make room, name another folder (cache_folder), keep them in fp16 (cache_dtype), "
-            "or do without (cache_teacher)"
+            "free; make room, name another folder (--cache-folder), keep them in fp16 "
+            "(--cache-dtype), or leave the cache out"
         )
 
 
