@@ -346,6 +346,7 @@ def test_resuming_wants_the_same_weights(made, tmp_path, monkeypatch, recipe):
 
 def test_cached_lessons_teach_the_same(made, tmp_path, caplog):
     """Augmented texts in both stages; the folder goes with the checkpoints, or stays if named."""
+    caplog.set_level("INFO", logger="tinybert_fast")
     live = task(made, tmp_path / "live", augmented=made / "augmented.csv")
     cached = task(made, tmp_path / "cached", augmented=made / "augmented.csv", cache_teacher=True)
     assert "asking the teacher about 90 examples once: " in caplog.text

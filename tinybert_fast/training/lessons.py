@@ -157,7 +157,8 @@ class LessonCache:
         rows_of = np.ones_like(lengths) if LOGITS in kept else lengths
         size = int(rows_of.sum()) * sum(one.row_bytes for one in kept.values())
         _check_room(folder, size)
-        log.warning(
+        log.log(
+            logging.WARNING if progress else logging.INFO,
             "asking the teacher about %s examples once: %s in %s",
             f"{len(lengths):,}", in_words(size), folder,
         )  # fmt: skip

@@ -154,7 +154,7 @@ def _load(auto, path: str | Path, *, alone: bool = False, **options):
         kind = ValueError if Path(name).is_dir() else FileNotFoundError
         raise kind(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     # Old names of weights that Transformers would bring back in save_pretrained.
-    vars(loaded[0] if isinstance(loaded, tuple) else loaded).pop("_weight_conversions", None)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).__dict__.pop("_weight_conversions", None)
     return loaded
 
 
