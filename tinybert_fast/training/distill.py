@@ -162,7 +162,7 @@ class DistillationTrainer(TermsTrainer):
             matches = projection = None
         self.stage, self.teacher_dtype, self.lessons = stage, teacher_dtype, lessons
         self.teacher = teacher
-        if isinstance(teacher, nn.Module):
+        if lessons is None:
             teacher.eval().requires_grad_(False).to(args.device)
         super().__init__(
             model=Distillation(

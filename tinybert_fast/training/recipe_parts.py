@@ -1,5 +1,7 @@
 """What general and task distillation have in common: set-up of a run, and its report."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -120,9 +122,10 @@ class Teaching:
         """
         volatile = ("_name_or_path", "transformers_version", "architectures", "dtype")
         config = {k: v for k, v in teacher.config.to_diff_dict().items() if k not in volatile}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
         made_from = {
             "teacher": weights_digest(where) or str(where),
-            "teacher_config": config,
+            "teacher_config": digest,
             "teacher_dtype": teacher.dtype,
             "cache_dtype": cache_dtype,
             "tokenizer": fingerprint(tokenizer),
