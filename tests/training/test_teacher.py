@@ -116,6 +116,9 @@ def test_a_teacher_is_loaded_once_and_only_if_needed(dtype, convert):
     assert torch.equal(exact, classify(tbf.accelerate(model()), batch()).logits)
     words = "bert.embeddings.word_embeddings.weight"
     assert asked.get_parameter(words) is teacher.exact.get_parameter(words)
-    teacher.forget()
+    teacher.forget(asked=False)
+    assert teacher.asked is asked
+    assert len(loads) == 1
+    teacher.forget(asked=True)
     assert teacher.asked is not asked
     assert len(loads) == 2

@@ -16,11 +16,9 @@ from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.projection import FILE_NAME as PROJECTION
 from tinybert_fast.training.recipe_parts import (
-    Teaching,
     change_tables,
     check_batches,
     check_parity,
-    check_teaching,
     collator_for,
     facts,
     first_and_last,
@@ -29,7 +27,6 @@ from tinybert_fast.training.recipe_parts import (
     more_arguments,
     parameters,
     prepare,
-    start_of,
     student_settings,
     train,
     usable,
@@ -39,6 +36,7 @@ from tinybert_fast.training.report import table
 from tinybert_fast.training.run_folder import RunFolder, weights_digest
 from tinybert_fast.training.students import Student, matches_for
 from tinybert_fast.training.teacher import Teacher, TeacherDtype
+from tinybert_fast.training.teaching import Teaching, check_teaching, start_of
 
 
 def distill_general(

@@ -21,11 +21,9 @@ from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.metrics import check_metric, compute_metrics, metric_names, score
 from tinybert_fast.training.recipe_parts import (
-    Teaching,
     change_tables,
     check_batches,
     check_parity,
-    check_teaching,
     collator_for,
     facts,
     first_and_last,
@@ -34,7 +32,6 @@ from tinybert_fast.training.recipe_parts import (
     more_arguments,
     parameters,
     prepare,
-    start_of,
     student_settings,
     train,
     usable,
@@ -49,6 +46,7 @@ from tinybert_fast.training.run_folder import (
 )
 from tinybert_fast.training.students import Student, matches_for
 from tinybert_fast.training.teacher import Teacher, TeacherDtype
+from tinybert_fast.training.teaching import Teaching, check_teaching, start_of
 
 SINGLE_LENGTH, PAIR_LENGTH = 64, 128  # tokens of an input in the paper
 PREDICTION: Stage = "prediction"

@@ -169,7 +169,7 @@ class Teacher:
         shared = {id(p): p for p in self.exact.parameters()}
         return CONVERT[self.dtype](copy.deepcopy(self.exact, shared))
 
-    def forget(self) -> None:
-        """Give the memory back."""
-        for name in ("model", "exact", "asked"):
+    def forget(self, *, asked: bool) -> None:
+        """Give back the memory of the model in fp32 and, if so, of the one that is ``asked``."""
+        for name in ("model", "exact", *(("asked",) if asked else ())):
             self.__dict__.pop(name, None)
