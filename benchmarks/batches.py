@@ -40,9 +40,10 @@ class Batch:
         """Sorted by length and cut into ``count`` batches, each trimmed to its longest sequence."""
         order = sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b])
         size = -(-len(order) // count)
-        return [self._rows(order[i : i + size]) for i in range(0, len(order), size)]
+        return [self.rows(order[i : i + size]) for i in range(0, len(order), size)]
 
-    def _rows(self, numbers: list[int]) -> Batch:
+    def rows(self, numbers: list[int]) -> Batch:
+        """These sequences, trimmed to the longest of them."""
         longest = max(self.lengths[b] for b in numbers)
         index = torch.tensor(numbers, device=self.input_ids.device)
         padded = (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinybert_fast.benchmarks.batches import Batch
 from tinybert_fast.benchmarks.case import Outcome, autocast
-from tinybert_fast.training.distill import bf16_linears
+from tinybert_fast.training.teacher import bf16_linears
 
 OPTIMIZER = "adamw_fused"
 LEARNING_RATE = (

@@ -11,9 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from tinybert_fast.benchmarks.baselines.distillation import CarefulStep, OfficialStep
@@ -22,10 +25,13 @@ from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup
 from tinybert_fast.benchmarks.cases.mlm_step import student_config
 from tinybert_fast.benchmarks.training_step import OPTIMIZER, Teacher, TrainingStep, sharing
 from tinybert_fast.integrations import accelerate
+from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.training.lessons import LessonCache
 from tinybert_fast.training.losses import intermediate_terms
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.projection import HiddenProjection
+from tinybert_fast.training.teacher import record
 
 SHAPES = ((16, 128), (4, 512))
 SMOKE_BATCH, SMOKE_WIDTH = 4, 16
@@ -50,17 +56,57 @@ class OurStep(TrainingStep):
 
     def backward(self, batch: Batch, dtype: str, setting: Any) -> Tensor:
         layout = SequenceLayout.from_mask(batch.attention_mask)
-        ours, theirs = self.matches.student_capture(), self.matches.teacher_capture()
+        ours = self.matches.student_capture()
         student: Any = self.trained["student"]
         projection: Any = self.trained["projection"]
         with self.autocast(dtype):
-            with torch.no_grad():
-                self.teacher(dtype)(**batch.inputs, layout=layout, capture=theirs, packed=True)
-            student(**batch.inputs, layout=layout, capture=ours, packed=True)
+            theirs = self.lesson(batch, layout, dtype)
+            student(**batch.inputs, layout=layout, capture=ours, packed=True, record_only=True)
             terms = intermediate_terms(ours, theirs, self.matches, projection, layout=layout)
             loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         return loss.detach()
+
+    @torch.no_grad()
+    def lesson(self, batch: Batch, layout: SequenceLayout, dtype: str) -> Capture:
+        theirs = self.matches.teacher_capture()
+        record(self.teacher(dtype), batch.inputs, theirs, layout)
+        return theirs
+
+
+class CachedStep(OurStep):
+    """The same from the second epoch on, if the teacher's lessons are cached: read from the disk
+    (or from the memory that keeps its files), in the dtype they were computed in."""
+
+    name = "ours cached"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._folder = TemporaryDirectory(prefix="lessons-")  # goes with the provider
+        self._caches: dict[Any, LessonCache] = {}
+
+    def lesson(self, batch: Batch, layout: SequenceLayout, dtype: str) -> Capture:
+        key = id(batch), dtype
+        if key not in self._caches:
+            self._caches[key] = self._ask(batch, dtype)
+        said = self._caches[key].lesson(range(len(batch.lengths)), layout, self.device)
+        assert isinstance(said, Capture)
+        return said
+
+    def _ask(self, batch: Batch, dtype: str) -> LessonCache:
+        lengths = list(batch.lengths)
+        rows = Dataset.from_dict({"length": lengths, "row": list(range(len(lengths)))})
+
+        def teach(some: dict[str, Any]) -> Capture:
+            with self.autocast(dtype):
+                layout = SequenceLayout.from_mask(some["batch"].attention_mask)
+                return OurStep.lesson(self, some["batch"], layout, dtype)
+
+        def collate(some: list[dict[str, int]]) -> dict[str, Any]:
+            return {"batch": batch.rows([one["row"] for one in some])}
+
+        folder = Path(self._folder.name) / str(len(self._caches))
+        return LessonCache.build(folder, teach, rows, collate, {}, batch_size=len(lengths))
 
 
 def cases(setup: Setup, *, batch: int, width: int) -> Iterator[Case]:
@@ -101,14 +147,20 @@ def cases(setup: Setup, *, batch: int, width: int) -> Iterator[Case]:
         providers=[
             OfficialStep(_both(student, projection), sharing(teacher), *common),
             CarefulStep(_both(student, projection), sharing(teacher), *common),
-            OurStep(
-                _both(accelerate(copy.deepcopy(student)), projection),
-                accelerate(sharing(teacher)),
-                matches,
-                *common,
+            *(
+                step(
+                    _both(accelerate(copy.deepcopy(student)), projection),
+                    accelerate(sharing(teacher)),
+                    matches,
+                    *common,
+                )
+                for step in (OurStep, CachedStep)
             ),
         ],
-        checks=(Check(FULL, "official", ("careful", "ours")), Check(RAGGED, "careful", ("ours",))),
+        checks=(
+            Check(FULL, "official", ("careful", OurStep.name, CachedStep.name)),
+            Check(RAGGED, "careful", (OurStep.name, CachedStep.name)),
+        ),
     )
 
 

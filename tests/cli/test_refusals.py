@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -205,6 +206,25 @@ def test_longer_text_than_positions_is_cut_and_counted(cli, teacher, tmp_path, c
 )
 def test_general_or_task(cli, files, out, more, words):
     assert words in cli("distill", files / "encoder", "-o", out, *more).line
+
+
+def test_lessons_of_another_teacher_or_without_room(cli, files, out, tmp_path, monkeypatch):
+    run = ("distill", files / "encoder", "--corpus", files / "corpus.txt", "--student",
+           files / "student.json", "--steps", 1, "--cache-folder", tmp_path / "kept")  # fmt: skip
+    assert "ask for them" in cli(*run[:-2], "--cache-dtype", "fp16", "-o", out).line
+    assert "'int4'" in cli(*run, "--teacher-dtype", "int4", "-o", out).line
+    assert not out.exists()
+    assert cli(*run, "-o", out).code == 0
+    other = tiny_encoder(tmp_path / "other", seed=1, num_hidden_layers=4)
+    again = cli(run[0], other, *run[2:], "-o", tmp_path / "again")
+    assert "made from something else (teacher was" in again.line
+    last = tmp_path / "kept" / "general" / "00000.safetensors"
+    last.write_bytes(last.read_bytes()[:100])
+    assert "the lessons are cut short; remove" in cli(*run, "-o", tmp_path / "cut").line
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    full = cli(*run[:-1], tmp_path / "full", "-o", tmp_path / "out2")
+    assert re.search(r"would take [\d.]+ .B and .*full/general has 1 kB free; make room", full.line)
+    assert not (tmp_path / "full").exists()
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,23 @@ def test_checkpointing_replays_dropout_for_recorded_states():
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
 
 
+def test_a_record_alone_skips_the_pooler_and_layers_behind_it():
+    """With the graph of a whole forward, and also where the config asks for hidden states."""
+    _, fast = models(output_hidden_states=True)
+    fast.pooler.register_forward_pre_hook(lambda *call: pytest.fail("the pooler ran"))
+    grads = []
+    for alone in (False, True):
+        capture = tbf.Capture(hidden_states=[1], attention=[2])
+        answer = fast(**batch(), capture=capture, packed=True, record_only=alone)
+        loss = loss_of(recorded(capture), answer.layout)
+        grads.append(torch.autograd.grad(loss, list(fast.parameters()), allow_unused=True))
+    assert answer.rows.shape == (0, CHANNELS)
+    assert answer.hidden_states is None
+    for name, got, want in zip(dict(fast.named_parameters()), grads[1], grads[0], strict=True):
+        assert (got is None) == (want is None), name
+        assert got is None or torch.equal(got, want), name
+
+
 def test_only_what_was_asked_is_kept_and_the_next_forward_replaces_it():
     _, fast = models()
     capture = tbf.Capture(hidden_states=[0, 2], attention=[3], attention_values=[1])
@@ -194,6 +211,9 @@ def test_refusals():
             fast(**batch(), capture=tbf.Capture(**asked), direction="causal")
     with pytest.raises(ValueError, match=r"attention of layer 0, .* has 1\.\.3"):
         fast(**batch(), capture=tbf.Capture(attention_values=[0]))
+    for more in ({}, {"capture": tbf.Capture([1])}, {"packed": True}):
+        with pytest.raises(ValueError, match="give it capture= and packed=True"):
+            fast(**batch(), record_only=True, **more)
     plain.gradient_checkpointing_enable({"use_reentrant": True})
     with (
         pytest.raises(ValueError, match="use_reentrant=False"),

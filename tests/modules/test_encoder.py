@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tinybert_fast as tbf
 from tinybert_fast.modules import Capture, encode, encoder
@@ -131,6 +132,37 @@ def test_dropout_does_not_depend_on_padding():
         outputs.append(encode(bert, layout, input_ids=padded, impl="reference"))
     assert torch.equal(*outputs)
     assert not torch.allclose(outputs[0], encode(bert.eval(), layout, input_ids=wide))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "attention", "projections", "ffns"),
+    [
+        ((0, 2), (2,), 3 + 3, 2),  # all of layers 1 and 2, nothing of 3
+        ((1,), (3,), 3 + 3 + 2, 2),  # of layer 3 its queries and keys
+        ((0,), (1,), 2, 0),
+        ((0,), (), 0, 0),
+        ((3,), (), 9, 3),
+    ],
+    ids=["until_2", "scores_of_3", "scores_of_1", "embeddings", "everything"],
+)
+def test_only_what_is_recorded_is_computed(hidden, attention, projections, ffns):
+    """By the work of its matrix products; what is recorded has the bits of a whole forward."""
+    bert, layout = stand_in(layers=3), tbf.SequenceLayout.from_lengths([5, 2, 0, 5], 6)
+    ids = torch.randint(1, 17, (4, 6))
+    whole, alone = Capture(range(4), (1, 2, 3)), Capture(hidden, attention)
+    encode(bert, layout, input_ids=ids, capture=whole)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        rows = encode(bert, layout, input_ids=ids, capture=alone, record_only=True)
+    assert rows.shape == (0, CHANNELS)
+    for kind, numbers in (("hidden", hidden), ("queries", attention), ("keys", attention)):
+        assert sorted(getattr(alone, kind)) == sorted(numbers)
+        for m in numbers:
+            assert torch.equal(getattr(alone, kind)[m], getattr(whole, kind)[m])
+    flops = counter.get_flop_counts().get("Global", {})
+    products = sum(flops.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    square, expansion = CHANNELS * CHANNELS, CHANNELS * 20
+    work = (projections + ffns) * square + 2 * ffns * expansion  # one output product per FFN
+    assert products == 2 * layout.total * work
 
 
 def test_modules_import_without_transformers():

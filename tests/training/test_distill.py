@@ -13,10 +13,12 @@ from tinybert_fast.data import LengthCollator
 from tinybert_fast.testing.tiny_models import sentiment_rows, tiny_config, tiny_tokenizer
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import training_arguments
-from tinybert_fast.training.distill import DistillationTrainer, bf16_linears
+from tinybert_fast.training.distill import DistillationTrainer
+from tinybert_fast.training.lessons import LessonCache
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.relation_matches import RelationMatches
+from tinybert_fast.training.teacher import bf16_linears, int8_linears
 
 TERMS = {"embedding", "hidden_1", "hidden_2", "attention_1", "attention_2"}
 STAGES = ("intermediate", "prediction")
@@ -361,6 +363,70 @@ def test_official_parity_uses_the_official_optimizer(data, tmp_path):
     assert all("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in spared["params"])
 
 
+@pytest.mark.parametrize("accelerate", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_cached_lessons_train_the_same_student(data, tmp_path, stage, accelerate):
+    """Two epochs in other orders, dropout on, the teacher gone."""
+    examples, tokenizer = data
+    found = []
+    for cached in (False, True):
+        indexed = examples.add_column("index", list(range(len(examples))))
+        trainer = trainer_of(
+            (indexed, tokenizer),
+            tmp_path / str(cached),
+            models(accelerate),
+            stage=stage,
+            log_steps=1,
+        )
+        if cached:
+            trainer.lessons = LessonCache.build(
+                tmp_path / "lessons", trainer.teach_raw, indexed, trainer.data_collator, {},
+                batch_size=8,
+            )  # fmt: skip
+            trainer.teacher = None
+        trainer.train()
+        found.append([entry["loss"] for entry in losses(trainer.state.log_history)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_with_lessons_a_config_stands_for_the_teacher(data, tmp_path):
+    examples, tokenizer = data
+    indexed = examples.add_column("index", list(range(len(examples))))
+    student, teacher = models()
+    live = trainer_of((indexed, tokenizer), tmp_path, (student, teacher))
+    made = live.teach_raw, indexed, live.data_collator, {}
+    lessons = LessonCache.build(tmp_path / "lessons", *made, batch_size=8)
+    trainer = trainer_of(
+        (indexed, tokenizer), tmp_path, (student, teacher.config), options={"lessons": lessons}
+    )
+    trainer.train()
+    assert trainer.state.global_step == 12
+    with pytest.raises(ValueError, match="cached lessons do not hold"):
+        trainer_of(
+            data, tmp_path, models(False), options={"lessons": lessons, "parity": "official"}
+        )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_how_much_a_rounded_teacher_changes_the_loss(data, tmp_path, stage, dtype):
+    student, exact = models()
+    convert = {"bf16": bf16_linears, "int8": int8_linears}[dtype]
+    rounded = convert(copy.deepcopy(exact))
+    options = {"teacher_dtype": dtype}
+    trainer = trainer_of(data, tmp_path, (student, rounded), stage=stage, options=options)
+    changes = trainer.change_of_terms(exact)
+    assert changes.keys() == (TERMS if stage == "intermediate" else {"prediction"})
+    assert all(0 <= change < 0.1 for change in changes.values())
+    assert sum(changes.values()) > 0
+    same = trainer_of(data, tmp_path, (student, exact), stage=stage)
+    assert not any(same.change_of_terms(exact).values())
+    batch = {k: v for k, v in batch_of(data, trainer).items() if k not in ("labels", "layout")}
+    said = trainer.teach(batch)
+    if stage == "intermediate" and dtype == "bf16":  # though the run is in fp32
+        assert {q.dtype for q in said.queries.values()} == {torch.bfloat16}
+
+
 def other(**changes):
     return lambda: (models()[0], models(**changes)[1])
 
@@ -370,6 +436,7 @@ def other(**changes):
     [
         (models, {"stage": "both"}, "intermediate, prediction; got 'both'"),
         (models, {"parity": "exact"}, "paper, official; got 'exact'"),
+        (models, {"teacher_dtype": "fp8"}, "expected one of fp32, bf16, int8"),
         (models, {"temperature": 0.0}, "must be positive; got 0.0"),
         (models, {"parity": "official"}, r"accelerated student .*restore\(\) it first"),
         (other(vocab_size=99), {}, "25 word pieces and the teacher 99"),

@@ -5,6 +5,8 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -380,6 +382,76 @@ def test_resuming_wants_the_same_weights(made, tmp_path, monkeypatch, recipe):
         run(resume=True)
 
 
+def test_cached_lessons_teach_the_same(made, tmp_path, caplog):
+    """Augmented texts in both stages; the folder goes with the checkpoints, or stays if named."""
+    caplog.set_level("INFO", logger="tinybert_fast")
+    live = task(made, tmp_path / "live", augmented=made / "augmented.csv")
+    cached = task(made, tmp_path / "cached", augmented=made / "augmented.csv", cache_teacher=True)
+    assert "asking the teacher about 90 examples once: " in caplog.text
+    assert not (tmp_path / "cached" / "checkpoints").exists()
+    for stage in ("intermediate", "prediction"):
+        for term, value in live[stage]["losses"].items():
+            assert cached[stage]["losses"][term] == pytest.approx(value, rel=1e-4)
+    assert cached["dev"] == pytest.approx(live["dev"], rel=1e-4)
+    assert "teacher_change" not in cached
+    for _ in range(2):
+        kept = general(made, tmp_path / "out", cache_teacher=tmp_path / "kept", overwrite=True)
+    assert names(tmp_path / "kept" / "general") >= {"lessons.json", "00000.safetensors"}
+    assert kept["losses"]["loss"]["last"] == pytest.approx(
+        general(made, tmp_path / "again")["losses"]["loss"]["last"], rel=1e-4
+    )
+    with pytest.raises(ValueError, match=r"max length was 16, now 12\); remove .*kept/general"):
+        general(made, tmp_path / "other", cache_teacher=tmp_path / "kept", max_length=12)
+
+
+@pytest.mark.parametrize(("recipe", "stop"), [("general", 9), ("task", 10), ("task", 24)])
+def test_a_run_with_cached_lessons_resumes_without_its_teacher(
+    made, tmp_path, monkeypatch, recipe, stop
+):
+    """The same bits, whatever the student had started from."""
+    options = {"checkpoint_steps": 4, "cache_teacher": True, "init": "pca"}
+    options |= {"eval_steps": 3, "accelerate": False} if recipe == "task" else {}
+    run, module = {
+        "general": (general, general_distillation), "task": (task, task_distillation)
+    }[recipe]  # fmt: skip
+    whole = run(made, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path / "parts", callbacks=[StopAt(stop)], **options)
+    loaded = []
+
+    def spied(load, path, *task):
+        loaded.append(Path(path).name)
+        return load(path, *task)
+
+    for name in {"load_encoder", "load_classifier"} & vars(module).keys():
+        monkeypatch.setattr(module, name, partial(spied, getattr(module, name)))
+    resumed = run(made, tmp_path / "parts", resume=True, **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    teacher = "encoder" if recipe == "general" else "teacher"
+    assert loaded.count(teacher) == (stop == 10)  # the prediction stage had no lessons yet
+    for name in ("teacher_parameters", "teacher_dev"):
+        assert resumed.get(name) == whole.get(name)
+
+
+def test_what_rounding_the_teacher_costs_is_reported(made, tmp_path):
+    metrics = task(
+        made, tmp_path / "int8", teacher_dtype="int8", cache_teacher=True, cache_dtype="bf16"
+    )
+    assert metrics["teacher_change"].keys() == {"intermediate", "prediction"}
+    changes = metrics["teacher_change"]["intermediate"]
+    assert changes.keys() == {
+        "embedding", "hidden_1", "hidden_2", "attention_1", "attention_2"
+    }  # fmt: skip
+    assert all(0 <= value < 0.1 for value in changes.values())
+    assert any(changes.values())
+    assert json.loads((tmp_path / "int8" / "metrics.json").read_text()) == metrics
+    report = (tmp_path / "int8" / "report.md").read_text()
+    assert "Loss by the teacher's rounding, intermediate stage" in report
+    assert metrics["dev"]["accuracy"] > 0.5
+    bf16 = general(made, tmp_path / "bf16", teacher_dtype="bf16", steps=2)
+    assert any(bf16["teacher_change"].values())
+
+
 def test_a_terminal_sees_the_corpus_being_encoded(made, tmp_path, monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, _environ={})
@@ -478,6 +550,10 @@ def test_a_student_selected_by_its_loss_on_gold_labels(made, tmp_path, accelerat
             "no student or model 5l-100; .*4l-312, 6l-768",
         ),
         (general, {"student": tiny_config(num_attention_heads=4)}, ValueError, "heads=2"),
+        (general, {"teacher_dtype": "fp8"}, ValueError, "fp32, bf16, int8"),
+        (general, {"cache_dtype": "fp16"}, ValueError, "ask for them"),
+        (task, {"cache_teacher": True, "cache_dtype": "int8"}, ValueError, "fp32, fp16, bf16"),
+        (task, {"cache_teacher": True, "parity": "official"}, ValueError, "counts padding"),
         (general, {"init": "svd"}, ValueError, "random, layers, pca"),
         (general, {"parity": "official", "batch_size": 100}, ValueError, "90 texts do not fill"),
         (general, {"batch_size": 0}, ValueError, "batch_size is 0"),

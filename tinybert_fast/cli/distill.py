@@ -12,6 +12,7 @@ from tinybert_fast.cli.options import HOW, TRAINING
 GENERAL = "General distillation (with --corpus)"
 TASK = "Task distillation (with --train)"
 BOTH = "Student"
+SPEED = "Teacher"
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
@@ -111,6 +112,40 @@ def distill(
             rich_help_panel=BOTH,
         ),
     ] = "paper",
+    teacher_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="What the teacher computes in: fp32, bf16, or int8 on a CPU; by default as the "
+            "run. The report says how much it changes the loss.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    cache_teacher: Annotated[
+        bool,
+        typer.Option(
+            "--cache-teacher",
+            help="Ask the teacher once, keep what it says on disk, and learn from that in every "
+            "epoch; removed at the end.",
+            rich_help_panel=SPEED,
+        ),
+    ] = False,
+    cache_folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The same, kept in DIR for other runs with this teacher and these texts.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of the numbers on disk: fp32, fp16 or bf16; by default as computed.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
     # ---- general
     corpus: Annotated[
         list[Path] | None,
@@ -227,9 +262,11 @@ def distill(
             "distill needs one of --corpus FILE (general distillation, plain text) and "
             "--train FILE (task distillation); got " + ("both" if corpus else "neither")
         )
-    given = _given(context, BOTH, TRAINING, HOW, GENERAL if corpus else TASK)
+    given = _given(context, BOTH, SPEED, TRAINING, HOW, GENERAL if corpus else TASK)
     for name in ("student", "corpus", "train", "dev", "json_file"):
         given.pop(name, None)
+    if cache_folder is not None:
+        given["cache_teacher"] = given.pop("cache_folder")
     keep_freed_memory()
     from tinybert_fast.training import recipes
 

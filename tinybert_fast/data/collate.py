@@ -14,8 +14,8 @@ class LengthCollator:
     """Encoded examples -> {input_ids, attention_mask, token_type_ids: (B, N) int64, labels: (B,)}.
 
     N is the longest example, rounded up to `pad_to_multiple_of`. `labels` is there if the examples
-    have `label`. `lengths=True` adds the lengths as a list: a packed encoder then need not ask the
-    device for them.
+    have `label`; so is `index`, as a list: which examples they are. `lengths=True` adds the lengths
+    as a list: a packed encoder then need not ask the device for them.
     """
 
     def __init__(self, tokenizer, pad_to_multiple_of: int | None = None, *, lengths: bool = False):
@@ -39,6 +39,8 @@ class LengthCollator:
             labels = [example["label"] for example in examples]
             dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
             batch["labels"] = torch.tensor(labels, dtype=dtype)
+        if "index" in examples[0]:
+            batch["index"] = [example["index"] for example in examples]
         if self.lengths:
             batch["lengths"] = lengths
         return batch

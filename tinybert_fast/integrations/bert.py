@@ -103,10 +103,11 @@ class AcceleratedBertModel(Accelerated, BertModel):
         layout: SequenceLayout | None = None,
         direction: str = "both",
         read: Tensor | None = None,
+        record_only: bool = False,
         packed: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """BertModel's forward, with five keywords more, which every accelerated class passes on.
+        """BertModel's forward, with six keywords more, which every accelerated class passes on.
 
         Args:
             capture: what to record of hidden states, queries, keys and values (modules/capture.py).
@@ -114,6 +115,8 @@ class AcceleratedBertModel(Accelerated, BertModel):
             direction: "both", "causal" or "anti_causal" (``ops.attention``), in every layer.
             read: the packed rows that a head will read, int64 (R,), with ``packed``: it gets these
                 alone, in this order.
+            record_only: with ``capture`` and ``packed``, stop where nothing more is recorded: the
+                head gets no rows.
             packed: give a head its `Packed` rows, or None where Transformers' own code has to run.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -160,10 +163,15 @@ class AcceleratedBertModel(Accelerated, BertModel):
         assert layout is not None
         if read is not None and not packed:
             raise ValueError("read= gives some rows, for a head that asks for packed ones")
+        if record_only and (capture is None or not packed or read is not None):
+            raise ValueError(
+                "record_only= computes what capture= records and no rows: give it capture= and "
+                "packed=True, and no read="
+            )
         asked = kwargs.get(
             "output_hidden_states", getattr(self.config, "output_hidden_states", None)
         )
-        wanted = _selected(asked, self.config.num_hidden_layers)
+        wanted = None if record_only else _selected(asked, self.config.num_hidden_layers)
         record = capture or Capture()
         if wanted is not None:
             record = replace(record, hidden_states={*wanted, *record.hidden_states})
@@ -178,6 +186,7 @@ class AcceleratedBertModel(Accelerated, BertModel):
             block_mask=_block_mask(self, layout.rows.device),
             direction=direction,
             read=read,
+            record_only=record_only,
             impl=self.fast_impl,
         )
         if capture is not None and record is not capture:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 from transformers.models.bert.modeling_bert import (
     BertForNextSentencePrediction,
@@ -22,17 +24,22 @@ from tinybert_fast.integrations.bert import (
     AcceleratedBertModel,
     accelerate,
     bears_name_of,
+    say_once,
 )
 
 TinyBertTokenizer = BertTokenizer  # the same WordPiece and the same files
 
 
 class TinyBertConfig(BertConfig):
-    """BertConfig whose defaults are TinyBERT-4L-312; written and read as ``model_type: bert``."""
+    """BertConfig whose defaults are TinyBERT-4L-312; written and read as ``model_type: bert``.
+
+    ``pooled_relu``: classifiers read relu(pooler), as those that the TinyBERT authors trained do.
+    """
 
     hidden_size: int = 312
     num_hidden_layers: int = 4
     intermediate_size: int = 1200
+    pooled_relu: bool = False
 
     @classmethod
     def tiny_4l_312(cls, **changes: Any) -> TinyBertConfig:
@@ -44,6 +51,47 @@ class TinyBertConfig(BertConfig):
         """6 layers, 768 wide, FFN 3072, 12 heads of 64 (67 M parameters in English)."""
         size = {"hidden_size": 768, "num_hidden_layers": 6, "intermediate_size": 3072}
         return cls(**{**size, **changes})
+
+
+class PooledReLU(nn.Dropout):
+    """dropout(relu(x)), between pooler and classifier."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.relu(x))
+
+
+class ReluClassifier(BertForSequenceClassification):
+    """BertForSequenceClassification that heeds ``config.pooled_relu``.
+
+    The flag is saved with the config, and Transformers' own class does not know it: it would read
+    the pooler without the ReLU and give other logits, which saving warns of.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        with_pooled_relu(self)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.config, "pooled_relu", False):
+            say_once(
+                "this classifier reads relu(pooler) (pooled_relu in its config.json), which plain "
+                "Transformers leaves out: load it with TinyBertForSequenceClassification"
+            )
+        return super().save_pretrained(*args, **kwargs)
+
+
+bears_name_of(BertForSequenceClassification, ReluClassifier)
+
+
+def with_pooled_relu(model: Any) -> Any:
+    """In place, and only a BertForSequenceClassification whose config asks for it."""
+    if isinstance(model, BertForSequenceClassification) and getattr(
+        model.config, "pooled_relu", False
+    ):
+        if type(model) is BertForSequenceClassification:
+            model.__class__ = ReluClassifier
+        model.dropout = PooledReLU(model.dropout.p)
+    return model
 
 
 class _AcceleratedAtConstruction:
@@ -70,8 +118,8 @@ class TinyBertForNextSentencePrediction(_AcceleratedAtConstruction, BertForNextS
     """BertForNextSentencePrediction on packed rows."""
 
 
-class TinyBertForSequenceClassification(_AcceleratedAtConstruction, BertForSequenceClassification):
-    """BertForSequenceClassification on packed rows."""
+class TinyBertForSequenceClassification(_AcceleratedAtConstruction, ReluClassifier):
+    """BertForSequenceClassification on packed rows; ``pooled_relu``: see TinyBertConfig."""
 
 
 class TinyBertForTokenClassification(_AcceleratedAtConstruction, BertForTokenClassification):

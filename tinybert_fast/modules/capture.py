@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tinybert_fast.ops.layout import SequenceLayout
 
+HEADS = ("queries", "keys", "values")
+
 
 @dataclass(eq=False)
 class Capture:
@@ -54,6 +56,19 @@ class Capture:
                 )
         self.layout = layout
         self.hidden, self.queries, self.keys, self.values = {}, {}, {}, {}
+
+    def reach(self) -> tuple[int, bool]:
+        """(m, whole): the last layer that leaves something here, and whether that is its output;
+        if not, its queries, keys or values alone. (0, True): the embeddings.
+        """
+        m = max((*self.hidden_states, *self.attention, *self.attention_values), default=0)
+        return m, m in self.hidden_states or m == 0
+
+    def heads_of(self, m: int) -> frozenset[str]:
+        """What of layer m's heads is asked for, of HEADS."""
+        scores = HEADS[:2] if m in self.attention else ()
+        values = HEADS[2:] if m in self.attention_values else ()
+        return frozenset((*scores, *values))
 
     def take(self, other: Capture) -> None:
         """Copy from ``other``, which recorded the same forward and at least as much."""

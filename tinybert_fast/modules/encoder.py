@@ -13,7 +13,7 @@ Every dropout place has its own site number, 4 m + place, under one seed per for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinybert_fast import ops
-from tinybert_fast.modules.capture import Capture
+from tinybert_fast.modules.capture import HEADS, Capture
 from tinybert_fast.ops.layout import SequenceLayout
 
 HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
@@ -43,6 +43,7 @@ def encode(
     block_mask: ops.BlockMask | None = None,
     direction: str = "both",
     read: Tensor | None = None,
+    record_only: bool = False,
     impl: Any = "auto",
 ) -> Tensor:
     """The last hidden state (T, C) of ``bert`` on the real tokens of a padded batch.
@@ -53,6 +54,9 @@ def encode(
     what it asks for on the way. ``block_mask`` and ``direction`` (of ``ops.attention``) say which
     tokens meet, in every layer. ``read``: int64 (R,), the rows of the last hidden state that are
     needed: the answer is then (R, C), and the last layer computes these alone behind its attention.
+    ``record_only``: nothing is needed but what ``capture`` records, so no layer runs behind the
+    last one recorded, nor anything of that one behind its queries, keys and values if they alone
+    are; the answer is (0, C).
     """
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
@@ -65,6 +69,7 @@ def encode(
     if read is not None and len(layers) in capture.hidden_states:
         raise ValueError("capture asks for the last hidden state whole, and read= for some rows")
     capture.start(len(layers), layout)
+    last, whole = capture.reach() if record_only else (len(layers), True)
     seed = draw_seed(layout.rows.device) if _drops(bert) else None
     hidden = embed(
         bert.embeddings,
@@ -78,15 +83,16 @@ def encode(
     )
     if 0 in capture.hidden_states:
         capture.hidden[0] = hidden
-    for m, layer in enumerate(layers, start=1):
-        attended = m in capture.attention or m in capture.attention_values
+    for m, layer in enumerate(layers[:last], start=1):
+        heads_asked = capture.heads_of(m)
         run: Callable[..., Any] = partial(
             encode_layer,
             layer,
             layout=layout,
             seed=seed,
             m=m,
-            give_heads=attended,
+            give=heads_asked,
+            heads_only=m == last and not whole,
             block_mask=block_mask,
             direction=direction,
             read=read if m == len(layers) else None,
@@ -97,14 +103,16 @@ def encode(
             if not hidden.requires_grad:  # a reentrant checkpoint would cut the layer's gradients
                 hidden.requires_grad_()
         # Recorded here, outside the checkpointed function: once per forward, and with a graph.
-        hidden, *heads = run(hidden) if attended else (run(hidden),)
-        if m in capture.attention:
-            capture.queries[m], capture.keys[m] = heads[:2]
-        if m in capture.attention_values:
-            capture.values[m] = heads[2]
+        if heads_asked:
+            hidden, *heads = run(hidden)
+            for name, states in zip(HEADS, heads, strict=True):
+                if name in heads_asked:
+                    getattr(capture, name)[m] = states
+        else:
+            hidden = run(hidden)
         if m in capture.hidden_states:
             capture.hidden[m] = hidden
-    return hidden
+    return hidden[:0] if record_only else hidden
 
 
 def embed(
@@ -165,14 +173,16 @@ def encode_layer(
     layout: SequenceLayout,
     seed: Tensor | None,
     m: int,
-    give_heads: bool,
+    give: Collection[str],
+    heads_only: bool,
     block_mask: ops.BlockMask | None,
     direction: str,
     read: Tensor | None,
     impl: Any,
-) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | None, ...]:
     """Layer m: (T, C) -> (T, C), or (R, C) of the rows to ``read``; with its queries, keys and
-    values (T, H, D) if ``give_heads``.
+    values (T, H, D) if ``give`` names any. ``heads_only``: of these what is named, None for the
+    rest, and ``hidden`` as it came.
     """
     attention, site = layer.attention, SITES_PER_LAYER * m
     heads = attention.self
@@ -183,9 +193,12 @@ def encode_layer(
     if not all(map(is_plain, (*projections, dense))):
         padding = 0
     # Three products: one over concatenated weights would pay for its launch with copies.
-    queries, keys, values = (
-        _project(projection, hidden, size, padding) for projection in projections
-    )
+    if heads_only:
+        return hidden, *(
+            _project(x, hidden, size, 0) if name in give else None
+            for name, x in zip(HEADS, projections, strict=True)
+        )
+    queries, keys, values = (_project(x, hidden, size, padding) for x in projections)
     context = ops.attention(
         queries,
         keys,
@@ -217,7 +230,7 @@ def encode_layer(
     else:
         expanded = inner(hidden)
     hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, **common)
-    if not give_heads:
+    if not give:
         return hidden
     return hidden, queries[..., :size], keys[..., :size], values[..., :size]
 

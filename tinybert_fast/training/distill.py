@@ -10,14 +10,21 @@ import transformers
 from torch import Tensor, nn
 
 from tinybert_fast.integrations.bert import is_accelerated
-from tinybert_fast.modules.capture import Capture, record_padded
+from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import TermsTrainer
+from tinybert_fast.training.lessons import Lesson, LessonCache
 from tinybert_fast.training.losses import PARITIES, Parity, prediction_loss
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.objectives import Matches
 from tinybert_fast.training.projection import HiddenProjection
+from tinybert_fast.training.teacher import (
+    TeacherDtype,
+    check_teacher_dtype,
+    classify,
+    record,
+)
 
 Stage = Literal["intermediate", "prediction"]
 STAGES = ("intermediate", "prediction")
@@ -47,7 +54,7 @@ class Distillation(nn.Module):
     def forward(
         self,
         batch: dict[str, Tensor],
-        lesson: Capture | Tensor,
+        lesson: Lesson,
         layout: SequenceLayout | None = None,
     ) -> dict[str, Tensor]:
         """``lesson``: the teacher's recorded states (intermediate stage) or logits (prediction).
@@ -74,42 +81,6 @@ class Distillation(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable  # before Transformers 5.24
 
 
-def record(
-    model: Any, batch: dict[str, Tensor], capture: Capture, layout: SequenceLayout | None = None
-) -> None:
-    """Run the encoder of any BERT class and leave in ``capture`` what it asks for; no head runs."""
-    encoder = model.base_model
-    if is_accelerated(model):
-        encoder(**batch, layout=layout, capture=capture, packed=True)
-    else:
-        with record_padded(model, capture):
-            encoder(**batch)
-
-
-def classify(
-    model: Any, batch: dict[str, Tensor], layout: SequenceLayout | None = None, **more: Any
-) -> Any:
-    """What a sequence classification model answers: logits (B, K), a loss if labels are given."""
-    if is_accelerated(model):
-        more["layout"] = layout
-    return model(**batch, **more)
-
-
-def bf16_linears(teacher: nn.Module) -> nn.Module:
-    """Keep the weights of linear layers in bf16, for a teacher that runs under autocast.
-
-    The products are those of autocast on fp32 weights; only, autocast does not cache weights that
-    need no gradient, so it would round them anew in every forward. The layers get new Parameters:
-    what shares the old ones keeps them.
-    """
-    for module in teacher.modules():
-        if isinstance(module, nn.Linear):
-            for name, p in list(module.named_parameters(recurse=False)):
-                rounded = p.detach().to(torch.bfloat16)
-                setattr(module, name, nn.Parameter(rounded, requires_grad=p.requires_grad))
-    return teacher
-
-
 class DistillationTrainer(TermsTrainer):
     """Train ``student`` on what ``teacher`` says about the same batches.
 
@@ -120,7 +91,10 @@ class DistillationTrainer(TermsTrainer):
     (``tinybert_fast.accelerate``) or not. The teacher is put in eval mode and gets no gradient (the
     official code forgets eval mode, which leaves the teacher's dropout on; that is not reproduced).
     ``parity="official"`` takes both models unaccelerated and padded, and the official losses and
-    optimizer (BertAdam). Checkpoints are plain Transformers folders of the student, with
+    optimizer (BertAdam). ``teacher_dtype``: fp32 or bf16 whatever the run is in, or int8
+    (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
+    set, which then has the column ``index``; the teacher is not asked in training, and its config
+    may stand for it. Checkpoints are plain Transformers folders of the student, with
     ``projection.safetensors`` beside the weights.
     """
 
@@ -137,6 +111,8 @@ class DistillationTrainer(TermsTrainer):
         projection: HiddenProjection | None = None,
         temperature: float = 1.0,
         parity: Parity = "paper",
+        teacher_dtype: TeacherDtype | None = None,
+        lessons: LessonCache | None = None,
         **trainer: Any,
     ) -> None:
         if stage not in STAGES:
@@ -147,7 +123,8 @@ class DistillationTrainer(TermsTrainer):
             raise ValueError(
                 f"the temperature divides the logits, so it must be positive; got {temperature}"
             )
-        ours, theirs = student.config, teacher.config
+        check_teacher_dtype(teacher_dtype, args.device)
+        ours, theirs = student.config, getattr(teacher, "config", teacher)
         if ours.vocab_size != theirs.vocab_size:
             raise ValueError(
                 f"the student knows {ours.vocab_size} word pieces and the teacher "
@@ -155,6 +132,11 @@ class DistillationTrainer(TermsTrainer):
                 "same ids, so give the student the teacher's vocabulary"
             )
         if parity == "official":
+            if lessons is not None:
+                raise ValueError(
+                    "parity='official' counts padding, which cached lessons do not hold; leave the "
+                    "cache out"
+                )
             for name, model in (("student", student), ("teacher", teacher)):
                 if is_accelerated(model):
                     raise ValueError(
@@ -177,8 +159,10 @@ class DistillationTrainer(TermsTrainer):
                     "give the student the teacher's labels"
                 )
             matches = projection = None
-        self.stage = stage
-        self.teacher = teacher.eval().requires_grad_(False).to(args.device)
+        self.stage, self.teacher_dtype, self.lessons = stage, teacher_dtype, lessons
+        self.teacher = teacher
+        if lessons is None:
+            teacher.eval().requires_grad_(False).to(args.device)
         super().__init__(
             model=Distillation(
                 student, projection, matches, temperature=temperature, parity=parity
@@ -198,20 +182,32 @@ class DistillationTrainer(TermsTrainer):
     # ---- the loss ----
 
     @torch.no_grad()
-    def teach(
-        self, batch: dict[str, Tensor], layout: SequenceLayout | None = None
-    ) -> Capture | Tensor:
+    def teach(self, batch: dict[str, Tensor], layout: SequenceLayout | None = None) -> Lesson:
         """The teacher's lesson on one batch: the states that the matches name, or its logits.
 
-        no_grad rather than inference_mode: the student's backward keeps these tensors, and
-        inference tensors may not be kept.
+        no_grad rather than inference_mode: the student's backward keeps these tensors, which
+        inference tensors forbid. Copies could be kept, but a copy of every recorded state costs
+        more than the bookkeeping of views and versions that inference_mode saves.
         """
-        with self.accelerator.autocast():
-            if self.stage == "prediction":
-                return classify(self.teacher, batch, layout).logits
-            capture = self.model.matches.teacher_capture()
-            record(self.teacher, batch, capture, layout)
-            return capture
+        with self._teacher_numbers():
+            return self._ask(self.teacher, batch, layout)
+
+    def _ask(self, teacher: Any, batch: dict[str, Tensor], layout: SequenceLayout | None) -> Lesson:
+        if self.stage == "prediction":
+            return classify(teacher, batch, layout).logits
+        capture = self.model.matches.teacher_capture()
+        record(teacher, batch, capture, layout)
+        return capture
+
+    def teach_raw(self, collated: dict[str, Any]) -> Lesson:
+        """`teach` of a batch as the collator makes it."""
+        return self.teach(*_split(self._prepare_inputs(dict(collated))))
+
+    def _teacher_numbers(self) -> Any:
+        if self.teacher_dtype is None:
+            return self.accelerator.autocast()
+        bf16 = self.teacher_dtype == "bf16"
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
 
     def compute_loss(
         self,
@@ -221,9 +217,36 @@ class DistillationTrainer(TermsTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         batch, layout = _split(inputs)
-        terms = model(batch, self.teach(batch, layout), layout)
+        terms = model(batch, self._lesson(inputs, batch, layout), layout)
         loss = self.sum_of(terms, training=model.training)
         return (loss, terms) if return_outputs else loss
+
+    def _lesson(
+        self, inputs: dict[str, Any], batch: dict[str, Tensor], layout: SequenceLayout | None
+    ) -> Lesson:
+        if self.lessons is None:
+            return self.teach(batch, layout)
+        return self.lessons.lesson(inputs["index"], layout, self.args.device)
+
+    @torch.no_grad()
+    def change_of_terms(self, exact: Any) -> dict[str, float]:
+        """{term: |loss - loss of exact| / loss of exact} on the first batch of the training set:
+        what the teacher's dtype, and that of cached lessons, change. ``exact``: it in fp32.
+        """
+        rows = range(min(len(self.train_dataset), self.args.train_batch_size))
+        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in rows]))
+        batch, layout = _split(inputs)
+        with torch.autocast(self.args.device.type, enabled=False):
+            truth = self._ask(exact.eval().to(self.args.device), batch, layout)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.compute_loss_context_manager():
+                said = self.model(batch, self._lesson(inputs, batch, layout), layout)
+                true = self.model(batch, truth, layout)
+        finally:
+            self.model.train(training)
+        return {name: float(abs(said[name] - true[name]) / true[name]) for name in true}
 
     def prediction_step(
         self,

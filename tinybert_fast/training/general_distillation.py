@@ -1,6 +1,7 @@
 """General distillation: a student learns the teacher's representations of plain text."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from transformers import BertConfig, TrainerCallback
 from tinybert_fast.data.lines import Lines, encode_lines
 from tinybert_fast.data.progress import shown
 from tinybert_fast.training.common import at_least_one, training_arguments
-from tinybert_fast.training.distill import DistillationTrainer
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
 from tinybert_fast.training.losses import Parity
@@ -17,6 +17,7 @@ from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.objectives import Loss, matches_for
 from tinybert_fast.training.projection import FILE_NAME as PROJECTION
 from tinybert_fast.training.recipe_parts import (
+    change_tables,
     check_batches,
     check_parity,
     collator_for,
@@ -35,6 +36,8 @@ from tinybert_fast.training.recipe_parts import (
 from tinybert_fast.training.report import table
 from tinybert_fast.training.run_folder import RunFolder, weights_digest
 from tinybert_fast.training.students import Student
+from tinybert_fast.training.teacher import Teacher, TeacherDtype
+from tinybert_fast.training.teaching import Teaching, check_teaching, start_of
 
 
 def distill_general(
@@ -60,6 +63,9 @@ def distill_general(
     relation_heads: int | None = None,
     teacher_layer: int | None = None,
     parity: Parity = "paper",
+    teacher_dtype: TeacherDtype | None = None,
+    cache_teacher: bool | str | Path = False,
+    cache_dtype: str | None = None,
     checkpoint_steps: int = 500,
     log_steps: int = 10,
     seed: int = 0,
@@ -83,12 +89,17 @@ def distill_general(
     last layer and of ``teacher_layer`` (the last), in ``relation_heads`` of both: the models may
     then have any number of heads, and there is no projection. Defaults: RelationMatches.of.
 
+    ``teacher_dtype``: fp32, bf16 or, on a CPU, int8; by default that of the run. ``cache_teacher``:
+    ask the teacher once and keep what it says, in a folder named here or, with True, in the run's
+    until its end; ``cache_dtype``: fp32, fp16 or bf16, by default as it was computed.
+
     ``output`` gets a BertModel that plain Transformers loads, and of TinyBERT's loss
     ``projection.safetensors``, with which task distillation goes on.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
     check_parity(parity)
     at_least_one(steps=steps, checkpoint_steps=checkpoint_steps)
+    numbers = check_teaching(parity, teacher_dtype, cache_teacher, cache_dtype, bf16=bf16)
     teacher_config = load_config(teacher)
     chosen = Student.of(student, teacher_config)
     tokenizer = load_tokenizer(teacher)
@@ -138,6 +149,9 @@ def distill_general(
         "max_length": max_length,
         **matched.settings(shared_projection=shared_projection),
         "parity": parity,
+        "teacher_dtype": teacher_dtype,
+        "cache_teacher": bool(cache_teacher) or None,
+        "cache_dtype": cache_dtype,
         "accelerate": accelerate,
         "impl": impl,
         "processes": arguments.world_size,
@@ -146,10 +160,16 @@ def distill_general(
     if run.finished(settings):
         return run.metrics()
 
-    guide = load_encoder(teacher)
-    pupil, projection = chosen.build(guide, matched, init=init, shared=shared_projection, seed=seed)
-    prepare(pupil, guide, parity=parity, accelerate=accelerate, impl=impl, bf16=bf16)
+    fast = partial(prepare, parity=parity, accelerate=accelerate, impl=impl)
+    guide = Teacher(teacher_config, lambda: load_encoder(teacher), numbers, fast)
+    start = start_of(run, "general", init)
+    pupil, projection = chosen.build(
+        guide, matched, init=start, shared=shared_projection, seed=seed
+    )
+    fast(pupil)
+    about = run.recorded_by_resumed("teacher") or {"parameters": parameters(guide.model)}
     run.begin(settings)
+    run.record(teacher=about)
     with arguments.main_process_first(local=False):
         encoded = encode_lines(
             shown(lines, "encoding the corpus", sentences, progress and run.main),
@@ -157,16 +177,27 @@ def distill_general(
             max_length,
             run.checkpoints() / f"corpus-{digest}-{max_length}.arrow",
         )
-    trainer = DistillationTrainer(
-        pupil,
+    teaching = Teaching.of(
         guide,
+        teacher,
+        run,
+        tokenizer,
+        max_length,
+        cache_teacher=cache_teacher,
+        cache_dtype=cache_dtype,
+        compare=teacher_dtype not in (None, "fp32"),
+    )
+    trainer = teaching.trainer(
+        pupil,
+        "general",
+        encoded,
+        digest,
         stage="intermediate",
         matches=matched,
         projection=projection,
         parity=parity,
         args=arguments,
         data_collator=collator_for(tokenizer, parity, max_length),
-        train_dataset=encoded,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         logs=run.logs("general"),
@@ -178,16 +209,20 @@ def distill_general(
     metrics: dict[str, Any] = {
         "task": "general distillation",
         "parameters": parameters(pupil),
-        "teacher_parameters": parameters(guide),
+        "teacher_parameters": about["parameters"],
         "sentences": sentences,
         **outcome,
         "losses": first_and_last(history),
     }
+    changes = teaching.changes()
+    if changes:
+        metrics["teacher_change"] = changes["general"]
     run.save_model(pupil, tokenizer, projection=projection)
     run.write_metrics(metrics)
     sections = {
         "Result": table(("what", "value"), facts(metrics)),
         "Losses": loss_table(metrics["losses"]),
+        **change_tables(changes),
         "Settings": table(("setting", "value"), settings.items()),
         "Use it": usage(run.path, "AutoModel"),
     }

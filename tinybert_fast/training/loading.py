@@ -14,14 +14,29 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertForPreTraining,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
 )
 from transformers.utils import logging as transformers_logging
+
+from tinybert_fast.integrations.tinybert import with_pooled_relu
 
 if TYPE_CHECKING:
     from tinybert_fast.data import Task  # whose module needs `datasets`
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+# What stands for an Auto class where a config.json is too old to name its kind of model.
+BERT: dict[type, type] = {
+    AutoConfig: BertConfig,
+    AutoModel: BertModel,
+    AutoModelForSequenceClassification: BertForSequenceClassification,
+    AutoTokenizer: BertTokenizer,
+}
+OF_BERT = {"num_hidden_layers", "type_vocab_size"}  # fields of such a config
+OFFICIAL = "fit_dense"  # what only the TinyBERT authors' classes keep among their weights
 
 
 def check_model_path(path: str | Path) -> str:
@@ -57,7 +72,9 @@ def load_classifier(path: str | Path, task: "Task | None" = None):
     """AutoModelForSequenceClassification. With a task: its label names, and a new head where the
     old does not fit.
 
-    Refuses a folder whose encoder weights are missing or have other shapes than its config says.
+    Refuses a folder whose encoder weights are missing or have other shapes than its config says. A
+    trained head beside ``fit_dense`` weights is of the TinyBERT authors' class, whose ReLU it gets
+    (``pooled_relu`` in its config, which decides where it is).
     """
     fields = {} if task is None else task.config_fields()
     model, info = _load(
@@ -77,7 +94,9 @@ def load_classifier(path: str | Path, task: "Task | None" = None):
     _refuse_lost(path, (name for name in new if name not in head))
     if new and task is None:
         raise ValueError(f"{path} has no trained classification head; fine-tune it first")
-    return model
+    if not new and any(name.startswith(OFFICIAL) for name in info["unexpected_keys"]):
+        model.config.pooled_relu = getattr(model.config, "pooled_relu", True)
+    return with_pooled_relu(model)
 
 
 def load_encoder(path: str | Path):
@@ -105,7 +124,7 @@ def load_saved(path: str | Path):
         getattr(transformers, name), path, output_loading_info=True, dtype=torch.float32
     )
     _refuse_lost(path, info["missing_keys"])
-    return model
+    return with_pooled_relu(model)
 
 
 def _refuse_lost(path: str | Path, names: Iterable[str]) -> None:
@@ -123,8 +142,10 @@ def _refuse_lost(path: str | Path, names: Iterable[str]) -> None:
 def _load(auto, path: str | Path, *, alone: bool = False, **options):
     name = str(path) if alone else check_model_path(path)
     try:
+        if auto in BERT and _is_old_bert(Path(name) / "config.json"):
+            auto = BERT[auto]
         with quiet():
-            return auto.from_pretrained(name, **options)
+            loaded = auto.from_pretrained(name, **options)
     except SafetensorError as error:
         raise ValueError(f"{path}: a weight file is truncated or damaged ({error})") from None
     except json.JSONDecodeError as error:
@@ -132,6 +153,17 @@ def _load(auto, path: str | Path, *, alone: bool = False, **options):
     except OSError as error:
         kind = ValueError if Path(name).is_dir() else FileNotFoundError
         raise kind(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    # Old names of weights that Transformers would bring back in save_pretrained.
+    (loaded[0] if isinstance(loaded, tuple) else loaded).__dict__.pop("_weight_conversions", None)
+    return loaded
+
+
+def _is_old_bert(config: Path) -> bool:
+    """Whether a BERT was saved before configs had a ``model_type``."""
+    if not config.is_file():
+        return False
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    return "model_type" not in fields and fields.keys() >= OF_BERT
 
 
 @contextmanager

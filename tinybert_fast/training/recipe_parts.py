@@ -10,7 +10,7 @@ from tinybert_fast import integrations
 from tinybert_fast.data import LengthCollator, usable_length
 from tinybert_fast.training.callbacks import KeepSeconds
 from tinybert_fast.training.common import RunTrainer
-from tinybert_fast.training.distill import Stage, bf16_linears
+from tinybert_fast.training.distill import Stage
 from tinybert_fast.training.losses import PARITIES, Parity
 from tinybert_fast.training.report import Panels, panels_of, table
 from tinybert_fast.training.run_folder import RunFolder, weights_digest
@@ -36,21 +36,11 @@ def usable(max_length: int, *configs: BertConfig) -> int:
     return max_length
 
 
-def prepare(
-    pupil: Any,
-    guide: Any = None,
-    *,
-    parity: Parity,
-    accelerate: bool,
-    impl: str,
-    bf16: bool = False,
-) -> None:
-    """Both on packed rows, unless the run follows the official code."""
-    for model in (pupil, guide):
-        if model is not None and accelerate and parity != "official":
-            integrations.accelerate(model, impl=impl)
-    if bf16 and guide is not None:
-        bf16_linears(guide)
+def prepare(model: Any, *, parity: Parity, accelerate: bool, impl: str) -> Any:
+    """On packed rows, unless the run follows the official code."""
+    if accelerate and parity != "official":
+        integrations.accelerate(model, impl=impl)
+    return model
 
 
 def more_arguments(parity: Parity, stage: Stage) -> dict[str, Any]:
@@ -138,6 +128,16 @@ def facts(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]
         for name, value in metrics.items()
         if not isinstance(value, dict | list) and value is not None
     ]
+
+
+def change_tables(changes: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """A section for each stage, if something was rounded."""
+    return {
+        f"Loss by the teacher's rounding, {stage} stage": table(
+            ("term", "relative change, first batch"), terms.items()
+        )
+        for stage, terms in changes.items()
+    }
 
 
 def loss_table(losses: Mapping[str, Mapping[str, float]]) -> str:

@@ -148,6 +148,10 @@ class RunFolder:
     def recorded(self, name: str, default: Any = None) -> Any:
         return (self._run or {}).get(name, default)
 
+    def recorded_by_resumed(self, name: str) -> Any:
+        """What a run that this one goes on with had recorded; None for a new one."""
+        return self.recorded(name) if self.resuming else None
+
     def _write_run(self) -> None:
         if self.main:
             atomic_write(self.path / RUN, json.dumps(self._run, indent=2))

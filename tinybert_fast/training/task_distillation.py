@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import BertConfig, TrainerCallback
 from tinybert_fast.data import Task, encode_examples, load_examples, sort_by_length
 from tinybert_fast.training import evaluate
 from tinybert_fast.training.common import at_least_one, training_arguments
-from tinybert_fast.training.distill import DistillationTrainer, Stage
+from tinybert_fast.training.distill import Stage
 from tinybert_fast.training.finetune import load_dev
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_classifier, load_config, load_tokenizer
@@ -21,6 +22,7 @@ from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.metrics import check_metric, compute_metrics, metric_names, score
 from tinybert_fast.training.objectives import Loss, matches_for
 from tinybert_fast.training.recipe_parts import (
+    change_tables,
     check_batches,
     check_parity,
     collator_for,
@@ -44,6 +46,8 @@ from tinybert_fast.training.run_folder import (
     weights_digest,
 )
 from tinybert_fast.training.students import Student
+from tinybert_fast.training.teacher import Teacher, TeacherDtype
+from tinybert_fast.training.teaching import Teaching, check_teaching, start_of
 
 SINGLE_LENGTH, PAIR_LENGTH = 64, 128  # tokens of an input in the paper
 PREDICTION: Stage = "prediction"
@@ -81,6 +85,9 @@ def distill_task(
     relation_heads: int | None = None,
     teacher_layer: int | None = None,
     parity: Parity = "paper",
+    teacher_dtype: TeacherDtype | None = None,
+    cache_teacher: bool | str | Path = False,
+    cache_dtype: str | None = None,
     eval_steps: int = 100,
     select_by: str | None = None,
     checkpoint_steps: int = 500,
@@ -107,8 +114,9 @@ def distill_task(
     `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
     texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
     the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`: see
-    distill_general, whose output is the student meant here, its projection included. Files and
-    columns: `load_examples`. `max_length`: 64 for single texts and 128 for pairs by default.
+    distill_general, whose output is the student meant here, its projection included; also for
+    `teacher_dtype`, `cache_teacher`, `cache_dtype`. Files and columns: `load_examples`.
+    `max_length`: 64 for single texts and 128 for pairs by default.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
     check_parity(parity)
@@ -119,6 +127,7 @@ def distill_task(
             f"the temperature divides the logits: expected more than 0, got {temperature}"
         )
     at_least_one(eval_steps=eval_steps, checkpoint_steps=checkpoint_steps)
+    numbers = check_teaching(parity, teacher_dtype, cache_teacher, cache_dtype, bf16=bf16)
     config = load_config(teacher)
     chosen = Student.of(student, config)
     tokenizer = load_tokenizer(teacher)
@@ -200,6 +209,9 @@ def distill_task(
         **matched.settings(shared_projection=shared_projection),
         "parity": parity,
         "temperature": temperature,
+        "teacher_dtype": teacher_dtype,
+        "cache_teacher": bool(cache_teacher) or None,
+        "cache_dtype": cache_dtype,
         "accelerate": accelerate,
         "impl": impl,
         "processes": arguments[PREDICTION].world_size,
@@ -214,32 +226,49 @@ def distill_task(
     if run.finished(settings):
         return run.metrics()
 
-    guide = load_classifier(teacher)
+    how: dict[str, Any] = {"parity": parity, "accelerate": accelerate, "impl": impl}
+    guide = Teacher(config, lambda: load_classifier(teacher), numbers, partial(prepare, **how))
+    about = run.recorded_by_resumed("teacher") or {"parameters": parameters(guide.model)}
     encoded = {
         name: encode_examples(examples, tokenizer, task, max_length, str(data.files[name]))
         for name, examples in data.parts.items()
     }
     texts = {stage: encoded[name] for stage, name in sources.items()}
     dev = sort_by_length(encoded["dev"])[0] if "dev" in encoded else None
+    begun = STAGES[0] if intermediate_epochs else PREDICTION
+    start = None if run.recorded_by_resumed(INTERMEDIATE) else start_of(run, begun, init)
     pupil, projection = chosen.build(
-        guide, matched, task=task, init=init, shared=shared_projection, seed=seed
+        guide, matched, task=task, init=start, shared=shared_projection, seed=seed
     )
+    if dev is not None and "dev" not in about:
+        guide.model.to(arguments[PREDICTION].device)
+        logits = evaluate.predict(guide.model, dev, tokenizer, batch_size=2 * batch_size)
+        about["dev"] = score(logits, np.asarray(dev["label"]), task)
 
     metrics: dict[str, Any] = {
         "task": f"{'regression' if task.regression else 'classification'}, distilled",
         "labels": list(task.labels) if task.labels else None,
         "parameters": parameters(pupil),
-        "teacher_parameters": parameters(guide),
+        "teacher_parameters": about["parameters"],
         "train_examples": len(data.parts["train"]),
     }
     if dev is not None:
-        guide.to(arguments[PREDICTION].device)
-        logits = evaluate.predict(guide, dev, tokenizer, batch_size=2 * batch_size)
         metrics["dev_examples"] = len(dev)
-        metrics["teacher_dev"] = score(logits, np.asarray(dev["label"]), task)
-    how: dict[str, Any] = {"parity": parity, "accelerate": accelerate, "impl": impl}
-    prepare(pupil, guide, bf16=bf16, **how)
+        metrics["teacher_dev"] = about["dev"]
+    prepare(pupil, **how)
     run.begin(settings)
+    run.record(teacher=about)
+    digests = data.digests()
+    teaching = Teaching.of(
+        guide,
+        teacher,
+        run,
+        tokenizer,
+        max_length,
+        cache_teacher=cache_teacher,
+        cache_dtype=cache_dtype,
+        compare=teacher_dtype not in (None, "fp32"),
+    )
     shown: dict[str, Any] = {
         "parity": parity,
         "data_collator": collator_for(tokenizer, parity, max_length),
@@ -251,14 +280,15 @@ def distill_task(
     if intermediate_epochs:
         done = run.recorded(INTERMEDIATE)
         if done is None:
-            trainer = DistillationTrainer(
+            trainer = teaching.trainer(
                 pupil,
-                guide,
+                INTERMEDIATE,
+                texts[INTERMEDIATE],
+                str(digests[sources[INTERMEDIATE]]),
                 stage=INTERMEDIATE,
                 matches=matched,
                 projection=projection,
                 args=arguments[INTERMEDIATE],
-                train_dataset=texts[INTERMEDIATE],
                 logs=run.logs(INTERMEDIATE),
                 title=INTERMEDIATE,
                 **shown,
@@ -274,13 +304,15 @@ def distill_task(
         panels |= loss_panels(done["history"], INTERMEDIATE)
         metrics[INTERMEDIATE] = {name: v for name, v in done.items() if name != "history"}
 
-    trainer = DistillationTrainer(
+    trainer = teaching.trainer(
         pupil,
-        guide,
+        PREDICTION,
+        texts[PREDICTION],
+        str(digests[sources[PREDICTION]]),
         stage=PREDICTION,
+        matches=None,
         temperature=temperature,
         args=arguments[PREDICTION],
-        train_dataset=texts[PREDICTION],
         eval_dataset=dev,
         compute_metrics=compute_metrics(task),
         logs=run.logs(PREDICTION),
@@ -291,6 +323,8 @@ def distill_task(
     history = trainer.state.log_history
     panels |= loss_panels(history, PREDICTION)
     metrics[PREDICTION] = {**outcome, "losses": first_and_last(history)}
+    if teaching.changes():
+        metrics["teacher_change"] = teaching.changes()
     if dev is not None:
         best = trainer.state.best_global_step
         log = next(e for e in history if e.get("step") == best and f"eval_{select_by}" in e)
@@ -355,6 +389,7 @@ def _sections(path: Path, metrics: dict[str, Any], settings: dict[str, Any]) -> 
     for stage in STAGES:
         if stage in metrics:
             sections[f"Losses, {stage} stage"] = loss_table(metrics[stage]["losses"])
+    sections |= change_tables(metrics.get("teacher_change", {}))
     if metrics["labels"]:
         sections["Classes"] = ", ".join(f"`{label}`" for label in metrics["labels"])
     sections["Settings"] = table(("setting", "value"), settings.items())
