@@ -233,13 +233,27 @@ def _with_itself(make: Callable[..., Case], **like) -> Case:
 
 
 def _linear_cross_entropy() -> Calls:
-    return {
+    calls: Calls = {
         f"{labelled} of 131 rows of {columns}, 1,009 words": partial(
             operands.linear_cross_entropy, 131, labelled, columns, 1009
         )
         for columns in (312, 768)
         for labelled in (0, 20)
     }
+    options = {"reduction": "none", "label_smoothing": 0.1, "ignored": 3}
+    calls["losses of rows, smoothed, 3 ignored"] = partial(
+        operands.linear_cross_entropy, 131, 20, 312, 1009, **options
+    )
+    return calls
+
+
+def _soft_cross_entropy() -> Calls:
+    calls: Calls = {
+        f"32 x {classes}": partial(operands.soft_cross_entropy, 32, classes) for classes in (2, 30)
+    }
+    options = {"form": "kl", "temperature": 2.0}
+    calls["32 x 30, divergence"] = partial(operands.soft_cross_entropy, 32, 30, **options)
+    return calls
 
 
 CALLS: dict[str, Callable[[], Calls]] = {
@@ -258,7 +272,5 @@ CALLS: dict[str, Callable[[], Calls]] = {
     },
     "layer_norm": lambda: _rows(operands.layer_norm),
     "linear_cross_entropy": _linear_cross_entropy,
-    "soft_cross_entropy": lambda: {
-        f"32 x {classes}": partial(operands.soft_cross_entropy, 32, classes) for classes in (2, 30)
-    },
+    "soft_cross_entropy": _soft_cross_entropy,
 }
