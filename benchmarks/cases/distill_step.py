@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 from tinybert_fast.benchmarks.baselines.distillation import CarefulStep, OfficialStep
@@ -74,6 +73,16 @@ class OurStep(TrainingStep):
         return theirs
 
 
+class Numbers:
+    """The sequences of a batch by number, as far as `LessonCache.build` looks at a data set."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.lengths if key == "length" else key
+
+
 class CachedStep(OurStep):
     """The same from the second epoch on, if the teacher's lessons are cached: read from the disk
     (or from the memory that keeps its files), in the dtype they were computed in."""
@@ -95,15 +104,15 @@ class CachedStep(OurStep):
 
     def _ask(self, batch: Batch, dtype: str) -> LessonCache:
         lengths = list(batch.lengths)
-        rows = Dataset.from_dict({"length": lengths, "row": list(range(len(lengths)))})
+        rows = Numbers(lengths)
 
         def teach(some: dict[str, Any]) -> Capture:
             with self.autocast(dtype):
                 layout = SequenceLayout.from_mask(some["batch"].attention_mask)
                 return OurStep.lesson(self, some["batch"], layout, dtype)
 
-        def collate(some: list[dict[str, int]]) -> dict[str, Any]:
-            return {"batch": batch.rows([one["row"] for one in some])}
+        def collate(some: list[int]) -> dict[str, Any]:
+            return {"batch": batch.rows(some)}
 
         folder = Path(self._folder.name) / str(len(self._caches))
         return LessonCache.build(folder, teach, rows, collate, {}, batch_size=len(lengths))
