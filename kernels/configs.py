@@ -217,6 +217,16 @@ def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
     return setting
 
 
+def gram() -> Setting:
+    """Of the Gram form of the attention loss: six Gram matrices in the registers of eight warps."""
+    return Setting(32, 32, 4, 1) if INTERPRETED else Setting(64, 64, 8, 1)
+
+
+def direct() -> Setting:
+    """Of its direct form."""
+    return Setting(32, 32, 4, 1) if INTERPRETED else Setting(64, 64, 4, 1)
+
+
 class RowSetting(NamedTuple):
     """Rows that a program of a layer-norm kernel holds at a time, as tiles (BLOCK_M, BLOCK_N)."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -17,15 +21,29 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
+from tinybert_fast.tuned.attention_score_mse import crossover
 
-LIMITS = Limits("attention_score_mse", torch=Limit(FLOATS_AND_DOUBLE))
+WIDEST_HEAD = 64  # of the Triton kernels: six Gram matrices of wider heads would not fit
+
+
+def _refuses(width: int = 1, **others: Any) -> str | None:
+    return f"heads of {width} numbers are wider than {WIDEST_HEAD}" if width > WIDEST_HEAD else None
+
+
+LIMITS = Limits(
+    "attention_score_mse",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
+)
 FORMS = ("auto", "direct", "gram")
 
 _forward = define(
-    "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens, str form)"
+    "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens,"
+    " SymInt max_length, str form)"
     " -> (Tensor loss, Tensor dq, Tensor dk)",
     fake=lambda q, k, *rest: (in_fp32(q, ()), in_fp32(q), in_fp32(k)),
     torch="tinybert_fast.tuned.attention_score_mse:forward",
+    triton="tinybert_fast.kernels.attention_score_mse:forward",
 )
 
 
@@ -60,7 +78,8 @@ def attention_score_mse(
         ValueError: shapes that disagree (the message names the remedy for different head counts),
             an unknown form, or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, q_student)
+    widths = q_student.shape[-1], q_teacher.shape[-1]
+    impls = choose(impl, LIMITS, q_student, width=max(widths))
     q, k, p, r = q_student, k_student, q_teacher.detach(), k_teacher.detach()
     _check((q, k, p, r), layout, form, count_padded_queries)
     if count_padded_queries and layout is not None:
@@ -68,9 +87,12 @@ def attention_score_mse(
         k, r, layout = k * real, r * real, None  # what is left counts every position
     layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
     operands = (q, k, p, r) if q.dim() == 3 else tuple(layout.pack(x) for x in (q, k, p, r))
+    if impls[0] == "triton" and form == "auto":  # all sequences in one launch
+        form = "gram" if layout.max_length > crossover(*widths) else "direct"
+    call = (*operands, layout.cu_seqlens, layout.max_length, form)
     if impls[0] == "reference":
-        return without_autocast(reference, *operands, layout.cu_seqlens, form)
-    return ScalarLoss.apply(_forward, reference, impls, *operands, layout.cu_seqlens, form)
+        return without_autocast(reference, *call)
+    return ScalarLoss.apply(_forward, reference, impls, *call)
 
 
 def _check(operands, layout, form, count_padded_queries) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def attention_score_mse(
-    q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, form: str
+    q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, max_length: int, form: str
 ) -> Tensor:
     """``F.mse_loss(q @ k.mT / D**0.5, p @ r.mT / Dt**0.5)`` over all pairs of all sequences."""
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -14,7 +14,9 @@ from torch import Tensor
 from tinybert_fast.tuned.attention import SCRATCH, equal_lengths, heads_of, put
 
 
-def forward(q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, form: str):
+def forward(
+    q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, max_length: int, form: str
+):
     """(T, H, D) student, (T, H, Dt) teacher -> loss, dq, dk."""
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, d, d_teacher = q.shape[1], q.shape[2], p.shape[2]

@@ -1,0 +1,209 @@
+"""w * sum((S - T)^2) with S = a Q K^T and T = b P R^T over the real pairs of each sequence, and its
+gradients of Q and K: TinyBERT's attention loss (Jiao et al. 2020, arXiv:1909.10351, equation 7).
+
+Gram form, one program for a (sequence, head), which reads every row twice:
+
+    sum = a^2 <Q^T Q, K^T K> - 2ab <P^T Q, R^T K> + b^2 <P^T P, R^T R>
+    dQ = 2wa (a Q (K^T K) - b P (R^T K)),   dK = 2wa (a K (Q^T Q) - b R (P^T Q))
+
+Direct form, one program for a block of queries, then one for a block of keys, which is the same
+with the operands exchanged:
+
+    E = S - T,   dQ = 2wa E K,   dK = 2wa E^T Q
+
+Shapes: q, k, dq, dk (T, H, D); p, r (T, H, Dt). Products accumulate in fp32. What enters a second
+product, a Gram matrix or E, is split into two numbers of the operands' dtype, hi + lo, which keep 16
+bits or more: rounded to one bf16, small differences of large Gram matrices would be lost. The
+gradients stay in fp32, since a mean's are below what fp16 holds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tinybert_fast.kernels import configs
+from tinybert_fast.kernels.attention.tiles import (
+    Rows,
+    alignment,
+    as_addressable,
+    load_tile,
+    store_tile,
+)
+
+
+SEQUENCES = tl.constexpr(256)  # whose lengths are read at a time
+
+
+@triton.jit
+def _product(a, b, acc):
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _split_product(a, b, acc):
+    """a @ b + acc, where one is fp32 and the other has the operands' dtype."""
+    if a.dtype == b.dtype:
+        return _product(a, b, acc)
+    if a.dtype == tl.float32:
+        high = a.to(b.dtype)
+        return _product(high, b, _product((a - high.to(tl.float32)).to(b.dtype), b, acc))
+    high = b.to(a.dtype)
+    return _product(a, high, _product(a, (b - high.to(tl.float32)).to(a.dtype), acc))
+
+
+@triton.jit
+def _head(x, start, head, ALIGN: tl.constexpr):
+    """Address of the row ``start`` of one head of ``x: Rows``."""
+    return x.ptr + (start.to(tl.int64) * x.row + head.to(tl.int64) * x.head) * ALIGN
+
+
+@triton.jit
+def _weight(cu_seqlens, sequences, heads, BLOCK: tl.constexpr):
+    """1 / (heads * sum of the squared lengths): known to the device, so that nobody waits for it."""
+    pairs = tl.zeros((), tl.int64)
+    for first in range(0, sequences, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        live = at < sequences
+        stop = tl.load(cu_seqlens + at + 1, mask=live, other=0)
+        length = (stop - tl.load(cu_seqlens + at, mask=live, other=0)).to(tl.int64)
+        pairs += tl.sum(length * length)
+    return 1.0 / (tl.maximum(pairs, 1).to(tl.float32) * heads)
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def _gram_kernel(
+    q, k, p, r, dq, dk, cu_seqlens, loss_ptr, sequences, a, b,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
+    TEACHER: tl.constexpr,
+):  # fmt: skip
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    weight = _weight(cu_seqlens, sequences, tl.num_programs(1), SEQUENCES)
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
+    p_ptr, r_ptr = _head(p, start, head, ALIGN_T), _head(r, start, head, ALIGN_T)
+    qq = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    kk = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    pq = tl.zeros((BLOCK_DT, BLOCK_D), tl.float32)
+    rk = tl.zeros((BLOCK_DT, BLOCK_D), tl.float32)
+    pp = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
+    rr = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
+    for first in range(0, length, BLOCK_M):  # two loops: half as many tiles in registers
+        q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        p_tile = load_tile(p_ptr, p.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        qq = _product(tl.trans(q_tile), q_tile, qq)
+        pq = _product(tl.trans(p_tile), q_tile, pq)
+        if TEACHER:
+            pp = _product(tl.trans(p_tile), p_tile, pp)
+    for first in range(0, length, BLOCK_M):
+        k_tile = load_tile(k_ptr, k.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        r_tile = load_tile(r_ptr, r.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        kk = _product(tl.trans(k_tile), k_tile, kk)
+        rk = _product(tl.trans(r_tile), k_tile, rk)
+        if TEACHER:
+            rr = _product(tl.trans(r_tile), r_tile, rr)
+    total = a * a * tl.sum(qq * kk) - 2.0 * a * b * tl.sum(pq * rk)
+    if TEACHER:
+        total = tl.maximum(total + b * b * tl.sum(pp * rr), 0.0)
+    tl.store(loss_ptr + sequence * tl.num_programs(1) + head, total * weight)
+
+    # Means, which fp16 holds, not sums; the length comes back with the factor.
+    size = tl.maximum(length, 1).to(tl.float32)
+    own, other = a / size, -b / size
+    qq, kk, pq, rk = qq * own, kk * own, pq * other, rk * other
+    factor = 2.0 * weight * a * size
+    dq_ptr, dk_ptr = _head(dq, start, head, 1), _head(dk, start, head, 1)
+    for first in range(0, length, BLOCK_M):
+        q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        p_tile = load_tile(p_ptr, p.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        grad = _split_product(q_tile, kk, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
+        grad = _split_product(p_tile, rk, grad) * factor
+        store_tile(dq_ptr, dq.row, first, length, grad, D, BLOCK_M, BLOCK_D, 1)
+    for first in range(0, length, BLOCK_M):
+        k_tile = load_tile(k_ptr, k.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        r_tile = load_tile(r_ptr, r.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        grad = _split_product(k_tile, qq, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
+        grad = _split_product(r_tile, pq, grad) * factor
+        store_tile(dk_ptr, dk.row, first, length, grad, D, BLOCK_M, BLOCK_D, 1)
+
+
+@triton.jit(do_not_specialize=["sequences", "max_length"])
+def _direct_kernel(
+    q, k, p, r, dq, cu_seqlens, loss_ptr, sequences, max_length, a, b,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
+    LOSS: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(max_length, BLOCK_M)
+    sequence, head = tl.program_id(0) // blocks, tl.program_id(1)
+    first_m = tl.program_id(0) % blocks * BLOCK_M
+    weight = _weight(cu_seqlens, sequences, tl.num_programs(1), SEQUENCES)
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    total = 0.0
+    if first_m < length:
+        q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
+        p_ptr, r_ptr = _head(p, start, head, ALIGN_T), _head(r, start, head, ALIGN_T)
+        q_tile = load_tile(q_ptr, q.row, first_m, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        p_tile = load_tile(p_ptr, p.row, first_m, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        sums = tl.zeros((BLOCK_M,), tl.float32)
+        for first_n in range(0, length, BLOCK_N):
+            k_tile = load_tile(k_ptr, k.row, first_n, length, D, BLOCK_N, BLOCK_D, ALIGN)
+            r_tile = load_tile(r_ptr, r.row, first_n, length, DT, BLOCK_N, BLOCK_DT, ALIGN_T)
+            # Rows beyond the sequence are zero, so their errors are.
+            zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            error = a * _product(q_tile, tl.trans(k_tile), zero)
+            error -= b * _product(p_tile, tl.trans(r_tile), zero)
+            if LOSS:
+                sums += tl.sum(error * error, 1)
+            grad = _split_product(error, k_tile, grad)
+        dq_ptr = _head(dq, start, head, 1)
+        store_tile(
+            dq_ptr, dq.row, first_m, length, grad * (2.0 * weight * a), D, BLOCK_M, BLOCK_D, 1
+        )
+        total = tl.sum(sums) * weight
+    if LOSS:
+        tl.store(loss_ptr + tl.program_id(0) * tl.num_programs(1) + head, total)
+
+
+def forward(q, k, p, r, cu_seqlens, max_length, form):
+    """(T, H, D) student and (T, H, Dt) teacher -> loss, dq and dk in fp32."""
+    q, k, p, r = (as_addressable(x) for x in (q, k, p, r))
+    heads, d, d_teacher = q.shape[1], q.shape[2], p.shape[2]
+    sequences = len(cu_seqlens) - 1
+    dq, dk = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k))
+    if q.numel() == 0 or max_length == 0:
+        return q.new_zeros((), dtype=torch.float32), dq, dk
+    scales = d**-0.5, d_teacher**-0.5
+    align, align_t = alignment(q, k), alignment(p, r)
+    wide = [Rows.of(x, 1) for x in (dq, dk)]
+    (q, k), (p, r) = [Rows.of(x, align) for x in (q, k)], [Rows.of(x, align_t) for x in (p, r)]
+    constants = {
+        "D": d,
+        "BLOCK_D": configs.head_block(d),
+        "DT": d_teacher,
+        "BLOCK_DT": configs.head_block(d_teacher),
+        "ALIGN": align,
+        "ALIGN_T": align_t,
+    }
+    if form == "gram":
+        setting = configs.gram()
+        loss = torch.empty(sequences, heads, dtype=torch.float32, device=dq.device)
+        _gram_kernel[sequences, heads](
+            q, k, p, r, *wide, cu_seqlens, loss, sequences, *scales, TEACHER=True, **constants, **setting.launch(),
+        )  # fmt: skip
+        return loss.sum(), dq, dk
+    setting = configs.direct()
+    blocks = sequences * triton.cdiv(max_length, setting.block_m)
+    loss = torch.empty(blocks, heads, dtype=torch.float32, device=dq.device)
+    for operands, gradient, keeps_loss in (
+        ((q, k, p, r), wide[0], True),
+        ((k, q, r, p), wide[1], False),
+    ):
+        _direct_kernel[blocks, heads](
+            *operands, gradient, cu_seqlens, loss, sequences, max_length, *scales, LOSS=keeps_loss,
+            **constants, **setting.launch(),
+        )  # fmt: skip
+    return loss.sum(), dq, dk
