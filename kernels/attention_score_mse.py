@@ -178,6 +178,8 @@ def forward(q, k, p, r, cu_seqlens, max_length, form):
         return q.new_zeros((), dtype=torch.float32), dq, dk
     scales = d**-0.5, d_teacher**-0.5
     align, align_t = alignment(q, k), alignment(p, r)
+    wider, its_align = (q, align) if d > d_teacher else (p, align_t)
+    scores = configs.Scores.of(wider, its_align, max_length, 0.0, "both", [])
     wide = [Rows.of(x, 1) for x in (dq, dk)]
     (q, k), (p, r) = [Rows.of(x, align) for x in (q, k)], [Rows.of(x, align_t) for x in (p, r)]
     constants = {
@@ -189,13 +191,13 @@ def forward(q, k, p, r, cu_seqlens, max_length, form):
         "ALIGN_T": align_t,
     }
     if form == "gram":
-        setting = configs.gram()
+        setting = configs.attention("gram", scores)
         loss = torch.empty(sequences, heads, dtype=torch.float32, device=dq.device)
         _gram_kernel[sequences, heads](
             q, k, p, r, *wide, cu_seqlens, loss, sequences, *scales, TEACHER=True, **constants, **setting.launch(),
         )  # fmt: skip
         return loss.sum(), dq, dk
-    setting = configs.direct()
+    setting = configs.attention("direct", scores)
     blocks = sequences * triton.cdiv(max_length, setting.block_m)
     loss = torch.empty(blocks, heads, dtype=torch.float32, device=dq.device)
     for operands, gradient, keeps_loss in (

@@ -19,6 +19,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 HEADS = (32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
+KERNELS = ("forward", "dq", "dkdv", "gram", "direct")
 
 # kernel -> head -> longest -> setting
 Settings = dict[str, dict[int, dict[int, Setting]]]
@@ -59,6 +60,11 @@ class Family(NamedTuple):
     blocks: Settings  # a tile is no larger than a block; what a list names is not fetched ahead
 
 
+# Of the attention loss, whose head is the wider of student's and teacher's.
+LOSSES: Settings = {
+    "gram": _any({32: EIGHT, 64: EIGHT}),
+    "direct": _any({32: PLAIN, 64: PLAIN}),
+}
 SM_90 = Family(
     all={
         "forward": {
@@ -69,6 +75,7 @@ SM_90 = Family(
         "one_tile": {32: ONE_TILE, 64: ONE_TILE},
         "dq": _any({32: PIPELINED, 64: PIPELINED, 128: TALL}),
         "dkdv": _any({32: PIPELINED, 64: PIPELINED, 128: NARROW}),
+        **LOSSES,
     },
     direction={"dkdv": _any({32: NARROW_PIPELINED, 64: NARROW_PIPELINED})},
     blocks={
@@ -87,6 +94,8 @@ SM_80 = Family(
         "one_tile": {32: ONE_TILE, 64: {64: PLAIN}},
         "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
+        **LOSSES,
+        "gram": _any(dict.fromkeys((32, 64), Setting(16, 64, 8, 1))),
     },
     direction={
         "forward": _any({128: Setting(128, 32, 8, 1)}),
@@ -101,6 +110,7 @@ SM_100 = Family(
         "one_tile": SM_90.all["one_tile"],
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
+        **LOSSES,
     },
     direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},
     blocks={
@@ -110,7 +120,7 @@ SM_100 = Family(
     },
 )
 # No tensor core: small tiles keep it out of the stack.
-FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, "forward", "dq", "dkdv")
+FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, *KERNELS)
 FAMILIES: dict[int, Table] = {
     number: {
         **_spread(family.all, HALF, "all", "direction"),
@@ -126,7 +136,7 @@ SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}
 DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
     **_spread(
-        _everywhere(SEVERAL, "forward", "dq", "dkdv"), DTYPES_INTERPRETED, "all", "direction"
+        _everywhere(SEVERAL, *KERNELS), DTYPES_INTERPRETED, "all", "direction"
     ),
     **_spread(_everywhere({32: SMALL}, "one_tile"), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(
@@ -215,16 +225,6 @@ def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
     if setting is not None and scores.load_bytes < NARROWEST_PIPELINE:
         setting = setting._replace(num_stages=1)
     return setting
-
-
-def gram() -> Setting:
-    """Of the Gram form of the attention loss: six Gram matrices in the registers of eight warps."""
-    return Setting(32, 32, 4, 1) if INTERPRETED else Setting(64, 64, 8, 1)
-
-
-def direct() -> Setting:
-    """Of its direct form."""
-    return Setting(32, 32, 4, 1) if INTERPRETED else Setting(64, 64, 4, 1)
 
 
 class RowSetting(NamedTuple):

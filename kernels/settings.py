@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 class Key(NamedTuple):
     """What a table has an entry for."""
 
-    kernel: str  # forward, one_tile, dq or dkdv
+    kernel: str  # forward, one_tile, dq, dkdv; of the attention loss gram, direct
     head: int  # width of the tile that holds a head
     dtype: torch.dtype
     dropout: bool

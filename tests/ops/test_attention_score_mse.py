@@ -46,9 +46,9 @@ def test_blocks_of_scores(scratch, form, fast, device, monkeypatch):
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_gram_equals_direct(lengths, widths, impl, device):
+def test_gram_equals_direct(lengths, widths, exact, device):
     case = attention_score_mse(LENGTHS[lengths], 2, *widths, dtype=torch.float64, device=device)
-    gram, direct = (case.with_options(form=form).run(impl) for form in FORMS)
+    gram, direct = (case.with_options(form=form).run(exact) for form in FORMS)
     torch.testing.assert_close(gram, direct, rtol=1e-12, atol=1e-13)
 
 
