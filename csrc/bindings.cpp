@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "lists.h"
 #include "mlm_mask.h"
+#include "parallel.h"
 #include "sequence_layout.h"
 
 namespace py = pybind11;
@@ -60,9 +61,9 @@ tbf::Padding padding(Address real, int64_t batch, int64_t width) {
 }
 
 tbf::PackedRows packed_rows(Address cu_seqlens, Address rows, Address sequences,
-                            Address positions) {
+                            Address positions, int64_t total) {
   return {at<const int32_t>(cu_seqlens), at<int64_t>(rows), at<int32_t>(sequences),
-          at<int32_t>(positions)};
+          at<int32_t>(positions), total};
 }
 
 tbf::Pattern pattern(int64_t size, int64_t masks, int64_t side, bool everything, int64_t window,
@@ -98,6 +99,7 @@ PYBIND11_MODULE(_native, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
 
   m.def("isa", tbf::isa_name, "The widest instruction set in use on this CPU.");
+  m.def("mark_forked", tbf::mark_forked, "This process was forked before it loaded this module.");
   m.def("limit_isa", tbf::limit_isa, "isa"_a,
         "2: AVX-512, 1: AVX2, 0: neither, -1: the widest. For tests.");
 #ifdef TBF_CUDA
@@ -152,7 +154,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&padding), py::kw_only(), "real"_a, "batch"_a, "width"_a);
   py::class_<tbf::PackedRows>(m, "PackedRows")
       .def(py::init(&packed_rows), py::kw_only(), "cu_seqlens"_a, "rows"_a, "sequences"_a,
-           "positions"_a);
+           "positions"_a, "total"_a);
   m.def(
       "sequence_extents_cpu",
       [](const tbf::Padding& padding, Address extents, int threads) {

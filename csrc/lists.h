@@ -57,7 +57,8 @@ inline void pad_lists(const pybind11::object& rows, int64_t count, int64_t width
         *out++ = integer(item);
         return;
       }
-      if (PyTuple_CheckExact(item) && PyTuple_GET_SIZE(item) == parts) {  // nobody can change it
+      if (PyTuple_CheckExact(item) && PyTuple_GET_SIZE(item) == parts) {
+        const auto held = pybind11::reinterpret_borrow<pybind11::object>(item);  // if its list goes
         for (int64_t n = 0; n < parts; ++n) *out++ = integer(PyTuple_GET_ITEM(item, n));
         return;
       }

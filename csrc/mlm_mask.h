@@ -79,7 +79,7 @@ struct MlmMask {
   int64_t* dense;  // (batch, width) labels, -100 where nothing is masked; or null
 };
 
-// One row's scratch: `sort_size` keys (a power of two on a GPU), `width` of the rest.
+// One row's scratch, `width` of each; on a GPU as many keys as the next power of two.
 struct RowScratch {
   uint64_t* keys;     // p, then the order of tokens; in unit modes the order of units
   uint32_t* weights;  // w; in unit modes the length of the unit that begins here

@@ -17,14 +17,20 @@ namespace {
 
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+// Whether this is a child that was forked after the module was loaded; ops/native.py says so of one
+// that loads it only then.
 std::atomic<bool> forked{false};
+#if defined(__linux__)
+const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
+#else
+const bool watched = false;
+#endif
 
 // The entry of the OpenMP runtime that is in this process, torch's as a rule, or null. Its threads
 // spin for a while after torch's own work, and threads of ours would share the cores with them.
 // Not in a forked child, where it would wait for threads that only the parent has.
 Parallel openmp() {
 #if defined(__linux__)
-  static const bool watched = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
   if (!watched || forked) return nullptr;
   return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 #else
@@ -33,6 +39,8 @@ Parallel openmp() {
 }
 
 }  // namespace
+
+void mark_forked() { forked = true; }
 
 void run_parts(int parts, const std::function<void(int)>& part) {
   std::exception_ptr error;

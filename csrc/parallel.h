@@ -7,6 +7,9 @@
 
 namespace tbf {
 
+// This process was forked: the threads of the OpenMP runtime are its parent's.
+void mark_forked();
+
 // part(0), ..., part(parts - 1), each once, by as many threads; an error is thrown.
 void run_parts(int parts, const std::function<void(int)>& part);
 

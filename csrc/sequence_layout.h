@@ -21,6 +21,7 @@ struct PackedRows {
   int64_t* rows;       // b * width + n
   int32_t* sequences;  // b
   int32_t* positions;  // rank among the row's real tokens
+  int64_t total;       // of each; what a wrong cu_seqlens sends beyond them is dropped
 };
 
 template <class Team>
@@ -29,10 +30,11 @@ TBF_HD void place_row(Team& team, const Padding& padding, int64_t b, const Packe
   team.scan(
       padding.width, [&](int64_t n) -> uint64_t { return padding.real[base + n] != 0; },
       [&](int64_t n, uint64_t rank) {
-        if (!padding.real[base + n]) return;
-        packed.rows[start + int64_t(rank)] = base + n;
-        packed.sequences[start + int64_t(rank)] = int32_t(b);
-        packed.positions[start + int64_t(rank)] = int32_t(rank);
+        const int64_t at = start + int64_t(rank);
+        if (!padding.real[base + n] || at < 0 || at >= packed.total) return;
+        packed.rows[at] = base + n;
+        packed.sequences[at] = int32_t(b);
+        packed.positions[at] = int32_t(rank);
       });
 }
 

@@ -14,8 +14,11 @@ TINYBERT_FAST_NATIVE=cpu CXXFLAGS="$flags" LDFLAGS="$flags" \
 
 export PYTHONPATH="$PWD/$build/lib" TINYBERT_FAST_FUZZ_CASES="${1:-300}"
 export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1
+"$python" -P -c 'import importlib.util as u, sys
+sys.exit("build/sanitize" not in u.find_spec("tinybert_fast._native").origin)'
 # Python itself is not sanitized, so the runtimes come first.
 LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)" \
     "$python" -P -m pytest -q tests/ops/test_mlm_mask.py tests/ops/test_block_mask.py \
-    tests/ops/test_sequence_layout.py tests/ops/test_dropout_add_layer_norm.py \
-    -k "not spawn and not compiles" -p no:cacheprovider
+    tests/ops/test_sequence_layout.py tests/ops/test_attention.py \
+    tests/ops/test_dropout_add_layer_norm.py tests/ops/test_embedding_layer_norm.py \
+    tests/data/test_masking.py -k "not spawn and not compiles" -p no:cacheprovider

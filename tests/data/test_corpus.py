@@ -37,3 +37,12 @@ def test_rules_are_known(folder):
         Corpus.of(folder, documents="pages")
     with pytest.raises(ValueError, match="sentences is 'words'; expected one of split, lines"):
         Corpus.of(folder, sentences="words")
+
+
+def test_held_out_documents(folder):
+    corpus = Corpus.of(folder)
+    assert list(corpus.part(2, held_out=True).lines()) == ["Four.", None]
+    rest = corpus.part(2, held_out=False)
+    assert list(rest.lines()) == ["One. Two.", "Three.", None, "Five.", None]
+    assert list(rest) == ["One.", "Two.", "Three.", "Five."]
+    assert str(rest) == f"what is not held out of {corpus}"

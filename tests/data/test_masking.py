@@ -130,6 +130,42 @@ def test_lists_that_cannot_be_read(tokenizer, examples, monkeypatch, compiled):
             collate(bad(offsets, "offset_mapping", [pair] * n))
 
 
+def test_a_tuple_that_is_freed_while_it_is_read():
+    class Clears:
+        def __index__(self):
+            row.clear()
+            self.others = [(n, 666) for n in range(1000)]
+            return 7
+
+    row = [(Clears(), 10**12)]
+    assert native.pad_lists([row], 1, 0, 2).tolist() == [[[7, 10**12]]]
+
+
+def test_padding_is_never_attended_to(tokenizer):
+    same = [{"input_ids": [2, 9, 9, 9, 9, 9, 3]}] * 2
+    batch = SparseMaskingCollator(tokenizer, pad_to_multiple_of=8)(same)
+    assert batch["attention_mask"].tolist() == [[1] * 7 + [0]] * 2
+
+
+def test_steps_reach_running_workers(tokenizer, examples):
+    numbered = [{**x, "example_id": n} for n, x in enumerate(examples)]
+    collate = SparseMaskingCollator(tokenizer, seed=3)
+    loader = DataLoader(numbered, 2, collate_fn=collate, num_workers=1, persistent_workers=True)
+    epochs = []
+    for step in (0, 1, 0):
+        collate.set_step(step)
+        epochs.append([batch["input_ids"].tolist() for batch in loader])
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_workers_differ_after_a_look_at_a_batch(tokenizer, examples):
+    collate = SparseMaskingCollator(tokenizer, seed=7, mlm_probability=0.5)
+    collate(examples)
+    loader = DataLoader([examples[3]] * 4, 2, collate_fn=collate, num_workers=2)
+    first, second = (batch["input_ids"].tolist() for batch in loader)
+    assert first != second
+
+
 def test_a_list_that_shrinks_while_it_is_read():
     class Shrinks:
         def __index__(self):

@@ -130,3 +130,16 @@ def test_schedules():
     ):
         with pytest.raises(ValueError, match=complaint):
             RatioSchedule(*fields)
+
+
+def test_losses_of_several_processes_are_one_batch():
+    ids, losses = torch.tensor([0, 1, 1, 3]), torch.tensor([1.0, 2.0, 4.0, 0.5])
+    whole = LossWeights(4)
+    whole.update(ids, losses)
+    shares, sums = (slice(0, 2), slice(2, 4)), []
+    for share in shares:
+        LossWeights(4).update(ids[share], losses[share], lambda x: sums.append(x) or x)
+    for share in shares:
+        one = LossWeights(4)
+        one.update(ids[share], losses[share], lambda x: sum(sums))
+        assert torch.equal(one.average, whole.average)

@@ -110,6 +110,20 @@ def test_window_globals_and_random_blocks(direction, dropout_p, fast, device):
     )
 
 
+def test_defaults_of_torch_do_not_matter(counted, device):
+    """The compiled module writes fp32 on the CPU, whatever is default."""
+    case = attention((70, 33), heads=1, device=device, **dropout(0.1, device=device))
+    want = ops.attention(*case.operands, **case.options, impl=counted)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        got = ops.attention(*case.operands, **case.options, impl=counted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
+
+
 def test_only_listed_blocks_are_computed():
     """A window of 64 to either side and one global token: 3 of 32 blocks of most rows, and one."""
     size, heads, width = 2048, 2, 32

@@ -67,7 +67,7 @@ def patterns(draw):
     side = draw(st.sampled_from([64, 128]))
     size = draw(st.integers(0, 400))
     rule = BlockPattern(
-        window=draw(st.sampled_from([None, 0, 3, 63, 64, 100])),
+        window=draw(st.sampled_from([None, 0, 3, 63, 64, 100, 2**63 - 1])),
         window_blocks=draw(st.sampled_from([None, 0, 1])),
         global_tokens=tuple(draw(st.lists(st.integers(0, 450), max_size=3))),
         random_blocks=draw(st.integers(0, 3)),
@@ -155,11 +155,14 @@ def test_contract():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BlockPattern(window=-1), "window=-1; expected 0 or more"),
+        (lambda: BlockPattern(window=-1), "window=-1; expected an integer from 0"),
         (lambda: BlockPattern(random_blocks=-2), "random_blocks=-2"),
-        (lambda: BlockPattern(global_tokens=(-1,)), "expected ranks of 0 or more"),
+        (lambda: BlockPattern(global_tokens=(-1,)), "global_tokens=-1; expected an integer from 0"),
         (lambda: BlockPattern(side=32), "side=32 is not one of"),
-        (lambda: BlockMask.from_pattern(BlockPattern(), -1), "size=-1; expected 0 to"),
+        (
+            lambda: BlockMask.from_pattern(BlockPattern(), -1),
+            "size=-1; expected an integer from 0 to",
+        ),
         (lambda: allowed(BlockPattern(), 9, lengths=torch.tensor([10])), "must lie in 0..9"),
         (lambda: allowed(BlockPattern(), 9, lengths=torch.tensor([1.0])), "lengths must be"),
         (

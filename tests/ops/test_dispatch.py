@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.dispatch import FLOATS, Limit, Limits, choose
+from tinybert_fast.ops.sequence_layout import sequence_extents
 from tinybert_fast.testing.operands import FACTORIES
 
 HERE = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -208,3 +210,24 @@ def test_reasons_of_this_process():
 
 def test_auto_never_takes_the_interpreter():
     assert ("triton" in dispatch.AUTOMATIC) == (not dispatch.INTERPRETED)
+
+
+def test_whoever_intercepts_sees_the_operator():
+    """functorch, jit.trace and TorchFunctionMode, whose tensors may have no memory to read."""
+    real = torch.rand(4, 5) > 0.5
+    want = sequence_extents(real)
+    batch = torch.stack([real, ~real])
+    assert torch.equal(torch.func.functionalize(sequence_extents)(real), want)
+    assert torch.equal(torch.vmap(sequence_extents)(batch)[0], want)
+    traced = torch.jit.trace(sequence_extents, (real,), check_trace=False)
+    assert torch.equal(traced(~real), sequence_extents(~real))
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Names():
+        sequence_extents(real)
+    assert any("sequence_extents" in name for name in seen), seen

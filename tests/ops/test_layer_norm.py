@@ -61,7 +61,7 @@ def test_reference_gradient_under_a_fast_forward(fast, device):
 def test_constant_rows(fast, device):
     """No variance: the value is the bias, though eps=1e-12 makes the scale 1e6."""
     if fast == "torch" and device == "cuda":
-        pytest.skip("PyTorch's CUDA kernel rounds the mean of equal numbers, which 1e6 shows")
+        pytest.skip("PyTorch's own CUDA kernel misses this bound (H200, torch 2.11)")
     x = torch.tensor([[0.0], [0.1], [-7.3]], device=device).expand(3, 312).requires_grad_()
     bias = normal((312,), 1, device=device)
     y = ops.layer_norm(x, torch.ones_like(bias), bias, impl=fast)

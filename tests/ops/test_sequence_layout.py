@@ -57,3 +57,25 @@ def test_contract_and_compilation(impl):
 def test_refuses():
     with pytest.raises(ValueError, match=r"dtype torch\.int64 is not one of torch\.bool"):
         sequence_extents(torch.ones(2, 3, dtype=torch.int64), "reference")
+
+
+def test_refuses_what_would_be_written_beyond(impl):
+    real = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
+    stops = torch.tensor([0, 3, 6], dtype=torch.int32, device=DEVICE)
+    for bad, total in ((stops.long(), 6), (stops[:2], 6), (stops, 7), (stops, -1)):
+        with pytest.raises(ValueError, match="cu_seqlens must be int32"):
+            sequence_layout(real, bad, total, impl)
+    for bad in (real.T, real[0]):
+        with pytest.raises(ValueError, match="real must be bool"):
+            sequence_extents(bad, impl)
+
+
+@pytest.mark.skipif("native" not in IMPLS, reason="needs the compiled module")
+def test_a_wrong_running_sum_stays_inside():
+    """The sum is on the device and nobody waits for it: rows that it sends beyond are dropped."""
+    real = torch.ones(64, 512, dtype=torch.bool, device=DEVICE)
+    stops = torch.arange(65, dtype=torch.int32, device=DEVICE) * 512
+    rows, _, _ = sequence_layout(real, stops, 3, "native")
+    assert rows.tolist() == [0, 1, 2]
+    rows, _, _ = sequence_layout(real, stops - 5, 3, "native")
+    assert rows.tolist() == [5, 6, 7]

@@ -433,7 +433,12 @@ def test_a_student_selected_by_its_loss_on_gold_labels(made, tmp_path, accelerat
     ("recipe", "options", "kind", "complaint"),
     [
         (general, {"parity": "exact"}, ValueError, "paper, official"),
-        (general, {"student": "5l-100"}, FileNotFoundError, "no student 5l-100; .*4l-312, 6l-768"),
+        (
+            general,
+            {"student": "5l-100"},
+            FileNotFoundError,
+            "no student or model 5l-100; .*4l-312, 6l-768",
+        ),
         (general, {"student": tiny_config(num_attention_heads=4)}, ValueError, "heads=2"),
         (general, {"init": "svd"}, ValueError, "random, layers, pca"),
         (general, {"parity": "official", "batch_size": 100}, ValueError, "90 texts do not fill"),

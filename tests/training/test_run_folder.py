@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinybert_fast.testing.tiny_models import tiny_classifier, tiny_tokenizer
+from tinybert_fast.training import run_folder
 from tinybert_fast.training.loading import load_classifier
 from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.report import panels_of, plot, table
@@ -172,8 +173,15 @@ def test_a_finished_run_says_so(tmp_path):
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in FILES
+        for damage in ("truncated", "empty", "missing")
+        if (name, damage) != (run_folder.LAST_FILE, "missing")
+    ],
+)
 def test_damaged_checkpoint_is_named(tmp_path, name, damage):
     run = begun(tmp_path / "run")
     checkpoint(run, 5)
@@ -186,6 +194,16 @@ def test_damaged_checkpoint_is_named(tmp_path, name, damage):
     again = RunFolder(tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match=rf"{name} is .*resume from checkpoint-5"):
         again.last_checkpoint()
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path, caplog):
+    run = begun(tmp_path / "run")
+    for step in (5, 10):
+        folder = checkpoint(run, step)
+    (folder / run_folder.LAST_FILE).unlink()
+    again = RunFolder(tmp_path / "run", resume=True)
+    assert again.last_checkpoint().endswith("checkpoint-5")
+    assert "checkpoint-10 was not finished" in caplog.text
 
 
 def test_a_flipped_byte_is_found(tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tinybert_fast import __version__
-from tinybert_fast.cli import bench, demo, distill, evaluate, finetune, info, validate
+from tinybert_fast.cli import bench, demo, distill, evaluate, finetune, info, pretrain, validate
 
 app = typer.Typer(
     name="tinybert-fast",
@@ -43,5 +43,5 @@ def options(
     logging.getLogger("tinybert_fast").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
-for module in (info, validate, finetune, distill, evaluate, demo, bench):
+for module in (info, validate, pretrain, finetune, distill, evaluate, demo, bench):
     module.register(app)

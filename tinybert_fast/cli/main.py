@@ -1,5 +1,6 @@
 """The program `tinybert-fast`: bad input ends in one line on stderr and exit code 2."""
 
+import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ EXTRA = {
     "accelerate", "datasets", "matplotlib", "numpy", "rich", "safetensors", "tensorboard",
     "tokenizers", "transformers", "typer",
 }  # fmt: skip
+OPTIONAL = {"jieba"}  # whose absence says by itself how to install it
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
 
@@ -20,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=None if arguments is None else list(arguments))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        if missing in OPTIONAL:
+            _stop(str(error))
         if missing not in EXTRA:
             raise
         _stop(f"this command needs {missing}; run: pip install 'tinybert-fast[train]'")
@@ -27,8 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if logging.getLogger("tinybert_fast").isEnabledFor(logging.DEBUG):
             raise  # --verbose
         _stop(str(error) or type(error).__name__)
+    except ConnectionError as error:  # of the processes of one run
+        _stop(str(error), code=1)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        _stop(f"{error.strerror}{where}")
 
 
-def _stop(message: str) -> None:
+def _stop(message: str, code: int = 2) -> None:
     print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

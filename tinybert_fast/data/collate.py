@@ -47,19 +47,19 @@ class LengthCollator:
 class LengthGroupedSampler(Sampler[int]):
     """A random order in which every `batch_size` neighbours have similar lengths.
 
-    Shuffle, sort by length within windows of WINDOW_BATCHES batches, cut into groups of `group`
-    batches, shuffle the groups. With `group` = the number of data-parallel ranks, all ranks of a
-    step get equal work. The longest batch comes first, so that memory runs out at once or not at
-    all; the incomplete group comes last.
+    Shuffle, sort by length within windows of WINDOW_BATCHES batches, cut into batches, shuffle
+    these. With `batch_size` = the examples of one optimizer step, all ranks of a step get equal
+    work, and steps do not depend on the number of ranks. The longest batch comes first, so that
+    memory runs out at once or not at all; the incomplete one comes last.
 
     The order is a function of (seed, epoch) alone, never of torch's generator: an epoch resumed in
     the middle goes on with the same batches.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0, group: int = 1):
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0):
         self.lengths = np.asarray(lengths)
-        self.chunk = batch_size * group
-        self.window = self.chunk * max(1, WINDOW_BATCHES // group)
+        self.chunk = batch_size
+        self.window = batch_size * WINDOW_BATCHES
         self.seed = seed
         self.epoch = 0
 

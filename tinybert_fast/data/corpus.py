@@ -65,6 +65,29 @@ class Corpus:
             if line is not None:
                 yield from self.split(line)
 
+    def part(self, every: int, *, held_out: bool) -> "CorpusPart":
+        """Each ``every``-th document, or all the others."""
+        return CorpusPart(self.paths, self.documents, self.sentences, every, held_out)
+
     def __str__(self) -> str:
         more = f" and {len(self.paths) - 1} more files" if len(self.paths) > 1 else ""
         return f"{self.paths[0]}{more}"
+
+
+@dataclass(frozen=True)
+class CorpusPart(Corpus):
+    """Each ``every``-th document of a corpus, to be held out, or the others, to be trained on."""
+
+    every: int = 2
+    held_out: bool = False
+
+    def lines(self) -> Iterator[str | None]:
+        number = 0
+        for line in super().lines():
+            if ((number + 1) % self.every == 0) == self.held_out:
+                yield line
+            number += line is None
+
+    def __str__(self) -> str:
+        which = f"each {self.every}th document" if self.held_out else "what is not held out"
+        return f"{which} of {super().__str__()}"

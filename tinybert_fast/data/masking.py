@@ -2,6 +2,7 @@
 collator.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from tinybert_fast.ops import MaskingRule, mlm_mask, native
 from tinybert_fast.ops.dispatch import UNAVAILABLE
 
 SEEDS = 2**63 - 1
+KINDS = ("pt", "np")
 CONTINUATION = "##"  # of WordPiece
 # Columns with an entry for each token, and what stands at padding; input_ids have the tokenizer's.
 COLUMNS = {
@@ -71,6 +73,13 @@ class SparseMaskingCollator:
 
     def __post_init__(self) -> None:
         self._generator: torch.Generator | None = None
+        self._drawn_by: tuple[int, int] | None = None
+        # Shared with the workers of a DataLoader, those that outlive an epoch too.
+        self._step = torch.tensor(self.step, device="cpu").share_memory_()
+        if self.return_tensors not in KINDS:
+            raise ValueError(f"return_tensors={self.return_tensors!r} is not one of pt, np")
+        if self.whole_word_mask and self.span_mask:
+            raise ValueError("span_mask masks spans of whole words: leave out whole_word_mask")
         if not self.mlm:
             if self.whole_word_mask or self.span_mask:
                 raise ValueError("whole_word_mask and span_mask need mlm=True")
@@ -97,10 +106,15 @@ class SparseMaskingCollator:
         self._starts = ~torch.tensor(continues, device=self.device)
 
     def set_step(self, step: int) -> None:
-        """Another step gives every example another mask."""
+        """Another step gives every example another mask, in running workers too."""
         self.step = step
+        self._step.fill_(step)
 
     def __call__(self, examples: Sequence[Any], return_tensors: str | None = None) -> dict:
+        if return_tensors not in (None, *KINDS):
+            raise ValueError(f"return_tensors={return_tensors!r} is not one of pt, np")
+        if not examples:
+            raise ValueError("SparseMaskingCollator got no example")
         batch = self._pad(examples)
         most = None
         if self.rule is not None and self.device != "cpu":
@@ -112,7 +126,7 @@ class SparseMaskingCollator:
         special = batch.pop("special_tokens_mask", None)
         numbers = batch.pop("example_id", None)
         starts = self._word_starts(
-            ids, special, batch.pop("word_starts", None), batch.pop("offset_mapping", None)
+            ids, batch.pop("word_starts", None), batch.pop("offset_mapping", None)
         )
         if rule is None:
             pad = self.tokenizer.pad_token_id
@@ -122,7 +136,7 @@ class SparseMaskingCollator:
             ids,
             rule,
             seed=self._draw_seed() if numbers is None else (self.seed or 0),
-            step=self.step,
+            step=int(self._step),
             example_ids=numbers,
             special_tokens_mask=special,
             attention_mask=batch.get("attention_mask"),
@@ -139,7 +153,7 @@ class SparseMaskingCollator:
         return self._converted(batch, return_tensors)
 
     def _word_starts(
-        self, ids: Tensor, special: Tensor | None, starts: Tensor | None, offsets: Tensor | None
+        self, ids: Tensor, starts: Tensor | None, offsets: Tensor | None
     ) -> Tensor | None:
         """Bool (B, N), True where a word begins; None if tokens are masked one by one."""
         if self.rule is None or self.rule.unit == "token":
@@ -154,7 +168,8 @@ class SparseMaskingCollator:
 
     def _pad(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """int64 (B, N) tensors, and whatever else the tokenizer pads, on the CPU."""
-        if not isinstance(examples[0], Mapping):
+        mapped = isinstance(examples[0], Mapping)
+        if not mapped:
             examples = [{"input_ids": ids} for ids in examples]
         if not self._simple(examples):
             return dict(
@@ -173,32 +188,35 @@ class SparseMaskingCollator:
             for name, fill in {**COLUMNS, "input_ids": self.tokenizer.pad_token_id}.items()
             if name in examples[0]
         }
-        if "attention_mask" not in batch and len(set(lengths)) > 1:
-            real = torch.arange(width) < torch.tensor(lengths)[:, None]
-            batch["attention_mask"] = real.long()
+        expected = mapped and "attention_mask" in self.tokenizer.model_input_names
+        if "attention_mask" not in batch and (expected or min(lengths) < width):
+            real = np.arange(width) < np.asarray(lengths)[:, None]
+            batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
         if "example_id" in examples[0]:
-            batch["example_id"] = torch.tensor([int(x["example_id"]) for x in examples])
+            batch["example_id"] = torch.tensor(
+                [int(x["example_id"]) for x in examples], device="cpu"
+            )
         return batch
 
     def _simple(self, examples: Sequence[Mapping]) -> bool:
         """Whether these are the tokenizer's own columns, padded on the right."""
         right = getattr(self.tokenizer, "padding_side", "right") == "right"
-        known = set(examples[0]) <= {*COLUMNS, "example_id"}
+        names = set(examples[0])
+        known = names <= {*COLUMNS, "example_id"} and all(set(x) == names for x in examples)
         return right and self.tokenizer.pad_token_id is not None and known
 
     def _draw_seed(self) -> int:
         if self.seed is None:
             return int(torch.randint(SEEDS, ()))
-        if self._generator is None:
-            worker = torch.utils.data.get_worker_info()
-            own = self.seed if worker is None else self.seed ^ worker.seed
+        worker = torch.utils.data.get_worker_info()
+        own = self.seed if worker is None else self.seed ^ worker.seed
+        if self._generator is None or self._drawn_by != (os.getpid(), own):
+            self._drawn_by = (os.getpid(), own)  # not the generator of the process before a fork
             self._generator = torch.Generator().manual_seed(own)
         return int(torch.randint(SEEDS, (), generator=self._generator))
 
     def _converted(self, batch: dict[str, Tensor], return_tensors: str | None) -> dict:
         kind = return_tensors or self.return_tensors
-        if kind not in ("pt", "np"):
-            raise ValueError(f"return_tensors={kind!r} is not one of pt, np")
         return batch if kind == "pt" else {name: x.cpu().numpy() for name, x in batch.items()}
 
 
@@ -220,7 +238,10 @@ def _padded(
         raise ValueError(f"example {b} has {found[b]} {name} for {lengths[b]} input_ids")
     parts = 2 if name == "offset_mapping" else 1
     if isinstance(rows[0], list) and UNAVAILABLE["native"] is None:
-        return native.pad_lists(rows, width, fill, parts)
+        try:
+            return native.pad_lists(rows, width, fill, parts)
+        except (TypeError, OverflowError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     flat = np.concatenate([np.asarray(row).reshape(n, -1) for row, n in zip(rows, lengths)])
     if flat.dtype.kind not in "iub" or flat.shape[1] != parts:
         raise TypeError(f"{name}: expected {parts} integers for a token; got {flat.dtype}")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinybert_fast.data.masking import SparseMaskingCollator
+from tinybert_fast.data.masking import CONTINUATION, SparseMaskingCollator
 from tinybert_fast.ops import MaskingRule
 
 
@@ -31,6 +31,8 @@ class PreTrainingCollator:
         self.masking = SparseMaskingCollator(
             tokenizer, seed=seed, **{"compact_labels": True, **masking}
         )
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self._begins = np.array([not (t or "").startswith(CONTINUATION) for t in tokens])
 
     @property
     def rule(self) -> MaskingRule:
@@ -57,6 +59,25 @@ class PreTrainingCollator:
             device=rule.table.device,
         )
         self.masking.rule = replace(rule, table=fresh.table)
+
+    def reversed(self, examples: Sequence[Mapping]) -> list[dict[str, Any]]:
+        """Each segment's tokens in reversed order, [CLS] and [SEP] where they were. A whole word
+        stays one: it begins now where it ended.
+        """
+        rows = []
+        for example in examples:
+            ids = np.asarray(example["input_ids"])
+            n = len(ids)
+            first = example.get("first_length", n)
+            order = np.arange(n)
+            for start, stop in ((1, first - 1), (first, n - 1)):
+                order[start:stop] = order[start:stop][::-1]
+            row = {**example, "input_ids": ids[order]}
+            if self.rule.unit != "token":
+                starts = np.asarray(example.get("word_starts", self._begins[ids]), bool)
+                row["word_starts"] = np.append(starts[1:], True)[order]
+            rows.append(row)
+        return rows
 
     def __call__(self, examples: Sequence[Mapping]) -> dict[str, Any]:
         lengths = [len(example["input_ids"]) for example in examples]

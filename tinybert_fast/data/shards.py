@@ -76,6 +76,13 @@ class Manifest:
     format: int = FORMAT
 
 
+class Survey(NamedTuple):
+    """Of a corpus that has been read once: the hash of ``Manifest.corpus``."""
+
+    corpus: str
+    documents: int
+
+
 class Shards(NamedTuple):
     examples: Dataset  # rows as above, mapped from the disk
     manifest: Manifest
@@ -153,7 +160,8 @@ def write_shards(
             encoded = in_order(BlockEncoder, encoding, blocks(hashed), processes)
             for block in shown(encoded, "tokenising the corpus", on=progress):
                 writer.add(block)
-        _check_text(corpus, writer, nsp, tokenizer)
+        _check_text(corpus, writer.documents if writer.tokens else 0, nsp)
+        _check_tokens(writer, tokenizer)
         parts = writer.parts()
         jobs = jobs_of(parts, duplicates)
         made = in_order(ShardMaker, (target, tokens, dtype, parts, pairing), jobs, processes)
@@ -223,6 +231,37 @@ def open_shards(folder: str | Path, tokenizer) -> Shards:
     return Shards(concatenate_datasets(examples), manifest)
 
 
+def survey(corpus: Corpus, *, nsp: bool) -> Survey:
+    """Reads the corpus. Raises what ``write_shards`` raises of a text that does not serve."""
+    hashed = _Hashed(corpus.lines())
+    documents = sum(line is None for line in hashed)
+    _check_text(corpus, documents, nsp)
+    return Survey(hashed.digest(), documents)
+
+
+def shards_of(
+    corpus: Corpus,
+    found: Survey,
+    tokenizer,
+    folder: str | Path,
+    *,
+    processes: int = 1,
+    progress: bool = False,
+    **options: Any,
+) -> Shards:
+    """The corpus as examples: opened in ``folder`` if they were made there before, else written.
+
+    Their sub-folder is named after the text, the tokenizer and ``options`` (of ``write_shards``),
+    so what is found under the name is what would be written.
+    """
+    rules = (corpus.sentences, fingerprint(tokenizer), sorted(options.items()), FORMAT)
+    key = hashlib.sha256(repr((found.corpus, rules)).encode()).hexdigest()[:16]
+    target = Path(folder) / f"shards-{key}"
+    if not (target / MANIFEST).exists():
+        write_shards(corpus, tokenizer, target, processes=processes, progress=progress, **options)
+    return open_shards(target, tokenizer)
+
+
 def _check_options(
     max_length: int, nsp: bool, short: float, duplicates: int, words: str, seed: int, processes: int
 ) -> None:
@@ -240,15 +279,18 @@ def _check_options(
         raise ValueError(f"words is {words!r}; expected one of {', '.join(WORDS)}")
 
 
-def _check_text(corpus: Corpus, writer: TokenWriter, nsp: bool, tokenizer) -> None:
-    if not writer.tokens:
+def _check_text(corpus: Corpus, documents: int, nsp: bool) -> None:
+    if not documents:
         raise ValueError(f"{corpus} holds no text; expected sentences")
-    if nsp and writer.documents == 1:
+    if nsp and documents == 1:
         raise ValueError(
             f"{corpus} is one document, and next-sentence pairs need sentences of another: give "
             "more documents (a blank line ends one; documents='files' takes each file for one), or "
             "train without pairs (nsp=False, --no-nsp)"
         )
+
+
+def _check_tokens(writer: TokenWriter, tokenizer) -> None:
     unknown = writer.counts[tokenizer.unk_token_id] / writer.tokens
     if unknown > MANY_UNKNOWN:
         log.warning(

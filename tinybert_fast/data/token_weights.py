@@ -6,7 +6,7 @@ masks them less often, so that they stay as context from which the common ones a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,11 +116,17 @@ class LossWeights:
         self.average = torch.zeros(vocab_size, device=device)
 
     @torch.no_grad()
-    def update(self, ids: Tensor, losses: Tensor) -> None:
-        """ids: int64 (R,), the masked tokens. losses: (R,), theirs, finite."""
+    def update(
+        self, ids: Tensor, losses: Tensor, over_processes: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """ids: int64 (R,), the masked tokens. losses: (R,), theirs, finite. ``over_processes``:
+        adds up an int64 tensor of each process, so that all of them keep the same averages.
+        """
         units = (losses.double() / LOSS_UNIT).round().long()
-        totals = torch.zeros_like(self.average, dtype=torch.int64).index_add_(0, ids, units)
-        times = torch.bincount(ids, minlength=len(self.average))
+        sums = torch.zeros((2, len(self.average)), dtype=torch.int64, device=self.average.device)
+        sums[0].index_add_(0, ids, units)
+        sums[1].index_add_(0, ids, torch.ones_like(ids))
+        totals, times = sums if over_processes is None else over_processes(sums)
         mean = (totals.double() * LOSS_UNIT / times.clamp_min(1)).float()
         moved = torch.lerp(mean, self.average, self.decay)
         first = self.average == 0

@@ -101,14 +101,19 @@ class AcceleratedBertModel(Accelerated, BertModel):
         *,
         capture: Capture | None = None,
         layout: SequenceLayout | None = None,
+        direction: str = "both",
+        read: Tensor | None = None,
         packed: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """BertModel's forward, with three keywords more, which every accelerated class passes on.
+        """BertModel's forward, with five keywords more, which every accelerated class passes on.
 
         Args:
             capture: what to record of hidden states, queries and keys (modules/capture.py).
             layout: of this batch, if the caller has built it; ``attention_mask`` is then not read.
+            direction: "both", "causal" or "anti_causal" (``ops.attention``), in every layer.
+            read: the packed rows that a head will read, int64 (R,), with ``packed``: it gets these
+                alone, in this order.
             packed: give a head its `Packed` rows, or None where Transformers' own code has to run.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -121,6 +126,11 @@ class AcceleratedBertModel(Accelerated, BertModel):
             if self.fast_block_mask is not None:
                 raise ValueError(
                     f"block_mask= needs packed rows, and this call cannot run on them: {reason}"
+                )
+            if direction != "both":
+                raise ValueError(
+                    f"direction={direction!r} needs packed rows, and this call cannot run on them: "
+                    f"{reason}"
                 )
             if capture is not None:
                 raise ValueError(
@@ -148,6 +158,8 @@ class AcceleratedBertModel(Accelerated, BertModel):
                 **kwargs,
             )
         assert layout is not None
+        if read is not None and not packed:
+            raise ValueError("read= gives some rows, for a head that asks for packed ones")
         asked = kwargs.get(
             "output_hidden_states", getattr(self.config, "output_hidden_states", None)
         )
@@ -164,6 +176,8 @@ class AcceleratedBertModel(Accelerated, BertModel):
             position_ids=position_ids,
             capture=record,
             block_mask=_block_mask(self, layout.rows.device),
+            direction=direction,
+            read=read,
             impl=self.fast_impl,
         )
         if capture is not None and record is not capture:

@@ -14,6 +14,7 @@ Every dropout place has its own site number, 4 m + place, under one seed per for
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,8 @@ def encode(
     position_ids: Tensor | None = None,
     capture: Capture | None = None,
     block_mask: ops.BlockMask | None = None,
+    direction: str = "both",
+    read: Tensor | None = None,
     impl: Any = "auto",
 ) -> Tensor:
     """The last hidden state (T, C) of ``bert`` on the real tokens of a padded batch.
@@ -47,15 +50,19 @@ def encode(
     ``bert``: anything with the submodules of Transformers' BertModel; its train/eval state, dropout
     rates and gradient checkpointing are honoured. Inputs are padded, as the caller has them: ids
     (B, N), types and positions (B, N) or (1, N), ``inputs_embeds`` (B, N, C). ``capture`` records
-    what it asks for on the way. ``block_mask`` says which tokens meet, in every layer.
+    what it asks for on the way. ``block_mask`` and ``direction`` (of ``ops.attention``) say which
+    tokens meet, in every layer. ``read``: int64 (R,), the rows of the last hidden state that are
+    needed: the answer is then (R, C), and the last layer computes these alone behind its attention.
     """
     layers = bert.encoder.layer
     capture = Capture() if capture is None else capture
-    if block_mask is not None and capture.attention:
+    if capture.attention and (block_mask is not None or direction != "both"):
         raise ValueError(
-            "capture asks for queries and keys of a model with a block mask; the losses that read "
-            "them count all pairs of tokens, also those that its mask forbids"
+            "capture asks for queries and keys of a model whose tokens do not all meet (a block "
+            "mask, a direction); the losses that read them count all pairs of tokens"
         )
+    if read is not None and len(layers) in capture.hidden_states:
+        raise ValueError("capture asks for the last hidden state whole, and read= for some rows")
     capture.start(len(layers), layout)
     seed = draw_seed(layout.rows.device) if _drops(bert) else None
     hidden = embed(
@@ -80,6 +87,8 @@ def encode(
             m=m,
             give_scores=attended,
             block_mask=block_mask,
+            direction=direction,
+            read=read if m == len(layers) else None,
             impl=impl,
         )
         if _checkpointed(layer):
@@ -156,9 +165,13 @@ def encode_layer(
     m: int,
     give_scores: bool,
     block_mask: ops.BlockMask | None,
+    direction: str,
+    read: Tensor | None,
     impl: Any,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Layer m: (T, C) -> (T, C), with its queries and keys (T, H, D) if ``give_scores``."""
+    """Layer m: (T, C) -> (T, C), or (R, C) of the rows to ``read``; with its queries and keys
+    (T, H, D) if ``give_scores``.
+    """
     attention, site = layer.attention, SITES_PER_LAYER * m
     heads = attention.self
     size = heads.attention_head_size
@@ -177,17 +190,25 @@ def encode_layer(
         values,
         layout=layout,
         scale=heads.scaling,
+        direction=direction,
         dropout_p=heads.dropout.p if heads.training else 0.0,
         seed=seed,
         site=site + ATTENTION,
         block_mask=block_mask,
         impl=impl,
     )
+    context = context.flatten(1)
+    if read is not None:  # dropout keeps the cells of the whole
+        context, hidden = context.index_select(0, read), hidden.index_select(0, read)
+        layout = replace(
+            layout,
+            rows=layout.rows[read],
+            sequences=layout.sequences[read],
+            positions=layout.positions[read],
+        )
     common = {"layout": layout, "seed": seed, "impl": impl}
     weight = _pad_heads(dense.weight.mT, size, padding).mT if padding else None
-    hidden = _output(
-        attention.output, context.flatten(1), hidden, site + ATTENTION_OUTPUT, weight, **common
-    )
+    hidden = _output(attention.output, context, hidden, site + ATTENTION_OUTPUT, weight, **common)
     inner = layer.intermediate
     if is_erf_gelu(inner.intermediate_act_fn) and is_plain(inner.dense):
         expanded = ops.bias_gelu(F.linear(hidden, inner.dense.weight), inner.dense.bias, impl=impl)

@@ -39,15 +39,23 @@ def masked_lm_loss(
     where Transformers gives NaN.
     """
     rows = (labels != IGNORED).nonzero().squeeze(1)
-    labels = labels.index_select(0, rows)
-    hidden = _transform(predictions.transform, hidden.index_select(0, rows), impl)
+    return vocabulary_loss(
+        predictions, hidden.index_select(0, rows), labels.index_select(0, rows), impl=impl
+    )
+
+
+def vocabulary_loss(
+    predictions: Any, hidden: Tensor, labels: Tensor, *, impl: Any = "auto"
+) -> Tensor:
+    """Mean cross-entropy of rows (R, C) with labels (R,), 0 if there is none."""
+    hidden = _transform(predictions.transform, hidden, impl)
     decoder = predictions.decoder
     if is_plain(decoder):
-        every = torch.arange(rows.shape[0], device=rows.device)
+        every = torch.arange(hidden.shape[0], device=hidden.device)
         return ops.linear_cross_entropy(
             hidden, decoder.weight, decoder.bias, every, labels, impl=impl
         )
-    return F.cross_entropy(decoder(hidden), labels)
+    return F.cross_entropy(decoder(hidden), labels, reduction="sum") / max(1, len(labels))
 
 
 def _transform(transform: Any, hidden: Tensor, impl: Any) -> Tensor:

@@ -16,6 +16,7 @@ from tinybert_fast.ops.dispatch import (
     check_devices,
     choose,
     define,
+    integer,
 )
 from tinybert_fast.reference.block_mask import Conditions, allowed_pairs, conditions_met
 from tinybert_fast.reference.block_mask import block_mask as reference
@@ -83,12 +84,10 @@ class BlockPattern:
     def __post_init__(self) -> None:
         for name in ("window", "window_blocks", "random_blocks", "seed"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < 2**63:
-                raise ValueError(f"block_mask: {name}={value}; expected 0 or more")
-        if any(token < 0 for token in self.global_tokens):
-            raise ValueError(
-                f"block_mask: global_tokens={self.global_tokens}; expected ranks of 0 or more"
-            )
+            if value is not None or not name.startswith("window"):
+                integer("block_mask", name, value, 0, 2**63 - 1)
+        for token in self.global_tokens:
+            integer("block_mask", "global_tokens", token, 0, 2**63 - 1)
         _check_side(self.side)
 
     @classmethod
@@ -132,6 +131,9 @@ class BlockMask:
 
     def __post_init__(self) -> None:
         alike = len({(x.dtype, x.device) for x in self.lists}) == 1 and len(self.lists) == 7
+        if alike and self.lists[6].shape[1] in SIDES:
+            segments = 2 * -(-self.size // self.lists[6].shape[1]) + 1
+            alike = self.lists[0].shape[1] == self.lists[3].shape[1] == segments
         if not alike or self.lists[0].dtype != torch.int32 or self.lists[6].shape[1] not in SIDES:
             raise ValueError(
                 f"a BlockMask holds seven int32 tensors on one device, cells of blocks of {SIDES} "
@@ -146,6 +148,11 @@ class BlockMask:
         Raises:
             ValueError: another dtype or shape, or a side that is not 64 or 128.
         """
+        if not isinstance(allowed, Tensor):
+            raise ValueError(
+                f"block_mask: expected a bool tensor (N, N) or (B, N, N); got "
+                f"{type(allowed).__name__}"
+            )
         square = allowed.dim() in (2, 3) and allowed.shape[-1] == allowed.shape[-2]
         if allowed.dtype != torch.bool or not square:
             raise ValueError(
@@ -168,7 +175,7 @@ class BlockMask:
         device: torch.device | str | None = None,
         impl: str = "auto",
     ) -> BlockMask:
-        """Of sequences up to ``size`` tokens. One host sync on a GPU.
+        """Of sequences up to ``size`` tokens. A GPU is waited for, to size the lists.
 
         Args:
             documents: int (B, N), a number for every token that never decreases along a row: only
@@ -184,7 +191,7 @@ class BlockMask:
         given = {"documents": documents, "lengths": lengths, "dense": dense}
         first = next((x for x in given.values() if x is not None), None)
         if device is None:
-            device = "cpu" if first is None else first.device
+            device = getattr(first, "device", "cpu")
         probe = torch.empty(0, dtype=torch.bool, device=device)
         choice, _ = choose(impl, LIMITS, probe)
         masks = _check(pattern, size, documents, lengths, dense)
@@ -199,10 +206,10 @@ class BlockMask:
             masks=masks,
             side=pattern.side,
             everything=all(rule is None for rule in rules),
-            window=-1 if pattern.window is None else pattern.window,
-            window_blocks=-1 if pattern.window_blocks is None else pattern.window_blocks,
+            window=-1 if pattern.window is None else min(pattern.window, size),
+            window_blocks=-1 if pattern.window_blocks is None else min(pattern.window_blocks, size),
             global_tokens=marked,
-            random_blocks=pattern.random_blocks,
+            random_blocks=min(pattern.random_blocks, size),
             seed=pattern.seed,
             documents=documents,
             lengths=lengths,
@@ -241,6 +248,10 @@ def _native_lists(probe: Tensor, c: Conditions) -> list[Tensor]:
     )  # fmt: skip
     kinds = _kinds(*arguments, "native")
     partial, full = torch.stack([(kinds == kind).sum() for kind in (1, 2)]).tolist()
+    if partial + full >= 2**31:
+        raise ValueError(
+            f"block_mask: {partial + full:,} blocks are listed; fewer than 2^31 can be"
+        )
     return _lists(kinds, partial + full, partial, *arguments, "native")
 
 
@@ -257,8 +268,10 @@ def _check(
     dense: Tensor | None,
 ) -> int:
     """The number of masks."""
-    if not 0 <= size <= LONGEST:
-        raise ValueError(f"block_mask: size={size}; expected 0 to {LONGEST} tokens")
+    integer("block_mask", "size", size, 0, LONGEST)
+    for name, given in (("documents", documents), ("lengths", lengths), ("dense", dense)):
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"block_mask: {name} is {type(given).__name__}; expected a tensor")
     masks = next((len(x) for x in (documents, lengths, dense) if x is not None and x.dim()), 1)
     integers = (torch.int32, torch.int64)
     for name, x, dtypes, shape in (

@@ -18,9 +18,11 @@ dtype, as ``F.linear`` does.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -60,13 +62,17 @@ def _probe() -> dict[str, str | None]:
     return why
 
 
-def _native_devices() -> tuple[str, ...]:
-    """Where the compiled module runs: on a GPU if it was built for its architecture."""
-    if UNAVAILABLE["native"] is not None or not torch.cuda.is_available():
-        return ("cpu",)
+@cache
+def _not_built_for(device: torch.device) -> str | None:
+    """Why the compiled module cannot run on this GPU; asked when a tensor on it comes by, since
+    looking at a GPU would take it from processes that are forked later.
+    """
     built_for = import_module("tinybert_fast._native").cuda_architectures.split()
-    major = torch.cuda.get_device_capability()[0]  # a binary runs on all minors of its major
-    return ("cpu", "cuda") if str(major) in {arch[:-1] for arch in built_for} else ("cpu",)
+    major, minor = torch.cuda.get_device_capability(device)
+    if str(major) in {arch[:-1] for arch in built_for}:  # a binary runs on all minors of its major
+        return None
+    known = f"for sm_{', sm_'.join(built_for)}" if built_for else "without CUDA"
+    return f"the compiled module was built {known}; this GPU is sm_{major}{minor}"
 
 
 def _parse(setting: str) -> dict[str, str]:
@@ -84,7 +90,7 @@ def _parse(setting: str) -> dict[str, str]:
 
 
 UNAVAILABLE = _probe()
-NATIVE_DEVICES = _native_devices()
+NATIVE_DEVICES = ("cpu", "cuda")
 FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
 # Types of arguments that need no dispatch. Fake tensors, say, are none of them.
@@ -130,6 +136,10 @@ class Limits:
             return f"{self.op} has no {impl} implementation"
         if UNAVAILABLE[impl] is not None:
             return UNAVAILABLE[impl]
+        if impl == "native" and tensor.is_cuda and "cuda" in limit.devices:
+            reason = _not_built_for(tensor.device)
+            if reason is not None:
+                return reason
         if tensor.dtype not in limit.dtypes:
             return f"dtype {tensor.dtype} is not one of {', '.join(map(str, limit.dtypes))}"
         if impl == "triton" and INTERPRETED and tensor.dtype == torch.bfloat16:
@@ -231,19 +241,26 @@ def define(
     def run_fake(*args):
         return fake(*args) if fake_knows_impl else fake(*args[:-1])
 
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args):
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch.autograd._profiler_enabled()
-            or not PLAIN.issuperset(map(type, args))
-        ):
-            return operator(*args)
+        if _watched() or not PLAIN.issuperset(map(type, args)):
+            return registered(*args)
         return run(*args)
 
     return call
+
+
+def _watched() -> bool:
+    """Whether somebody compiles, traces, transforms, profiles or intercepts calls just now."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def without_autocast(function: Callable, *operands: Any) -> Any:
@@ -292,6 +309,17 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.
             f"{op}: dropout_p={dropout_p} needs seed, an int64 tensor of shape (2,); got {got}"
         )
     check_devices(op, device, seed=seed)
+
+
+def integer(op: str, name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as a Python integer, or ValueError unless it is one from ``low`` to ``high``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        raise ValueError(f"{op}: {name}={value!r}; expected an integer from {low} to {high}")
+    return number
 
 
 def check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:

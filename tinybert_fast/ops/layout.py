@@ -81,10 +81,9 @@ class SequenceLayout:
         width = max(lengths, default=0) if width is None else width
         if any(not 0 <= n <= width for n in lengths):
             raise ValueError(f"lengths must lie in 0..{width} (the padded width); got {lengths}")
-        starts = torch.arange(len(lengths)) * width
         rows = torch.cat(
-            [torch.arange(n) + start for n, start in zip(lengths, starts, strict=True)]
-            or [torch.empty(0, dtype=torch.int64)]
+            [torch.arange(n, device="cpu") + b * width for b, n in enumerate(lengths)]
+            or [torch.empty(0, dtype=torch.int64, device="cpu")]
         )
         return cls._build(width, lengths, rows.to(device, non_blocking=True))
 
@@ -200,5 +199,5 @@ class SequenceLayout:
 
 def _running_sum(lengths: list[int], device: torch.device) -> Tensor:
     """int32 (B + 1,), exclusive."""
-    counts = torch.tensor([0, *lengths], dtype=torch.int32)
+    counts = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu")
     return counts.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,12 +16,14 @@ from tinybert_fast.ops.dispatch import (
     check_devices,
     choose,
     define,
+    integer,
 )
+from tinybert_fast.ops.native import UNITS
 from tinybert_fast.reference.mlm_mask import IGNORE, ONE, Plan
 from tinybert_fast.reference.mlm_mask import mlm_mask as reference
 
-UNITS = ("token", "word", "span")
 MOST_TOKENS = 8192  # of a row
+MOST_WORDS = 2**31 - 1  # of a vocabulary, and tokens of a batch: places and ids are int32 inside
 HEAVIEST = 2**31 - 1
 FLAGS = (torch.bool, torch.uint8, torch.int64)
 
@@ -60,8 +61,17 @@ class MaskingRule:
     plan: Plan = field(init=False, repr=False)  # what the implementations take
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.ratio <= 1.0:
-            raise ValueError(f"mlm_mask: ratio={self.ratio}; expected above 0, at most 1")
+        if not isinstance(self.ratio, (int, float)) or not 0.0 < self.ratio <= 1.0:
+            raise ValueError(f"mlm_mask: ratio={self.ratio!r}; expected above 0, at most 1")
+        integer("mlm_mask", "vocab_size", self.vocab_size, 1, MOST_WORDS)
+        integer("mlm_mask", "mask_id", self.mask_id, 0, self.vocab_size - 1)
+        tables = (self.table.dtype, len(self.table)) == (torch.int32, self.vocab_size)
+        if not tables or self.ordinary.dtype != torch.int64 or len(self.ordinary) == 0:
+            raise ValueError(
+                f"mlm_mask: table must be int32 ({self.vocab_size},), ordinary int64, not empty; "
+                f"got {self.table.dtype} {tuple(self.table.shape)} and {self.ordinary.dtype} "
+                f"{tuple(self.ordinary.shape)}. MaskingRule.of makes them"
+            )
         shares = (self.mask_share, self.random_share)
         if not all(0.0 <= share <= 1.0 for share in shares) or sum(shares) > 1.0 + 1e-9:
             raise ValueError(
@@ -70,10 +80,6 @@ class MaskingRule:
             )
         if self.unit not in UNITS:
             raise ValueError(f"mlm_mask: unit={self.unit!r} is not one of {', '.join(UNITS)}")
-        if not 0 <= self.mask_id < self.vocab_size:
-            raise ValueError(
-                f"mlm_mask: mask_id={self.mask_id}; expected 0 to {self.vocab_size - 1}"
-            )
         plan = Plan(
             self.table,
             self.places,
@@ -111,14 +117,13 @@ class MaskingRule:
             ValueError: weights that are negative, NaN, infinite, all zero or of another length;
                 ids outside the vocabulary; no ordinary token left.
         """
-        special = sorted(set(special_ids))
-        if special and not 0 <= special[0] <= special[-1] < vocab_size:
-            raise ValueError(f"mlm_mask: special_ids {special} do not lie in 0..{vocab_size - 1}")
-        eligible = torch.ones(vocab_size, dtype=torch.int64)
+        size = integer("mlm_mask", "vocab_size", vocab_size, 1, MOST_WORDS)
+        special = [integer("mlm_mask", "special_ids", x, 0, size - 1) for x in set(special_ids)]
+        eligible = torch.ones(vocab_size, dtype=torch.int64, device="cpu")
         eligible[special] = 0
         if not eligible.any():
             raise ValueError(f"mlm_mask: all {vocab_size} tokens are special")
-        weights = torch.full((vocab_size,), HEAVIEST)
+        weights = torch.full((vocab_size,), HEAVIEST, device="cpu")
         if token_weights is not None:
             weights = _quantise("token_weights", token_weights, HEAVIEST, eligible)
             if len(weights) != vocab_size:
@@ -272,7 +277,7 @@ def mlm_mask(
     }
     examples = None if example_ids is None else _operand("example_ids", example_ids)
     choice, _ = choose(impl, LIMITS, ids)
-    _check(ids, rule, flags, examples, seed, step)
+    seed, step = _check(ids, rule, flags, examples, seed, step, capacity)
     fixed = capacity is not None
     if fixed and ids.is_cuda and not allow_empty_rows:
         raise ValueError(
@@ -288,6 +293,8 @@ def mlm_mask(
         plan.random_below, seed, step, plan.unit, capacity if fixed else most, dense_labels,
         allow_empty_rows or ids.is_cuda, choice,
     )  # fmt: skip
+    if in_place and not torch.compiler.is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as every in-place operator of PyTorch
     if not fixed:
         if ids.is_cuda and not allow_empty_rows:
             _refuse_empty(offsets.diff().tolist())
@@ -324,11 +331,11 @@ def _operand(name: str, x: Any) -> Tensor:
     return x
 
 
-def _check(ids, rule, flags, examples, seed, step) -> None:
-    if ids.dim() != 2 or ids.shape[1] > MOST_TOKENS:
+def _check(ids, rule, flags, examples, seed, step, capacity) -> tuple[int, int]:
+    if ids.dim() != 2 or ids.shape[1] > MOST_TOKENS or ids.numel() > MOST_WORDS:
         raise ValueError(
-            f"mlm_mask: input_ids must be (B, N) with N up to {MOST_TOKENS}; got shape "
-            f"{tuple(ids.shape)}"
+            f"mlm_mask: input_ids must be (B, N) with N up to {MOST_TOKENS} (and below 2^31 "
+            f"tokens); got shape {tuple(ids.shape)}"
         )
     for name, x in flags.items():
         allowed = FLAGS[:2] if name == "word_starts" else FLAGS
@@ -343,12 +350,15 @@ def _check(ids, rule, flags, examples, seed, step) -> None:
             f"{tuple(examples.shape)}"
         )
     check_devices("mlm_mask", ids.device, table=rule.table, example_ids=examples, **flags)
-    for name, number, bits in (("seed", seed, 63), ("step", step, 32)):
-        if not 0 <= number < 2**bits:
-            raise ValueError(f"mlm_mask: {name}={number}; expected 0 to 2^{bits} - 1")
+    if capacity is not None:
+        integer("mlm_mask", "capacity", capacity, 0, MOST_WORDS)
     if (rule.unit != "token") != ("word_starts" in flags):
         needs = "needs" if rule.unit != "token" else "takes no"
         raise ValueError(f"mlm_mask: unit {rule.unit!r} {needs} word_starts")
+    return (
+        integer("mlm_mask", "seed", seed, 0, 2**63 - 1),
+        integer("mlm_mask", "step", step, 0, 2**32 - 1),
+    )
 
 
 def _in_units(share: float) -> int:
@@ -357,11 +367,13 @@ def _in_units(share: float) -> int:
 
 def _quantise(name: str, weights: Any, most: int, live: Tensor | None = None) -> Tensor:
     """Numbers of 0 or more -> int64 up to ``most`` in proportion; 0 stays 0, and nothing else."""
-    numbers = torch.as_tensor(weights, dtype=torch.float64).flatten().cpu()
+    numbers = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if numbers.dim() != 1:
+        raise ValueError(f"mlm_mask: {name} must be one row of numbers; got {tuple(numbers.shape)}")
     heaviest = float(numbers.max()) if len(numbers) else 0.0
     if live is not None and len(live) == len(numbers):
         heaviest = float((numbers * live).max())
-    if not math.isfinite(float(numbers.sum())) or bool((numbers < 0).any()) or heaviest <= 0:
+    if not bool((numbers.isfinite() & (numbers >= 0)).all()) or heaviest <= 0:
         raise ValueError(
             f"mlm_mask: {name} must be finite numbers of 0 or more, one of them above 0 (for a "
             f"token that may be chosen); got {numbers.tolist()[:8]}"

@@ -5,6 +5,7 @@ Its callers, the operators of this package, have checked dtypes, devices and con
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -18,16 +19,31 @@ TILE = 32  # columns of csrc/dropout_mask.cpp's kTile
 UNITS = ("token", "word", "span")  # csrc/mlm_mask.h's enum Unit
 
 
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
 @cache
 def module() -> ModuleType:
     """Loaded at the first call that needs it."""
-    return import_module("tinybert_fast._native")
+    loaded = import_module("tinybert_fast._native")
+    if _forked:
+        loaded.mark_forked()
+    return loaded
 
 
 def _at(x: Tensor | None) -> int:
     if x is None:
         return 0
-    assert x.is_contiguous(), "operands of the compiled module are contiguous"
+    if not x.is_contiguous():  # what a caller forgot to check must not be read as it lies
+        raise ValueError(f"the compiled module got an operand of strides {x.stride()}")
     return x.data_ptr()
 
 
@@ -41,7 +57,8 @@ def _run(name: str, device: torch.device, *arguments: Any) -> Any:
 
 def pad_lists(rows: Sequence[Sequence], width: int, fill: int, parts: int = 1) -> Tensor:
     """Rows of integers, or of ``parts`` integers each -> int64 (B, width[, parts])."""
-    out = torch.empty(len(rows), width, *([parts] if parts > 1 else []), dtype=torch.int64)
+    shape = (len(rows), width, parts) if parts > 1 else (len(rows), width)
+    out = torch.empty(shape, dtype=torch.int64, device="cpu")
     module().pad_lists(rows, len(rows), width, parts, fill, _at(out))
     return out
 
@@ -110,6 +127,7 @@ def sequence_layout(real: Tensor, cu_seqlens: Tensor, total: int) -> tuple[Tenso
         rows=_at(rows),
         sequences=_at(sequences),
         positions=_at(positions),
+        total=total,
     )
     _run("sequence_layout", real.device, _padding(real), packed)
     return rows, sequences, positions
@@ -129,7 +147,8 @@ def attention_keep(
     of TILE columns each, the last of which may be cut.
     """
     count = heads.stop - heads.start
-    keep = torch.empty(len(sequences), count, queries, keys)
+    shape = (len(sequences), count, queries, keys)
+    keep = torch.empty(shape, dtype=torch.float32, device="cpu")
     first_seed, second_seed = (number & (2**64 - 1) for number in seed.tolist())
     module().attention_keep(
         seed0=first_seed,
@@ -154,7 +173,7 @@ def hidden_cells(
     seed: Tensor, site: int, sequences: Tensor, positions: Tensor, columns: int
 ) -> Tensor:
     """uint8 (rows, columns) on the CPU: the random byte of every hidden cell."""
-    cells = torch.empty(len(sequences), columns, dtype=torch.uint8)
+    cells = torch.empty(len(sequences), columns, dtype=torch.uint8, device="cpu")
     first, second = (number & (2**64 - 1) for number in seed.tolist())
     module().hidden_cells(
         seed0=first,

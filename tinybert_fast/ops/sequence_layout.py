@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import NATIVE_DEVICES, Limit, Limits, choose, define
+from tinybert_fast.ops.dispatch import (
+    NATIVE_DEVICES,
+    Limit,
+    Limits,
+    check_devices,
+    choose,
+    define,
+)
 
 LIMITS = Limits(
     "sequence_layout",
@@ -38,6 +45,7 @@ def sequence_extents(real: Tensor, impl: str = "auto") -> Tensor:
     last; 0 where there is none.
     """
     choice, _ = choose(impl, LIMITS, real)
+    _check(real)
     return _extents(real, choice)
 
 
@@ -50,6 +58,25 @@ def sequence_layout(
         real: bool (B, N), True where a token is real.
         cu_seqlens: int32 (B + 1,), running sum of the lengths, on the same device.
         total: T, its last number, known on the host.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
     choice, _ = choose(impl, LIMITS, real)
+    _check(real)
+    fits = cu_seqlens.dtype == torch.int32 and cu_seqlens.shape == (len(real) + 1,)
+    if not fits or not cu_seqlens.is_contiguous() or not 0 <= total <= real.numel():
+        raise ValueError(
+            f"sequence_layout: cu_seqlens must be int32 ({len(real) + 1},), contiguous, and total "
+            f"0 to {real.numel()}; got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} and {total}"
+        )
+    check_devices("sequence_layout", real.device, cu_seqlens=cu_seqlens)
     return _layout(real, cu_seqlens, total, choice)
+
+
+def _check(real: Tensor) -> None:
+    if real.dim() != 2 or not real.is_contiguous():
+        raise ValueError(
+            f"sequence_layout: real must be bool (B, N), contiguous; got {tuple(real.shape)}, "
+            f"strides {real.stride()}"
+        )

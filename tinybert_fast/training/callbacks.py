@@ -24,6 +24,8 @@ from tinybert_fast.training.run_folder import RunFolder, checkpoints_in
 
 log = logging.getLogger(__name__)
 
+LIVE = {"loss": "loss", "tokens_per_second": "tokens/s"}  # shown while training, and dev's
+
 
 class StopOnNonFinite(TrainerCallback):
     """Raises ValueError at a NaN or infinite loss, before anything is saved from it.
@@ -84,6 +86,14 @@ class StopOnNonFinite(TrainerCallback):
             f"{what} of {state.max_steps}; training stopped, {kept}. "
             "Try a lower learning rate, or fp32 if bf16 is on"
         )
+
+
+def _word(name: str) -> str:
+    return LIVE.get(name, name.replace("eval_", "dev "))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _finite(model: nn.Module) -> bool:
@@ -161,12 +171,12 @@ class ProgressBar(TrainerCallback):
             self._bar.reset(self._dev, visible=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {k: v for k, v in (logs or {}).items() if k == "loss" or k.startswith("eval_")}
+        shown = {k: v for k, v in (logs or {}).items() if k in LIVE or k.startswith("eval_")}
         shown = {k: v for k, v in shown.items() if not k.endswith(HIDDEN)}
         if not state.is_world_process_zero or not shown:
             return
         self._latest.update(shown)
-        values = "  ".join(f"{k.replace('eval_', 'dev ')} {v:.4g}" for k, v in self._latest.items())
+        values = "  ".join(f"{_word(k)} {_number(v)}" for k, v in self._latest.items())
         if self._bar is not None:
             self._bar.update(self._steps, values=values)
         else:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from tinybert_fast.data import LengthGroupedSampler
@@ -21,6 +23,9 @@ from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFin
 from tinybert_fast.training.loading import quiet
 
 log = logging.getLogger(__name__)
+
+# What torch.distributed says on the processes that are left, by backend: gloo, NCCL, its watchdog.
+PEER_GONE = ("gloo", "NCCL", "Connection closed by peer", "timed out", "Timeout")
 
 
 def training_arguments(
@@ -117,9 +122,10 @@ def _one_gpu_of(gpus: int) -> None:
 class RunTrainer(transformers.Trainer):
     """transformers.Trainer that
 
-    - batches by length in an order that depends on (seed, epoch) alone: a run resumed in the middle
-      of an epoch goes on as it would have (Transformers' own sampler draws from torch's generator);
-    - stops at a NaN or infinite loss;
+    - batches by length in an order that depends on seed, epoch and the examples of an optimizer
+      step alone: a run resumed in the middle of an epoch goes on as it would have (Transformers'
+      own sampler draws from torch's generator), and any number of processes takes the same steps;
+    - stops at a NaN or infinite loss, and says plainly that another process has gone;
     - divides by the accumulation steps, which Trainer leaves to the model: BERT's heads do not;
     - hands a packed encoder its layout (`LengthCollator(lengths=True)`);
     - shows one progress bar and writes TensorBoard logs to `logs`.
@@ -151,6 +157,13 @@ class RunTrainer(transformers.Trainer):
         try:
             with quiet():
                 return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if self.args.world_size > 1 and any(sign in str(error) for sign in PEER_GONE):
+                raise ConnectionError(
+                    "another process of this run has ended or does not answer "
+                    f"({str(error).strip().splitlines()[0]}); start all of them again, with resume"
+                ) from error
+            raise
         finally:
             self.bar.close()
 
@@ -174,9 +187,12 @@ class RunTrainer(transformers.Trainer):
         if not grouped or "length" not in getattr(dataset, "column_names", ()):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = LengthGroupedSampler(
-            dataset["length"], self.args.train_batch_size, seed=seed, group=self.args.world_size
+        of_a_step = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
         )
+        sampler = LengthGroupedSampler(dataset["length"], of_a_step, seed=seed)
         self.remove_callback(SetEpoch)
         self.add_callback(SetEpoch(sampler))
         return sampler
@@ -184,3 +200,116 @@ class RunTrainer(transformers.Trainer):
     def _get_eval_sampler(self, eval_dataset):
         """In order: the caller has sorted it by length (`sort_by_length`)."""
         return SequentialSampler(eval_dataset)
+
+
+class LastStep(TrainerCallback):
+    """Log the last step too, wherever it falls."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class TermsTrainer(RunTrainer):
+    """RunTrainer over a module that holds a Transformers model, and whose forward gives named loss
+    terms.
+
+    Each term is logged by name, averaged over the steps since the last log. Checkpoints are plain
+    Transformers folders of the model inside, and what `save_beside` puts there.
+    """
+
+    inside = "model"  # the attribute that holds the Transformers model
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._terms: tuple[str, ...] = ()
+        self._term_sums: Tensor | float = 0.0  # (terms,), on the device until a log reads it
+        self._terms_counted = 0
+        super().__init__(*args, **kwargs)
+        self.add_callback(LastStep())
+
+    @property
+    def inner(self) -> Any:
+        return getattr(self.model, self.inside)
+
+    def sum_of(self, terms: dict[str, Tensor], *, training: bool) -> Tensor:
+        """The loss; in training the terms are remembered for the log."""
+        each = torch.stack(list(terms.values()))
+        if training:
+            self._terms = tuple(terms)
+            self._term_sums = self._term_sums + each.detach()
+            self._terms_counted += 1
+        return each.sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each loss term since the last log: only here they leave the device."""
+        if "loss" in logs and self._terms_counted:
+            means = self.accelerator.reduce(self._term_sums / self._terms_counted, reduction="mean")
+            logs.update({f"{name}_loss": m for name, m in zip(self._terms, means.tolist())})
+            self._term_sums, self._terms_counted = 0.0, 0
+        super().log(logs, start_time)
+
+    # ---- checkpoints: a plain folder of the model inside, and whatever belongs beside it ----
+
+    def save_beside(self, folder: Path) -> None:
+        """Rank 0 alone is asked."""
+
+    def load_beside(self, folder: Path) -> None:
+        """Every rank is asked."""
+
+    def inner_state(self) -> dict[str, Tensor] | None:
+        """What to save where the parameters lie in pieces on several ranks, which all have to ask;
+        else None.
+        """
+        if not self.is_fsdp_enabled:
+            return None
+        return self._of_inner(self.accelerator.get_state_dict(self.model))
+
+    def _of_inner(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix(f"{self.inside}."): value for name, value in state.items()}
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        # The Trainer's own writer, on the model inside: a folder as of any Transformers model.
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        whole: nn.Module = self.model
+        self.model: Any = self.inner
+        try:
+            super()._save(folder, None if state_dict is None else self._of_inner(state_dict))
+        finally:
+            self.model = whole
+        if self.args.should_save:
+            self.save_beside(Path(folder))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_inner(folder)
+        self.load_beside(folder)
+
+    def _load_inner(self, folder: Path) -> None:
+        path = folder / "model.safetensors"
+        try:
+            weights = load_file(str(path))
+        except Exception as error:
+            raise ValueError(
+                f"cannot read {path} ({error}); the checkpoint is damaged or cut short, remove "
+                f"{folder} and resume from the one before"
+            ) from error
+        inner = self.inner
+        result = inner.load_state_dict(weights, strict=False)
+        missing = [k for k in result.missing_keys if k not in inner.all_tied_weights_keys]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"{path} belongs to another model: missing {missing[:3]}, unexpected "
+                f"{result.unexpected_keys[:3]}"
+            )
+        inner.tie_weights()
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.capture import Capture, record_padded
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.bert_adam import BertAdam
-from tinybert_fast.training.common import RunTrainer
+from tinybert_fast.training.common import TermsTrainer
 from tinybert_fast.training.losses import PARITIES, Parity, intermediate_terms, prediction_loss
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.projection import HiddenProjection
@@ -111,15 +110,7 @@ def bf16_linears(teacher: nn.Module) -> nn.Module:
     return teacher
 
 
-class LastStep(TrainerCallback):
-    """Log the last step too, wherever it falls."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-
-class DistillationTrainer(RunTrainer):
+class DistillationTrainer(TermsTrainer):
     """Train ``student`` on what ``teacher`` says about the same batches.
 
     ``stage="intermediate"``: embedding, hidden-state and attention losses over ``matches`` through
@@ -128,10 +119,11 @@ class DistillationTrainer(RunTrainer):
     (``tinybert_fast.accelerate``) or not. The teacher is put in eval mode and gets no gradient (the
     official code forgets eval mode, which leaves the teacher's dropout on; that is not reproduced).
     ``parity="official"`` takes both models unaccelerated and padded, and the official losses and
-    optimizer (BertAdam). Every loss term is logged by name, averaged over the steps since the last
-    log. Checkpoints are plain Transformers folders of the student, with ``projection.safetensors``
-    beside the weights.
+    optimizer (BertAdam). Checkpoints are plain Transformers folders of the student, with
+    ``projection.safetensors`` beside the weights.
     """
+
+    inside = "student"
 
     def __init__(
         self,
@@ -188,9 +180,6 @@ class DistillationTrainer(RunTrainer):
             matches = projection = None
         self.stage = stage
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
-        self._terms: tuple[str, ...] = ()
-        self._term_sums: Tensor | float = 0.0  # (terms,), on the device until a log reads it
-        self._terms_counted = 0
         super().__init__(
             model=Distillation(
                 student, projection, matches, temperature=temperature, parity=parity
@@ -198,11 +187,10 @@ class DistillationTrainer(RunTrainer):
             args=args,
             **trainer,
         )
-        self.add_callback(LastStep())
 
     @property
     def student(self) -> Any:
-        return self.model.student
+        return self.inner
 
     @property
     def projection(self) -> HiddenProjection | None:
@@ -235,20 +223,8 @@ class DistillationTrainer(RunTrainer):
     ) -> Any:
         batch, layout = _split(inputs)
         terms = model(batch, self.teach(batch, layout), layout)
-        each = torch.stack(list(terms.values()))
-        if model.training:
-            self._terms = tuple(terms)
-            self._term_sums = self._term_sums + each.detach()
-            self._terms_counted += 1
-        return (each.sum(), terms) if return_outputs else each.sum()
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each loss term since the last log: only here they leave the device."""
-        if "loss" in logs and self._terms_counted:
-            means = self.accelerator.reduce(self._term_sums / self._terms_counted, reduction="mean")
-            logs.update({f"{name}_loss": m for name, m in zip(self._terms, means.tolist())})
-            self._term_sums, self._terms_counted = 0.0, 0
-        super().log(logs, start_time)
+        loss = self.sum_of(terms, training=model.training)
+        return (loss, terms) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -267,51 +243,13 @@ class DistillationTrainer(RunTrainer):
             answer = classify(self.student, batch, layout, labels=labels)
         return None if labels is None else answer.loss, answer.logits.float(), labels
 
-    # ---- checkpoints: a plain student folder, and the projection beside it ----
+    def save_beside(self, folder: Path) -> None:
+        if self.projection is not None:
+            self.projection.save(folder)
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
-        # The Trainer's own writer, on the student: a folder as of any Transformers model.
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        both: Distillation = self.model
-        self.model: Any = both.student
-        try:
-            super()._save(folder)
-        finally:
-            self.model = both
-        if both.projection is not None and self.args.should_save:
-            both.projection.save(folder)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        from safetensors.torch import load_file
-
-        folder = Path(resume_from_checkpoint)
-        path = folder / "model.safetensors"
-        try:
-            weights = load_file(str(path))
-        except Exception as error:
-            raise ValueError(
-                f"cannot read {path} ({error}); the checkpoint is damaged or cut short, remove "
-                f"{folder} and resume from the one before"
-            ) from error
-        student = self.model.student
-        result = student.load_state_dict(weights, strict=False)
-        missing = [k for k in result.missing_keys if k not in student.all_tied_weights_keys]
-        if missing or result.unexpected_keys:
-            raise ValueError(
-                f"{path} belongs to another model: missing {missing[:3]}, unexpected "
-                f"{result.unexpected_keys[:3]}"
-            )
-        student.tie_weights()
-        if self.model.projection is not None:
-            self.model.projection.load(folder)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def load_beside(self, folder: Path) -> None:
+        if self.projection is not None:
+            self.projection.load(folder)
 
 
 def _split(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], SequenceLayout | None]:

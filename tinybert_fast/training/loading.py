@@ -14,11 +14,14 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForPreTraining,
 )
 from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from tinybert_fast.data import Task  # whose module needs `datasets`
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 def check_model_path(path: str | Path) -> str:
@@ -42,7 +45,12 @@ def load_config(path: str | Path):
 
 
 def load_tokenizer(path: str | Path):
-    return _load(AutoTokenizer, path)
+    """Of a model folder, or one that holds a tokenizer alone."""
+    return _load(AutoTokenizer, path, alone=has_tokenizer(path))
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    return any((Path(path) / name).exists() for name in TOKENIZER_FILES)
 
 
 def load_classifier(path: str | Path, task: "Task | None" = None):
@@ -79,6 +87,15 @@ def load_encoder(path: str | Path):
     return model
 
 
+def load_pretraining(path: str | Path) -> tuple[BertForPreTraining, tuple[str, ...]]:
+    """BertForPreTraining from any BERT folder, and the names of weights that the folder lacks: a
+    head or the pooler starts anew.
+    """
+    model, info = _load(BertForPreTraining, path, output_loading_info=True, dtype=torch.float32)
+    _refuse_lost(path, (name for name in info["missing_keys"] if name.startswith("bert.")))
+    return model, tuple(sorted(info["missing_keys"]))
+
+
 def load_saved(path: str | Path):
     """The model as it was saved, heads included: of the class that its configuration names."""
     name = (load_config(path).architectures or ["AutoModel"])[0]
@@ -103,8 +120,8 @@ def _refuse_lost(path: str | Path, names: Iterable[str]) -> None:
         )
 
 
-def _load(auto, path: str | Path, **options):
-    name = check_model_path(path)
+def _load(auto, path: str | Path, *, alone: bool = False, **options):
+    name = str(path) if alone else check_model_path(path)
     try:
         with quiet():
             return auto.from_pretrained(name, **options)

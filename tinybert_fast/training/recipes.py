@@ -1,14 +1,17 @@
-"""The two TinyBERT recipes: general distillation from plain text, task distillation in two stages.
+"""Pre-training from text, and the two TinyBERT recipes: general distillation from plain text, task
+distillation in two stages.
 
-Defaults are the paper's (arXiv 1909.10351). ``parity="official"`` follows the released code where
-it computes something else: padded and unaccelerated models, losses that count padding, soft
-cross-entropy averaged over classes, BertAdam, and no incomplete last batch. Four things of that
-code are not reproduced: dropout left on in the teacher, one token per sentence masked though
-masking is off, gold labels for STS-B in the prediction stage, and a ReLU before the classifier
-(students here are Transformers' own BertForSequenceClassification).
+Defaults of distillation are the paper's (arXiv 1909.10351). ``parity="official"`` follows the
+released code where it computes something else: padded and unaccelerated models, losses that count
+padding, soft cross-entropy averaged over classes, BertAdam, and no incomplete last batch. Four
+things of that code are not reproduced: dropout left on in the teacher, one token per sentence
+masked though masking is off, gold labels for STS-B in the prediction stage, and a ReLU before the
+classifier (students here are Transformers' own BertForSequenceClassification).
 """
 
 from tinybert_fast.training.general_distillation import distill_general
+from tinybert_fast.training.masking import Masking
+from tinybert_fast.training.pretrain import pretrain
 from tinybert_fast.training.task_distillation import distill_task
 
-__all__ = ["distill_general", "distill_task"]
+__all__ = ["Masking", "distill_general", "distill_task", "pretrain"]

@@ -6,6 +6,7 @@
     run.json                                            settings, and what the run has finished
     checkpoints/<stage>/checkpoint-N                    removed at the end unless asked for
     logs/<stage>/                                       TensorBoard
+    data/                                               of pre-training: tokenizer and shards, kept
 
 A file is written under another name first and then renamed; config.json comes last, so a folder
 that holds one holds a whole model. Under torchrun rank 0 alone writes.
@@ -14,6 +15,7 @@ that holds one holds a whole model. Under torchrun rank 0 alone writes.
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zipfile
@@ -29,6 +31,8 @@ from tinybert_fast.training.projection import FILE_NAME as PROJECTION
 from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.report import Panels, plot
 
+log = logging.getLogger(__name__)
+
 RUN = "run.json"
 METRICS = "metrics.json"
 REPORT = "report.md"
@@ -38,10 +42,11 @@ FOLDERS = ("checkpoints", "logs", INTERMEDIATE)
 FILES = (METRICS, REPORT, CURVES)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 HASH_BYTES = 1 << 20  # of a file read at a time
+LAST_FILE = "trainer_state.json"  # that Trainer writes of a checkpoint
 CHECKPOINT_FILES = {  # name -> pattern: sharded weights and several processes number theirs
-    "trainer_state.json": "trainer_state.json",
+    LAST_FILE: LAST_FILE,
     "model.safetensors": "model*.safetensors",
-    "optimizer.pt": "optimizer.pt",
+    "optimizer.pt": "optimizer.*",  # FSDP's is .bin
     "scheduler.pt": "scheduler.pt",
     "rng_state.pth": "rng_state*.pth",
 }
@@ -165,6 +170,8 @@ class RunFolder:
     def last_checkpoint(self, stage: str = "train") -> str | None:
         """Where a resumed stage goes on, checked file by file; None: from the beginning."""
         found = checkpoints_in(self.checkpoints(stage)) if self.resuming else []
+        while found and not (found[-1] / LAST_FILE).exists():
+            log.warning("%s was not finished: going on from the one before", found.pop())
         if not found:
             return None
         before = f"resume from {found[-2].name}" if len(found) > 1 else "start from the beginning"
@@ -179,17 +186,20 @@ class RunFolder:
         tokenizer=None,
         name: str | None = None,
         projection: HiddenProjection | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> Path:
         """All of them into the folder (or its sub-folder `name`), by rename. What is replaced loses
         its config.json first, so that old and new files together are never taken for a model.
+        `state` stands for the model's own weights.
         """
         target = self.path if name is None else self.path / name
         if self.main:
             target.mkdir(parents=True, exist_ok=True)
             partial = target / f".{os.getpid()}.partial"
+            more = {} if state is None else {"state_dict": state}
             try:
                 with quiet():
-                    model.save_pretrained(partial)
+                    model.save_pretrained(partial, **more)
                     if tokenizer is not None:
                         tokenizer.save_pretrained(partial)
                 if projection is not None:

@@ -13,6 +13,7 @@ from tinybert_fast.integrations import TinyBertConfig
 from tinybert_fast.training.initialise import How, initialise_student
 from tinybert_fast.training.loading import (
     check_model_path,
+    has_tokenizer,
     load_classifier,
     load_config,
     load_encoder,
@@ -26,7 +27,6 @@ PRESETS: dict[str, Callable[..., BertConfig]] = {
     "6l-768": TinyBertConfig.tiny_6l_768,
 }
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Student:
             return cls(_read_config(path / "config.json"), name=str(path))
         if not path.exists() and len(path.parts) == 1:
             raise FileNotFoundError(
-                f"no student {student}; expected one of {', '.join(PRESETS)}, a config.json, "
-                "or a folder with a saved model"
+                f"no student or model {student}; expected one of {', '.join(PRESETS)}, "
+                "a config.json, or a folder with a saved model"
             )
         check_model_path(student)
         return cls(load_config(student), folder=str(student), name=str(student))
@@ -81,9 +81,7 @@ class Student:
                 f"the student {self.name} has {ours} word pieces and the teacher {teacher_path} "
                 f"has {theirs}. {remedy}"
             )
-        if self.folder is None or not any(
-            (Path(self.folder) / name).exists() for name in TOKENIZER_FILES
-        ):
+        if self.folder is None or not has_tokenizer(self.folder):
             return
         ours, theirs = load_tokenizer(self.folder).get_vocab(), tokenizer.get_vocab()
         if ours != theirs:

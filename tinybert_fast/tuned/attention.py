@@ -142,7 +142,7 @@ def _parts(
 def _rows_of_blocks(
     cu_seqlens: Tensor, direction: str, masks: list[Tensor], q: Tensor
 ) -> Iterator[Part]:
-    offsets, blocks, numbers, *_, cells = masks
+    offsets, blocks, tile_of_entry, *_, cells = masks
     side = cells.shape[1]
     bounds, segments = cu_seqlens.tolist(), offsets.tolist()
     pairs = tiles_of(cells)  # (P + 1, side, side), the last of a full block
@@ -152,8 +152,8 @@ def _rows_of_blocks(
         for first in range(0, stop - start, side):
             row = first // side
             entries = slice(of_mask[2 * row], of_mask[2 * row + 2])
-            met, order = blocks[entries].long().sort()
-            tile = numbers[entries].long()[order]
+            met, increasing = blocks[entries].long().sort()
+            tile = tile_of_entry[entries].long()[increasing]
             inside = met * side < stop - start
             if direction == "causal":
                 inside &= met <= row
@@ -165,8 +165,8 @@ def _rows_of_blocks(
             queries = min(side, stop - start - first)
             allowed = pairs[tile].transpose(0, 1).flatten(1)[:queries, : len(ranks)]
             if direction != "both":
-                order = first + within[:queries, None]
-                allowed = allowed & (ranks <= order if direction == "causal" else ranks >= order)
+                own = first + within[:queries, None]
+                allowed = allowed & (ranks <= own if direction == "causal" else ranks >= own)
             mask = None
             if not len(ranks) or not allowed.all():
                 mask = _minus_infinity(~allowed[None], _wide(q))

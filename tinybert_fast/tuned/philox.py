@@ -25,8 +25,8 @@ class Cells:
         keys of these tiles of 32, or of all from 0 on.
         """
         if tiles is None:
-            tiles = torch.arange(-(-keys // native.TILE))
-        numbers, bound = torch.tensor(sequences), threshold(dropout_p)
+            tiles = torch.arange(-(-keys // native.TILE), device="cpu")
+        numbers, bound = torch.tensor(sequences, device="cpu"), threshold(dropout_p)
         keep = native.attention_keep(
             self.seed, self.site, numbers, heads, first, queries, tiles, keys, bound
         )

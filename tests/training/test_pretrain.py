@@ -1,0 +1,195 @@
+"""pretrain(): text to a model that plain Transformers loads; kill -9 and resume; refusals."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertForMaskedLM, BertForPreTraining, BertModel
+
+from tinybert_fast.data import Corpus
+from tinybert_fast.testing.tiny_models import tiny_config, tiny_encoder, tiny_tokenizer
+from tinybert_fast.training.recipes import Masking, pretrain
+
+QUICK = {
+    "steps": 6,
+    "max_length": 32,
+    "batch_size": 8,
+    "lr": 3e-3,
+    "log_steps": 2,
+    "checkpoint_steps": 3,
+    "eval_steps": 3,
+    "progress": False,
+}
+
+
+def corpus_of(text: Path) -> Corpus:
+    return Corpus.of(text / "text", documents="files")
+
+
+def run(text: Path, output: Path, **options):
+    """Onto the shards that other tests have made."""
+    options = {"model": text / "config.json", "data": text / "data", **QUICK, **options}
+    return pretrain(corpus_of(text), output, **options)
+
+
+def weights(folder: Path):
+    return load_file(folder / "model.safetensors")
+
+
+def test_learns_and_loads_in_plain_transformers(text, tmp_path):
+    metrics = run(
+        text, tmp_path / "out", held_out=0.2, steps=60, lr=1e-2, eval_steps=30, seed=1,
+        masking=Masking(0.3, 0.1, "linear", unit="word", weights="idf",
+                        direction="important-less"),
+    )  # fmt: skip
+    losses = metrics["losses"]["mlm_loss"]
+    assert losses["last"] < losses["first"] - 0.5
+    held_out = metrics["held_out"]
+    assert held_out["loss"] == pytest.approx(held_out["mlm_loss"] + held_out["nsp_loss"])
+    assert held_out["mlm_accuracy"] > 0.02
+    assert 0 <= metrics["waiting_for_data"] < 1
+    assert metrics["tokens_per_second"] > 0
+    folder = tmp_path / "out"
+    model, info = BertForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == metrics["vocabulary"] <= model.config.vocab_size
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert "curves.png" in (folder / "report.md").read_text()
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
+        "BertForPreTraining"
+    ]
+
+
+def test_shards_and_tokenizer_are_made_once(text, tmp_path):
+    run(text, tmp_path / "a")
+    made = {file: file.stat().st_mtime_ns for file in (text / "data").rglob("*.arrow")}
+    run(text, tmp_path / "b", seed=0)
+    assert {f: f.stat().st_mtime_ns for f in (text / "data").rglob("*.arrow")} == made
+    run(text, tmp_path / "c", max_length=24)
+    assert len(list((text / "data").rglob("*.arrow"))) == len(made) + 1
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "pretraining"])
+def test_goes_on_with_any_bert(text, tmp_path, kind, caplog):
+    if kind == "encoder":
+        tiny_encoder(tmp_path / "start")
+        saved = BertModel.from_pretrained(tmp_path / "start")
+    else:
+        tiny_tokenizer(tmp_path / "start")
+        saved = BertForPreTraining(tiny_config())
+        saved.save_pretrained(tmp_path / "start")
+    options = {"model": tmp_path / "start", "data": tmp_path / "data", "lr": 0.0}
+    metrics = run(text, tmp_path / "out", nsp=False, steps=2, **options)
+    assert "nsp_loss" not in metrics["losses"]
+    assert ("they start anew" in caplog.text) == (kind == "encoder")
+    ours = BertForPreTraining.from_pretrained(tmp_path / "out")
+    same = ours.bert if kind == "encoder" else ours
+    for name, value in saved.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], value)
+    BertForMaskedLM.from_pretrained(tmp_path / "out")
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------
+
+DROPPING = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+LONG = {"steps": 18, "checkpoint_steps": 4, "accumulation": 2, "batch_size": 4, "log_steps": 7}
+KINDS = {
+    "uniform": {},
+    "loss": {"masking": Masking(0.3, 0.1, "cosine", weights="loss")},
+    "reverse": {"bidirectional": "reverse", "masking": Masking(unit="span")},
+}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import pytest, torch
+from transformers import TrainerCallback
+sys.path.insert(0, sys.argv[1])
+import test_pretrain as tests
+torch.set_num_threads(1)
+text, output, kind, step = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+class Kill(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+tests.run(text, output, model=text / "dropping.json", callbacks=[Kill()],
+          **{**tests.LONG, **tests.KINDS[kind]})
+"""
+
+
+def test_kill_9_and_resume_give_the_same_bits(text, tmp_path):
+    """At a random step, in the middle of it, three times: bit-equal final weights on the CPU."""
+    tiny_config(vocab_size=200, **DROPPING).to_json_file(text / "dropping.json")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        options = {"model": text / "dropping.json", **LONG}
+        for kind, more in KINDS.items():
+            run(text, tmp_path / kind / "whole", **{**options, **more})
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-P", "-c", KILLED, str(Path(__file__).parent), str(text),
+                 str(tmp_path / kind / "killed"), kind, str(random.randint(5, 17))],
+                stderr=subprocess.PIPE,
+            )
+            for kind in KINDS
+        ]  # fmt: skip
+        for process in started:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == -9, errors.decode()
+        for kind, more in KINDS.items():
+            folder = tmp_path / kind
+            assert list((folder / "killed" / "checkpoints").rglob("checkpoint-*"))
+            assert not (folder / "killed" / "config.json").exists()
+            run(text, folder / "killed", resume=True, **{**options, **more})
+            whole, resumed = weights(folder / "whole"), weights(folder / "killed")
+            assert all(torch.equal(whole[name], resumed[name]) for name in whole), kind
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_resume_wants_the_same_masks(text, tmp_path):
+    run(text, tmp_path / "out", keep_checkpoints=True)
+    with pytest.raises(ValueError, match=r"other settings \(masking_ratio was 0.15, now 0.2\)"):
+        run(text, tmp_path / "out", resume=True, masking=Masking(0.2))
+    assert run(text, tmp_path / "out", resume=True)["steps"] == 6  # has ended: its metrics
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bidirectional": "causal", "masking": Masking(0.2)}, "masks nothing"),
+        ({"batch_size": 4000}, r"examples and one step reads 4000 .*smaller batch size"),
+        ({"held_out": 0.9}, "expected a share above 0, at most 0.5"),
+        ({"held_out": 0.1}, "is one document"),
+        ({"vocab_size": 8}, "vocab_size is 8; expected 32 or more"),
+        ({"model": "5l-100"}, "no student or model 5l-100"),
+        ({"steps": 0}, "steps is 0"),
+        ({"fsdp": True}, "this is one: use torchrun"),
+    ],
+)
+def test_refusals(text, tmp_path, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(text, tmp_path / "out", **options)
+
+
+def test_two_vocabularies_are_refused(text, tmp_path):
+    tiny_encoder(tmp_path / "start")
+    tiny_tokenizer(tmp_path / "other", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))
+    with pytest.raises(ValueError, match="was trained with another tokenizer"):
+        run(text, tmp_path / "out", model=tmp_path / "start", tokenizer=tmp_path / "other")
+    tiny_config(vocab_size=20).to_json_file(tmp_path / "small.json")
+    tiny_tokenizer(tmp_path / "words")
+    with pytest.raises(ValueError, match="20 word pieces and the tokenizer 25"):
+        run(text, tmp_path / "out", model=tmp_path / "small.json", tokenizer=tmp_path / "words")

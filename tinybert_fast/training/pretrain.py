@@ -1,0 +1,369 @@
+"""Pre-training from text: masked tokens and next sentences, adaptive, sparse and bidirectional."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig, BertForPreTraining, TrainerCallback, set_seed
+
+from tinybert_fast import integrations
+from tinybert_fast.data import Corpus, PreTrainingCollator, Shards, sort_by_length, train_wordpiece
+from tinybert_fast.data.shards import Survey, fingerprint, shards_of, survey
+from tinybert_fast.data.wordpiece import SMALLEST
+from tinybert_fast.training.common import at_least_one, training_arguments
+from tinybert_fast.training.loading import has_tokenizer, load_pretraining, load_tokenizer
+from tinybert_fast.training.masking import Masking
+from tinybert_fast.training.pretraining import (
+    Objectives,
+    PreTrainingBatches,
+    PreTrainingTrainer,
+)
+from tinybert_fast.training.recipe_parts import (
+    facts,
+    first_and_last,
+    loss_table,
+    parameters,
+    train,
+    usable,
+    usage,
+)
+from tinybert_fast.training.report import panels_of, table
+from tinybert_fast.training.run_folder import RunFolder, weights_digest
+from tinybert_fast.training.students import PRESETS, Student
+
+log = logging.getLogger(__name__)
+
+Source = str | Path | Sequence[str | Path] | Corpus
+HELD_OUT_RATIO = 0.15
+# The packed encoder reads a layer's weights without calling the layer, so layers are not sharded
+# one by one: the model is one unit.
+FSDP: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "auto_wrap_policy": "NO_WRAP",
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+def pretrain(
+    corpus: Source,
+    output: str | Path,
+    *,
+    model: str | Path | BertConfig = "4l-312",
+    tokenizer: str | Path | None = None,
+    vocab_size: int = 30522,
+    lowercase: bool = True,
+    held_out: Source | float | None = None,
+    data: str | Path | None = None,
+    max_length: int = 128,
+    short: float = 0.1,
+    duplicates: int = 1,
+    words: str = "wordpiece",
+    processes: int = 1,
+    mlm: bool = True,
+    nsp: bool = True,
+    bidirectional: str = "off",
+    masking: Masking | None = None,
+    epochs: float = 3.0,
+    steps: int | None = None,
+    lr: float = 1e-4,
+    batch_size: int = 32,
+    accumulation: int = 1,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    schedule: str = "linear",
+    eval_steps: int = 500,
+    checkpoint_steps: int = 500,
+    log_steps: int = 10,
+    seed: int = 0,
+    bf16: bool = False,
+    fsdp: bool = False,
+    accelerate: bool = True,
+    impl: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_checkpoints: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Pre-trains a BertForPreTraining on plain text, writes it to ``output``, returns its metrics.
+
+    Args:
+        corpus, held_out: a Corpus, or text files and folders (``Corpus.of``). ``held_out`` may be a
+            share: each (1 / share)-th document of the corpus is then kept from training.
+        model: a preset (4l-312, 6l-768), a BertConfig or its .json file: new weights; or a saved
+            BERT of any class, with which training goes on. What is not trained (the NSP head
+            without ``nsp``, say) keeps its weights.
+        tokenizer: a folder; by default that of a saved model, or one trained on the corpus with
+            ``vocab_size`` and ``lowercase``.
+        data: folder for tokenizer and shards, ``output``/data by default. What was made there
+            before from the same text in the same way is used again.
+        max_length, short, duplicates, words, processes: of ``write_shards``.
+        bidirectional, masking: ``training/pretraining.py``, ``training/masking.py``.
+        batch_size: per device and micro-batch; a step reads batch_size x accumulation x processes
+            examples, and an incomplete last step of an epoch is left out.
+        fsdp: shards parameters, gradients and optimizer over the processes instead of copying them.
+
+    Raises:
+        ValueError, OSError: as ``write_shards``; settings that contradict each other; a corpus with
+            fewer examples than one step reads.
+    """
+    run = RunFolder(output, overwrite=overwrite, resume=resume)
+    masking = masking or Masking()
+    objectives = Objectives(mlm, nsp, bidirectional)
+    if not objectives.masks and masking != Masking():
+        raise ValueError("masking options are of no use here: this training masks nothing")
+    at_least_one(steps=steps, checkpoint_steps=checkpoint_steps, eval_steps=eval_steps)
+    start = _Start.of(model, tokenizer, vocab_size, lowercase)
+    max_length = usable(max_length, start.config)
+    if nsp and start.config.type_vocab_size < 2:
+        raise ValueError(f"{start.student.name} has one segment type; pairs need two (--no-nsp)")
+    parts = _parts(corpus, held_out)
+    found = {name: survey(part, nsp=nsp) for name, part in parts.items()}
+
+    recipe: dict[str, Any] = {
+        "epochs": epochs,
+        "max_steps": -1 if steps is None else steps,
+        "lr": lr,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "seed": seed,
+        "bf16": bf16,
+    }
+    arguments = training_arguments(
+        run.checkpoints("pretrain"),
+        **recipe,
+        evaluate="held_out" in parts,
+        eval_steps=eval_steps,
+        log_steps=log_steps,
+        save_strategy="steps",
+        save_steps=checkpoint_steps,
+        dataloader_drop_last=True,  # steps are the same for any number of processes
+        ddp_find_unused_parameters=False,
+        **(FSDP if fsdp else {}),
+    )
+    pairing: dict[str, Any] = {
+        "max_length": max_length,
+        "nsp": nsp,
+        "short": short,
+        "duplicates": duplicates,
+        "words": words,
+        "seed": seed,
+    }
+    settings = {
+        **start.settings(),
+        **{f"{name}_text": one.corpus for name, one in found.items()},
+        **pairing,
+        "mlm": mlm,
+        "bidirectional": bidirectional,
+        **masking.settings(),
+        "fsdp": fsdp,
+        "accelerate": accelerate,
+        "impl": impl,
+        "processes": arguments.world_size,
+        **recipe,
+    }
+    if fsdp and arguments.world_size == 1:
+        raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
+    if run.finished(settings):
+        return run.metrics()
+    run.begin(settings)
+
+    folder = Path(run.path / "data" if data is None else data)
+    making: dict[str, Any] = {"processes": processes, "progress": progress and run.main}
+    with arguments.main_process_first(local=False):  # the others find what it made
+        start.get_tokenizer(parts["train"], found["train"], folder, making["progress"])
+        shards = {
+            name: shards_of(part, found[name], start.tokenizer, folder, **making, **pairing)
+            for name, part in parts.items()
+        }
+    _check_examples(shards["train"], batch_size * accumulation * arguments.world_size)
+    set_seed(seed)  # of new weights
+    pupil = start.build()
+    if accelerate:
+        integrations.accelerate(pupil, impl=impl)
+    manifest, text = shards["train"].manifest, start.tokenizer
+    collator = (
+        masking.collator(manifest, text, seed)
+        if objectives.masks
+        else PreTrainingCollator(text, mlm=False)
+    )
+    trainer = PreTrainingTrainer(
+        pupil,
+        collator=collator,
+        objectives=objectives,
+        ratio=masking.over_steps,
+        losses=masking.losses(text, arguments.device),
+        held_out=plain_batches(text, objectives) if "held_out" in shards else None,
+        args=arguments,
+        train_dataset=shards["train"].examples,
+        eval_dataset=sort_by_length(shards["held_out"].examples)[0]
+        if "held_out" in shards
+        else None,
+        processing_class=text,
+        callbacks=list(callbacks),
+        logs=run.logs("pretrain"),
+        title="pre-training",
+        progress=progress,
+    )
+    outcome = train(trainer, run, "pretrain")
+    history = trainer.state.log_history
+    metrics: dict[str, Any] = {
+        "task": "pre-training",
+        "parameters": parameters(pupil),
+        "vocabulary": len(text),
+        "train_examples": manifest.examples,
+        "train_tokens": manifest.tokens,
+        **outcome,
+        **trainer.speed(),
+        "losses": first_and_last(history),
+    }
+    if "held_out" in shards:
+        metrics["held_out_examples"] = shards["held_out"].manifest.examples
+        scores = trainer.evaluate(metric_key_prefix="final")
+        metrics["held_out"] = {name.removeprefix("final_"): value for name, value in scores.items()}
+    run.save_model(trainer.inner, text, state=trainer.inner_state())
+    run.write_metrics(metrics)
+    sections = {
+        "Result": table(
+            ("what", "value"),
+            [(f"held-out {k}", v) for k, v in metrics.get("held_out", {}).items()] + facts(metrics),
+        ),
+        "Losses": loss_table(metrics["losses"]),
+        "Settings": table(("setting", "value"), settings.items()),
+        "Use it": usage(run.path, "BertForPreTraining"),
+    }
+    run.write_report("Pre-training", sections, panels_of(history))
+    run.finish(keep_checkpoints)
+    return metrics
+
+
+def plain_batches(tokenizer: Any, objectives: Objectives) -> PreTrainingBatches:
+    """Of held-out text: HELD_OUT_RATIO of the tokens, uniform, always the same ones, so that runs
+    compare whatever they mask in training.
+    """
+    masks = {"mlm_probability": HELD_OUT_RATIO} if objectives.masks else {"mlm": False}
+    return PreTrainingBatches(PreTrainingCollator(tokenizer, **masks), objectives)
+
+
+@dataclass
+class _Start:
+    """The model and the tokenizer that a run starts from."""
+
+    student: Student
+    vocab_size: int
+    lowercase: bool
+    tokenizer: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path | BertConfig,
+        tokenizer: str | Path | None,
+        vocab_size: int,
+        lowercase: bool,
+    ) -> _Start:
+        text = None if tokenizer is None else load_tokenizer(tokenizer)
+        if vocab_size < SMALLEST:
+            raise ValueError(f"vocab_size is {vocab_size}; expected {SMALLEST} or more")
+        size = vocab_size if text is None else len(text)
+        student = Student.of(model, BertConfig(vocab_size=size))
+        vocab_size = min(vocab_size, student.config.vocab_size)
+        if student.config.model_type != "bert":
+            raise ValueError(
+                f"{student.name} is a {student.config.model_type} model; expected BERT"
+            )
+        if student.folder is not None and has_tokenizer(student.folder):
+            theirs = load_tokenizer(student.folder)
+            if text is not None and fingerprint(text) != fingerprint(theirs):
+                raise ValueError(
+                    f"{student.name} was trained with another tokenizer than {tokenizer}; leave "
+                    "the tokenizer out, or start with new weights"
+                )
+            text = theirs
+        elif student.folder is not None and text is None:
+            raise ValueError(f"{student.name} holds no tokenizer; give the one it was trained with")
+        if text is not None and len(text) > student.config.vocab_size:
+            raise ValueError(
+                f"{student.name} has {student.config.vocab_size} word pieces and the tokenizer "
+                f"{len(text)}; they need one vocabulary"
+            )
+        return cls(student, vocab_size, lowercase, text)
+
+    @property
+    def config(self) -> BertConfig:
+        return self.student.config
+
+    def settings(self) -> dict[str, Any]:
+        known: dict[str, Any] = (
+            {"vocab_size": self.vocab_size, "lowercase": self.lowercase}
+            if self.tokenizer is None
+            else {"tokenizer": fingerprint(self.tokenizer)}
+        )
+        if self.student.folder is not None:
+            return {**known, "model_weights": weights_digest(self.student.folder)}
+        return {**known, "config": self.config.to_diff_dict()}
+
+    def get_tokenizer(self, corpus: Corpus, found: Survey, data: Path, progress: bool) -> None:
+        """One of the corpus's own, where none was given; trained once."""
+        if self.tokenizer is not None:
+            return
+        what = (found.corpus, corpus.sentences, self.vocab_size, self.lowercase)
+        folder = data / f"tokenizer-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"
+        if (folder / "tokenizer.json").exists():
+            self.tokenizer = load_tokenizer(folder)
+            return
+        self.tokenizer = train_wordpiece(
+            corpus,
+            folder,
+            vocab_size=self.vocab_size,
+            lowercase=self.lowercase,
+            progress=progress,
+        )
+
+    def build(self) -> Any:
+        if self.student.folder is None:
+            config = self.config
+            if self.student.name in PRESETS:
+                config.vocab_size = len(self.tokenizer)
+            config.pad_token_id = self.tokenizer.pad_token_id
+            return BertForPreTraining(config)
+        model, new = load_pretraining(self.student.folder)
+        if new:
+            log.warning("%s holds no %s: they start anew", self.student.name, ", ".join(new))
+        return model
+
+
+def _parts(corpus: Source, held_out: Source | float | None) -> dict[str, Corpus]:
+    """{"train": ..., "held_out": ...}, the second where there is one."""
+    whole = Corpus.of(corpus)
+    if held_out is None:
+        return {"train": whole}
+    if not isinstance(held_out, float):
+        return {"train": whole, "held_out": Corpus.of(held_out)}
+    if not 0.0 < held_out <= 0.5:
+        raise ValueError(f"held_out is {held_out}; expected a share above 0, at most 0.5")
+    every = round(1 / held_out)
+    return {
+        "train": whole.part(every, held_out=False),
+        "held_out": whole.part(every, held_out=True),
+    }
+
+
+def _check_examples(shards: Shards, of_a_step: int) -> None:
+    examples = shards.manifest.examples
+    if examples < of_a_step:
+        raise ValueError(
+            f"the corpus gives {examples} examples and one step reads {of_a_step} (batch size x "
+            "accumulation x processes); choose a smaller batch size, or more duplicates"
+        )
