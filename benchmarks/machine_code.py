@@ -47,6 +47,7 @@ import tinybert_fast
 from tinybert_fast.benchmarks.hardware import facts
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.ops.block_mask import SIDES, BlockMask
+from tinybert_fast.ops.layout import SequenceLayout
 
 ARCHITECTURES = (80, 90, 100)
 HEADS = (26, 32, 64, 128)
@@ -169,11 +170,12 @@ def attention_kernels(
 
     q, k, v, grad = (torch.zeros(longest, MODEL_HEADS, head, dtype=dtype) for _ in range(4))
     seed = torch.zeros(2, dtype=torch.int64) if dropout_p else None
-    cu_seqlens = torch.tensor([0, longest], dtype=torch.int32)
+    layout = SequenceLayout.from_lengths((longest,))
+    places = (layout.cu_seqlens, layout.work)
     mask = []
     if side:
         mask = list(BlockMask.from_dense(torch.ones(longest, longest).tril() > 0, side).lists)
-    call: tuple = (cu_seqlens, None, longest, head**-0.5, direction, dropout_p, seed, 0, mask)
+    call: tuple = (*places, longest, head**-0.5, direction, dropout_p, seed, 0, mask)
     with compiling_for(arch) as found:
         out, lse, rng = attention.forward(q, k, v, *call)
         attention.backward(grad, q, k, v, out, lse, rng, *call)

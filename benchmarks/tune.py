@@ -21,6 +21,7 @@ import torch
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.kernels import attention, configs, settings
 from tinybert_fast.kernels.settings import ANY, Key, Setting, Table
+from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.testing.validation import validate
 
 TOKENS = 1 << 16
@@ -130,12 +131,12 @@ def _call(
         torch.randn(TOKENS, MODEL_HEADS, head, dtype=torch.bfloat16, device=device)
         for _ in range(4)
     )
-    cu_seqlens = torch.arange(0, TOKENS + 1, length, dtype=torch.int32, device=device)
+    layout = SequenceLayout.full(TOKENS // length, length, device)
     seed = torch.zeros(2, dtype=torch.int64, device=device)
     rate = DROPOUT if dropout else 0.0
     rest: tuple = (
-        cu_seqlens,
-        None,
+        layout.cu_seqlens,
+        layout.work,
         length,
         head**-0.5,
         "both",

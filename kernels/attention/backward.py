@@ -6,7 +6,6 @@ and block masks take two kernels, one over blocks of queries for dQ and delta, o
 keys for dK and dV: 7 products and two exponentials.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -14,12 +13,12 @@ from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
     LOG2_E,
     BlockList,
-    Lengths,
     Rows,
     alignment,
     allowed_cells,
     as_addressable,
     entry_of,
+    fresh_like,
     grid,
     head_of,
     key_ranges,
@@ -32,6 +31,7 @@ from tinybert_fast.kernels.attention.tiles import (
     side_of,
     statistics,
     store_tile,
+    task_of,
 )
 from tinybert_fast.kernels.philox import Dropout, attention_keep, site_key
 
@@ -71,23 +71,23 @@ def _probabilities(
 
 @triton.jit(do_not_specialize=["site"])
 def _one_tile_kernel(
-    q, k, v, grad, dq, dk, dv, lse, lengths, scale, factor, dropout, site,
+    q, k, v, grad, dq, dk, dv, lse, work, scale, factor, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths.cu_seqlens + sequence + 1) - tl.load(lengths.cu_seqlens + sequence)
+    task = task_of(work, tl.program_id(0))
+    sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
     if length == 0:
         return
-    q_ptr = head_of(q, lengths, sequence, head, ALIGN)
-    k_ptr = head_of(k, lengths, sequence, head, ALIGN)
-    v_ptr = head_of(v, lengths, sequence, head, ALIGN)
-    grad_ptr = head_of(grad, lengths, sequence, head, ALIGN)
+    q_ptr = head_of(q, task, head, ALIGN)
+    k_ptr = head_of(k, task, head, ALIGN)
+    v_ptr = head_of(v, task, head, ALIGN)
+    grad_ptr = head_of(grad, task, head, ALIGN)
     q_tile = load_tile(q_ptr, q.row, 0, length, D, BLOCK_M, BLOCK_D, ALIGN)
     k_tile = load_tile(k_ptr, k.row, 0, length, D, BLOCK_N, BLOCK_D, ALIGN)
     v_tile = load_tile(v_ptr, v.row, 0, length, D, BLOCK_N, BLOCK_D, ALIGN)
     do = load_tile(grad_ptr, grad.row, 0, length, D, BLOCK_M, BLOCK_D, ALIGN)
-    lse_ptr = head_of(lse, lengths, sequence, head, 1)
+    lse_ptr = head_of(lse, task, head, 1)
     lse_tile = _load_lse(lse_ptr, lse.row, 0, length, BLOCK_M)
     key = site_key(dropout.seed, site) if DROPOUT else 0
     p, kept, dp = _probabilities(
@@ -95,14 +95,14 @@ def _one_tile_kernel(
         key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, "edges", 0,
     )  # fmt: skip
     dv_tile = tl.dot(tl.trans(kept.to(do.dtype)), do, input_precision="ieee") * dropout.scale
-    dv_ptr = head_of(dv, lengths, sequence, head, ALIGN)
+    dv_ptr = head_of(dv, task, head, ALIGN)
     store_tile(dv_ptr, dv.row, 0, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(do.dtype)
     dk_tile = tl.dot(tl.trans(ds), q_tile, input_precision="ieee") * factor
-    dk_ptr = head_of(dk, lengths, sequence, head, ALIGN)
+    dk_ptr = head_of(dk, task, head, ALIGN)
     store_tile(dk_ptr, dk.row, 0, length, dk_tile, D, BLOCK_N, BLOCK_D, ALIGN)
     dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * factor
-    dq_ptr = head_of(dq, lengths, sequence, head, ALIGN)
+    dq_ptr = head_of(dq, task, head, ALIGN)
     store_tile(dq_ptr, dq.row, 0, length, dq_tile, D, BLOCK_M, BLOCK_D, ALIGN)
 
 
@@ -128,26 +128,26 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=["max_length", "site"])
 def _dq_kernel(
-    q, k, v, grad, out, dq, lse, delta, lengths, blocks, max_length, scale, factor, dropout, site,
+    q, k, v, grad, out, dq, lse, delta, work, blocks, max_length, scale, factor, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, length = place(lengths, max_length, BLOCK_M)
-    head = tl.program_id(1)
+    task, first = place(work, max_length, BLOCK_M)
+    sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
     if first >= length:
         return
-    k_ptr = head_of(k, lengths, sequence, head, ALIGN)
-    v_ptr = head_of(v, lengths, sequence, head, ALIGN)
-    q_ptr = head_of(q, lengths, sequence, head, ALIGN)
-    grad_ptr = head_of(grad, lengths, sequence, head, ALIGN)
-    out_ptr = head_of(out, lengths, sequence, head, ALIGN)
+    k_ptr = head_of(k, task, head, ALIGN)
+    v_ptr = head_of(v, task, head, ALIGN)
+    q_ptr = head_of(q, task, head, ALIGN)
+    grad_ptr = head_of(grad, task, head, ALIGN)
+    out_ptr = head_of(out, task, head, ALIGN)
     q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
     do = load_tile(grad_ptr, grad.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
     o = load_tile(out_ptr, out.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
     delta_tile = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    at = rows_at(head_of(delta, lengths, sequence, head, 1), delta.row, first, BLOCK_M, 1)
+    at = rows_at(head_of(delta, task, head, 1), delta.row, first, BLOCK_M, 1)
     tl.store(at, delta_tile, mask=first + tl.arange(0, BLOCK_M) < length)
-    lse_ptr = head_of(lse, lengths, sequence, head, 1)
+    lse_ptr = head_of(lse, task, head, 1)
     lse_tile = _load_lse(lse_ptr, lse.row, first, length, BLOCK_M)
     key = site_key(dropout.seed, site) if DROPOUT else 0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -191,7 +191,7 @@ def _dq_kernel(
                 key, sequence, head, dropout,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
             )  # fmt: skip
-    dq_ptr = head_of(dq, lengths, sequence, head, ALIGN)
+    dq_ptr = head_of(dq, task, head, ALIGN)
     store_tile(dq_ptr, dq.row, first, length, acc * factor, D, BLOCK_M, BLOCK_D, ALIGN)
 
 
@@ -223,20 +223,20 @@ def _add_dkdv(
 
 @triton.jit(do_not_specialize=["max_length", "site"])
 def _dkdv_kernel(
-    q, k, v, grad, dk, dv, lse, delta, lengths, blocks, max_length, scale, factor, dropout, site,
+    q, k, v, grad, dk, dv, lse, delta, work, blocks, max_length, scale, factor, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, length = place(lengths, max_length, BLOCK_N)
-    head = tl.program_id(1)
+    task, first = place(work, max_length, BLOCK_N)
+    sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
     if first >= length:
         return
-    q_ptr = head_of(q, lengths, sequence, head, ALIGN)
-    grad_ptr = head_of(grad, lengths, sequence, head, ALIGN)
-    lse_ptr = head_of(lse, lengths, sequence, head, 1)
-    delta_ptr = head_of(delta, lengths, sequence, head, 1)
-    k_ptr = head_of(k, lengths, sequence, head, ALIGN)
-    v_ptr = head_of(v, lengths, sequence, head, ALIGN)
+    q_ptr = head_of(q, task, head, ALIGN)
+    grad_ptr = head_of(grad, task, head, ALIGN)
+    lse_ptr = head_of(lse, task, head, 1)
+    delta_ptr = head_of(delta, task, head, 1)
+    k_ptr = head_of(k, task, head, ALIGN)
+    v_ptr = head_of(v, task, head, ALIGN)
     k_tile = load_tile(k_ptr, k.row, first, length, D, BLOCK_N, BLOCK_D, ALIGN)
     v_tile = load_tile(v_ptr, v.row, first, length, D, BLOCK_N, BLOCK_D, ALIGN)
     key = site_key(dropout.seed, site) if DROPOUT else 0
@@ -268,22 +268,21 @@ def _dkdv_kernel(
             D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT,
             "none" if DIRECTION == "both" else "edges", SIDE,
         )  # fmt: skip
-    dk_ptr = head_of(dk, lengths, sequence, head, ALIGN)
-    dv_ptr = head_of(dv, lengths, sequence, head, ALIGN)
+    dk_ptr = head_of(dk, task, head, ALIGN)
+    dv_ptr = head_of(dv, task, head, ALIGN)
     store_tile(dk_ptr, dk.row, first, length, dk_tile * factor, D, BLOCK_N, BLOCK_D, ALIGN)
     dv_tile = dv_tile * dropout.scale
     store_tile(dv_ptr, dv.row, first, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
 
 
 def backward(
-    grad, q, k, v, out, lse, rng, cu_seqlens, first_columns, max_length, scale, direction,
-    dropout_p, seed, site, block_mask,
+    grad, q, k, v, out, lse, rng, cu_seqlens, work, max_length, scale, direction, dropout_p,
+    seed, site, block_mask,
 ):  # fmt: skip
     """Gradients of q, k and v, (T, H, D) or (B, N, H, D)."""
     grad, q, k, v = (as_addressable(x) for x in (grad, q, k, v))
     heads, width = q.shape[-2:]
-    fresh = torch.empty if first_columns is None else torch.zeros  # padding rows get none
-    dq, dk, dv = (fresh(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dq, dk, dv = (fresh_like(x) for x in (q, k, v))
     if q.numel() == 0 or max_length == 0:
         return dq, dk, dv
     align = alignment(grad, q, k, v, out, dq)
@@ -291,7 +290,6 @@ def backward(
         Rows.of(x, align) for x in (q, k, v, grad, out, dq, dk, dv)
     )
     lse_ = Rows.of(lse[..., None], 1)
-    lengths = Lengths.of(cu_seqlens, first_columns)
     call = (max_length, scale * LOG2_E, scale, Dropout.of(dropout_p, seed), site)
     same = {
         "D": width,
@@ -303,20 +301,20 @@ def backward(
     scores = configs.Scores.of(q, align, max_length, dropout_p, direction, block_mask)
     setting = configs.attention_if_served("one_tile", scores)
     if setting is not None and not block_mask:
-        _one_tile_kernel[len(cu_seqlens) - 1, heads](
-            q_, k_, v_, grad_, dq_, dk_, dv_, lse_, lengths, *call[1:], **same, **setting.launch()
+        _one_tile_kernel[len(work), heads](
+            q_, k_, v_, grad_, dq_, dk_, dv_, lse_, work, *call[1:], **same, **setting.launch()
         )
         return dq, dk, dv
     delta = statistics(q)
     delta_ = Rows.of(delta[..., None], 1)
     setting = configs.attention("dq", scores)
-    _dq_kernel[grid(cu_seqlens, max_length, setting.block_m, heads)](
-        q_, k_, v_, grad_, out_, dq_, lse_, delta_, lengths, BlockList.by_query(block_mask), *call,
+    _dq_kernel[grid(work, max_length, setting.block_m, heads)](
+        q_, k_, v_, grad_, out_, dq_, lse_, delta_, work, BlockList.by_query(block_mask), *call,
         SIDE=side_of(block_mask), **same, **setting.launch(),
     )  # fmt: skip
     setting = configs.attention("dkdv", scores)
-    _dkdv_kernel[grid(cu_seqlens, max_length, setting.block_n, heads)](
-        q_, k_, v_, grad_, dk_, dv_, lse_, delta_, lengths, BlockList.by_key(block_mask), *call,
+    _dkdv_kernel[grid(work, max_length, setting.block_n, heads)](
+        q_, k_, v_, grad_, dk_, dv_, lse_, delta_, work, BlockList.by_key(block_mask), *call,
         SIDE=side_of(block_mask), **same, **setting.launch(),
     )  # fmt: skip
     return dq, dk, dv

@@ -8,12 +8,12 @@ from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
     LOG2_E,
     BlockList,
-    Lengths,
     Rows,
     alignment,
     allowed_cells,
     as_addressable,
     entry_of,
+    fresh_like,
     grid,
     head_of,
     key_ranges,
@@ -64,17 +64,17 @@ def _step(
 
 @triton.jit(do_not_specialize=["max_length", "site"])
 def _forward_kernel(
-    q, k, v, out, lse, lengths, blocks, max_length, scale, dropout, site,
+    q, k, v, out, lse, work, blocks, max_length, scale, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    sequence, first, length = place(lengths, max_length, BLOCK_M)
-    head = tl.program_id(1)
+    task, first = place(work, max_length, BLOCK_M)
+    sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
     if first >= length:
         return
-    k_ptr = head_of(k, lengths, sequence, head, ALIGN)
-    v_ptr = head_of(v, lengths, sequence, head, ALIGN)
-    q_ptr = head_of(q, lengths, sequence, head, ALIGN)
+    k_ptr = head_of(k, task, head, ALIGN)
+    v_ptr = head_of(v, task, head, ALIGN)
+    q_ptr = head_of(q, task, head, ALIGN)
     q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
     key = site_key(dropout.seed, site) if DROPOUT else 0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -123,33 +123,30 @@ def _forward_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc * (dropout.scale / total)[:, None]
-    out_ptr = head_of(out, lengths, sequence, head, ALIGN)
+    out_ptr = head_of(out, task, head, ALIGN)
     store_tile(out_ptr, out.row, first, length, acc, D, BLOCK_M, BLOCK_D, ALIGN)
     lse_tile = tl.where(empty, float("-inf"), peak + tl.log2(total))
-    at = rows_at(head_of(lse, lengths, sequence, head, 1), lse.row, first, BLOCK_M, 1)
+    at = rows_at(head_of(lse, task, head, 1), lse.row, first, BLOCK_M, 1)
     tl.store(at, lse_tile, mask=first + tl.arange(0, BLOCK_M) < length)
 
 
 def forward(
-    q, k, v, cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site,
-    block_mask,
+    q, k, v, cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, block_mask,
 ):  # fmt: skip
     """(T, H, D) or (B, N, H, D) operands -> out, lse in base 2, and an rng state nobody reads."""
     q, k, v = (as_addressable(x) for x in (q, k, v))
     heads, width = q.shape[-2:]
-    fresh = torch.empty if first_columns is None else torch.zeros  # padding rows are zero
-    out = fresh(q.shape, dtype=q.dtype, device=q.device)
-    lse = statistics(q)
+    out, lse = fresh_like(q), statistics(q)
     rng = torch.empty(2, dtype=torch.int64, device=q.device)  # nobody reads it
     if q.numel() == 0 or max_length == 0:
         return out, lse, rng
     align = alignment(q, k, v, out)
     scores = configs.Scores.of(q, align, max_length, dropout_p, direction, block_mask)
     setting = configs.attention("forward", scores)
-    _forward_kernel[grid(cu_seqlens, max_length, setting.block_m, heads)](
+    _forward_kernel[grid(work, max_length, setting.block_m, heads)](
         *(Rows.of(x, align) for x in (q, k, v, out)), Rows.of(lse[..., None], 1),
-        Lengths.of(cu_seqlens, first_columns), BlockList.by_query(block_mask), max_length,
-        scale * LOG2_E, Dropout.of(dropout_p, seed), site,
+        work, BlockList.by_query(block_mask), max_length, scale * LOG2_E,
+        Dropout.of(dropout_p, seed), site,
         D=width, BLOCK_D=configs.head_block(width), ALIGN=align,
         DIRECTION=direction, DROPOUT=dropout_p > 0.0, SIDE=side_of(block_mask), **setting.launch(),
     )  # fmt: skip

@@ -36,19 +36,6 @@ def alignment(*operands: Tensor) -> int:
     return math.gcd(WIDEST_LOAD, *strides, *starts)
 
 
-class Lengths(NamedTuple):
-    """Where each sequence's rows are: int32 (B + 1,) running sum of the lengths, and int32 (B,)
-    its first row: that of the pack, or its first column where rows are padded.
-    """
-
-    cu_seqlens: Tensor
-    starts: Tensor
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, first_columns: Tensor | None) -> "Lengths":
-        return cls(cu_seqlens, cu_seqlens if first_columns is None else first_columns)
-
-
 class BlockList(NamedTuple):
     """One direction of a block mask (reference/block_mask.py): what each block attends to."""
 
@@ -95,27 +82,36 @@ def statistics(q: Tensor) -> Tensor:
     return torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
 
 
-def grid(cu_seqlens: Tensor, max_length: int, block: int, heads: int) -> tuple[int, int]:
-    """One program per (sequence, block of its rows) and head."""
-    return (len(cu_seqlens) - 1) * triton.cdiv(max_length, block), heads
+def fresh_like(q: Tensor) -> Tensor:
+    """Like ``q``: of packed rows each is written; of padded ones, those of padding stay zero."""
+    new = torch.empty if q.dim() == 3 else torch.zeros
+    return new(q.shape, dtype=q.dtype, device=q.device)
+
+
+def grid(work: Tensor, max_length: int, block: int, heads: int) -> tuple[int, int]:
+    """One program per (sequence, block of its rows) and head; the longest sequences first."""
+    return len(work) * triton.cdiv(max_length, block), heads
 
 
 @triton.jit
-def place(lengths, max_length, BLOCK: tl.constexpr):
-    """This program's (sequence, first row of its block, length of the sequence)."""
+def task_of(work, at):
+    """The address of row ``at`` of the work list: sequence, its length, its first row."""
+    return work + at * 4
+
+
+@triton.jit
+def place(work, max_length, BLOCK: tl.constexpr):
+    """This program's (task, first position of its block)."""
     blocks = tl.cdiv(max_length, BLOCK)
-    sequence = tl.program_id(0) // blocks
-    first = tl.program_id(0) % blocks * BLOCK
-    start = tl.load(lengths.cu_seqlens + sequence)
-    return sequence, first, tl.load(lengths.cu_seqlens + sequence + 1) - start
+    return task_of(work, tl.program_id(0) // blocks), tl.program_id(0) % blocks * BLOCK
 
 
 @triton.jit
-def head_of(x, lengths, sequence, head, ALIGN: tl.constexpr):
-    """Address of the first row of a sequence in one head of ``x: Rows``."""
-    start = tl.load(lengths.starts + sequence).to(tl.int64)
-    at = sequence.to(tl.int64) * x.batch + start * x.row + head.to(tl.int64) * x.head
-    return x.ptr + at * ALIGN
+def head_of(x, task, head, ALIGN: tl.constexpr):
+    """Address of the first row of a task's sequence in one head of ``x: Rows``."""
+    # Loaded where they are needed: kept for what is stored last, they would cost registers.
+    sequence, start = tl.load(task).to(tl.int64), tl.load(task + 2).to(tl.int64)
+    return x.ptr + (sequence * x.batch + start * x.row + head.to(tl.int64) * x.head) * ALIGN
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """attention: values and gradients, gradcheck, contract, compilation, dropout, memory, refusal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -206,6 +208,32 @@ def test_offsets_beyond_2_to_the_31(padded, counted, device, tmp_path):
         case.function(counted)(*case.operands), case.operands, upstream) for case in (got, want)
     )):  # fmt: skip
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "direction", "mask"),
+    [
+        ((31, 40, 0, 33, 70, 40, 1), "both", False),
+        ((31, 40, 0, 33, 70, 40, 1), "anti_causal", False),
+        ((5, 32, 9, 0, 32), "causal", False),  # one tile
+        ((31, 40, 0, 33, 70, 40, 1), "both", True),  # of each sequence its own
+    ],
+    ids=["two_kernels", "a_direction", "one_tile", "blocks"],
+)
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
+def test_order_of_the_work_list_changes_no_bit(padded, lengths, direction, mask, counted, device):
+    case = attention(
+        lengths, heads=1, padded=padded, direction=direction, dropout_p=0.1, device=device
+    )
+    if mask:
+        block_mask = patchwork(64, len(lengths), device=device)
+        case = case.with_options(block_mask=block_mask)
+    layout = case.options["layout"]
+    lists = {"work": layout.work, "padded_work": layout.padded_work}
+    by_number = {name: table[table[:, 0].argsort()] for name, table in lists.items()}
+    assert not torch.equal(by_number["work"], layout.work)
+    want = case.with_options(layout=replace(layout, **by_number)).run(counted)
+    torch.testing.assert_close(case.run(counted), want, rtol=0.0, atol=0.0)
 
 
 def test_two_runs_give_the_same_bits(counted, device):

@@ -17,7 +17,7 @@ CASES = int(os.environ.get("TINYBERT_FAST_FUZZ_CASES", "80"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=CASES, deadline=None)
 @given(
     size=st.integers(0, 280),
     masks=st.integers(1, 3),

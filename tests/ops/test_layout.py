@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from tinybert_fast.ops import SequenceLayout
 
@@ -37,11 +38,14 @@ def test_any_mask_packs_and_pads_back(mask):
     assert layout.is_full == bool(mask.all())
     assert layout.starts_padded == any(mask[b].any() and not mask[b, 0] for b in range(batch))
     columns = [[n for n in range(width) if mask[b, n]] for b in range(batch)]
-    assert layout.first_columns.tolist() == [min(of_row, default=0) for of_row in columns]
+    longest_first = sorted(range(batch), key=lambda b: (-lengths[b], b))
+    assert layout.work.tolist() == [[b, lengths[b], sum(lengths[:b]), 0] for b in longest_first]
+    starts = [min(of_row, default=0) for of_row in columns]
+    assert layout.padded_work.tolist() == [[b, lengths[b], starts[b], 0] for b in longest_first]
     assert layout.has_holes == any(c and c[-1] - c[0] + 1 != len(c) for c in columns)
     kinds = {"cu_seqlens": torch.int32, "sequences": torch.int32, "positions": torch.int32,
-             "first_columns": torch.int32, "rows": torch.int64, "columns": torch.int64,
-             "first_rows": torch.int64}  # fmt: skip
+             "work": torch.int32, "padded_work": torch.int32, "rows": torch.int64,
+             "columns": torch.int64, "first_rows": torch.int64}  # fmt: skip
     assert {name: getattr(layout, name).dtype for name in kinds} == kinds
 
     x = torch.arange(batch * width * 3.0).view(batch, width, 3)
@@ -62,7 +66,7 @@ def test_lengths_are_right_padded_masks(lengths, extra):
 def assert_same(a, b):
     for name in ("batch_size", "width", "lengths", "max_length", "starts_padded", "has_holes"):
         assert getattr(a, name) == getattr(b, name)
-    for name in ("cu_seqlens", "rows", "sequences", "positions", "first_columns"):
+    for name in ("cu_seqlens", "rows", "sequences", "positions", "work", "padded_work"):
         assert torch.equal(getattr(a, name), getattr(b, name))
 
 
@@ -93,6 +97,57 @@ def test_full(shape):
     layout = SequenceLayout.full(*shape)
     assert layout.is_full
     assert_same(layout, SequenceLayout.from_mask(torch.ones(shape)))
+
+
+def test_work_is_longest_first():
+    """Equal lengths in the batch's order, empty sequences last, padding on the left."""
+    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1], [0, 1, 1, 1]])
+    layout = SequenceLayout.from_mask(mask)
+    packed = [[2, 3, 2, 0], [4, 3, 7, 0], [0, 2, 0, 0], [3, 2, 5, 0], [1, 0, 2, 0]]
+    padded = [[2, 3, 0, 0], [4, 3, 1, 0], [0, 2, 2, 0], [3, 2, 2, 0], [1, 0, 0, 0]]
+    assert (layout.work.tolist(), layout.padded_work.tolist()) == (packed, padded)
+
+
+MAKERS = {
+    "from_mask": lambda: SequenceLayout.from_mask(torch.arange(12).view(3, 4) % 5 > 1),
+    "from_cu_seqlens": lambda: SequenceLayout.from_cu_seqlens(torch.tensor([0, 3, 3, 8])),
+    "from_lengths": lambda: SequenceLayout.from_lengths((3, 0, 5)),
+    "full": lambda: SequenceLayout.full(3, 5),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_rows_of_work_are_16_aligned_bytes(maker):
+    layout = MAKERS[maker]()
+    for work in (layout.work, layout.padded_work):
+        assert work.shape == (3, 4)
+        assert work.is_contiguous()
+        assert work.data_ptr() % 16 == 0
+
+
+class Calls(TorchFunctionMode):
+    """The names of torch's functions and methods that the block calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_waits_for_the_device_at_most_once(maker):
+    """Where lengths are not on the host yet; and a full batch copies nothing to the device."""
+    with Calls() as calls:
+        MAKERS[maker]()
+    waits = {"tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__index__"}
+    assert [name for name in calls.names if name in waits] == (
+        ["tolist"] if maker in ("from_mask", "from_cu_seqlens") else []
+    )
+    if maker == "full":  # a CUDA graph could not hold a copy
+        assert not {"tensor", "to", "as_tensor"} & set(calls.names)
 
 
 def test_width_defaults_to_the_longest():

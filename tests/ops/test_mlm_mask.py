@@ -38,14 +38,14 @@ def tokens(*shape, seed=0, low=0):
 
 
 @st.composite
-def calls(draw):
+def calls(draw, widths=(0, 1, 2, 7, 15, 16, 33, 100)):
     """(ids, rule, options): every unit, weights of any skew, flags of every dtype."""
     source = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
 
     def uniform(*shape):
         return torch.rand(*shape, generator=source)
 
-    batch, width = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 7, 15, 16, 33, 100]))
+    batch, width = draw(st.integers(0, 4)), draw(st.sampled_from(widths))
     unit = draw(st.sampled_from(["token", "word", "span"]))
     weights = None
     if draw(st.booleans()):
@@ -74,6 +74,8 @@ def calls(draw):
             options[name] = (uniform(batch, width) < share).to(DEVICE, draw(dtypes))
     if unit != "token":
         options["word_starts"] = (uniform(batch, width) < 0.6).to(DEVICE)
+    if draw(st.booleans()):
+        options["capacity"] = batch * made.most([width]) + draw(st.sampled_from([0, 5]))
     ids = torch.randint(0, V, (batch, width), generator=source)
     return ids.to(DEVICE), made.to(DEVICE), options
 
@@ -111,16 +113,26 @@ def test_native_equals_the_reference(call):
 
 
 @settings(max_examples=CASES, deadline=None)
-@given(calls())
-def test_invariants(call):
+@given(calls(widths=(0, 1, 2, 15, 16, 33, 100, 513, MOST_TOKENS)), st.booleans())
+def test_invariants(call, in_place):
     ids, made, options = call
-    before = ids.clone()
-    got = mlm_mask(ids, made, **options)
-    assert torch.equal(ids, before)
+    given_ids = ids.clone()
+    got = mlm_mask(given_ids, made, **options, in_place=in_place)
+    assert torch.equal(given_ids, got.input_ids if in_place else ids)
+    if int(got.offsets[-1]):
+        short = {**options, "capacity": int(got.offsets[-1]) - 1}
+        kept = ids.clone()
+        with pytest.raises(ValueError, match="tokens are masked and capacity is"):
+            mlm_mask(kept, made, **short, in_place=True)
+        assert torch.equal(kept, ids)
     budget, eligible, positive = expected_budget(ids, made, options)
     counts = got.offsets.diff().tolist()
+    total = int(got.offsets[-1])
     assert int(got.offsets[0]) == 0
-    assert len(got.rows) == len(got.labels) == int(got.offsets[-1])
+    assert len(got.rows) == len(got.labels) == options.get("capacity", total)
+    assert not got.rows[total:].any()
+    assert bool((got.labels[total:] == -100).all())
+    got = got._replace(rows=got.rows[:total], labels=got.labels[:total])
     assert torch.equal(ids.flatten()[got.rows], got.labels)
     chosen = torch.zeros(ids.numel(), dtype=torch.bool)
     chosen[got.rows.cpu()] = True
@@ -319,6 +331,48 @@ def test_same_draws_in_a_worker(method):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(got, want)
+
+
+def strange_id(ids, draw):
+    wrong = ids.clone()
+    wrong.view(-1)[draw(st.integers(0, ids.numel() - 1))] = draw(
+        st.sampled_from([V, -1, 2**31, 2**32 + 7, 2**63 - 1, -(2**63)])
+    )
+    return {"input_ids": wrong}
+
+
+WRONG = {
+    "id": strange_id,
+    "ids": lambda ids, draw: {
+        "input_ids": draw(st.sampled_from([ids.int(), ids[0], ids[None], ids.mT, ids[:, ::2]]))
+    },
+    "flag": lambda ids, draw: {
+        draw(st.sampled_from(["special_tokens_mask", "attention_mask", "word_starts"])): draw(
+            st.sampled_from([ids.float(), ids[:-1], ids[:, :-1] > 0, ids.mT > 0, ids.to("meta")])
+        )
+    },
+    "examples": lambda ids, draw: {
+        "example_ids": torch.arange(len(ids) + draw(st.sampled_from([-1, 1])))
+    },
+    "seed": lambda ids, draw: {"seed": draw(st.sampled_from([-1, 2**63, 0.5, None, "1"]))},
+    "step": lambda ids, draw: {"step": draw(st.sampled_from([-1, 2**32, 1.5, None]))},
+    "capacity": lambda ids, draw: {"capacity": draw(st.sampled_from([-1, 2**31, 2.5]))},
+}
+
+
+@settings(max_examples=CASES, deadline=None)
+@given(calls(widths=(3, 16, 33)), st.sampled_from(sorted(WRONG)), st.booleans(), st.data())
+def test_refuses_and_writes_nothing(call, what, in_place, data):
+    """One operand of a sound call is wrong: ValueError, whatever the rest is like."""
+    ids, made, options = call
+    if len(ids) < 2:
+        return
+    options.pop("attention_mask", None)  # behind which a strange id would be none of the row's
+    changed = {"input_ids": ids.clone(), **options, **WRONG[what](ids, data.draw)}
+    kept = {k: v.clone() for k, v in changed.items() if isinstance(v, torch.Tensor)}
+    with pytest.raises(ValueError, match="mlm_mask: "):
+        mlm_mask(rule=made, **changed, in_place=in_place)
+    assert all(v.is_meta or torch.equal(changed[k], v) for k, v in kept.items())
 
 
 IDS = tokens(2, 20, seed=7, low=5)

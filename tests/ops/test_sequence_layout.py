@@ -32,7 +32,8 @@ def test_says_what_the_mask_says(batch, width, density, seed):
         assert layout.positions.tolist() == ranks
         columns = [row.nonzero().flatten().tolist() for row in real]
         assert list(layout.lengths) == [len(row) for row in columns]
-        assert layout.first_columns.tolist() == [row[0] if row else 0 for row in columns]
+        starts = {b: start for b, _, start, _ in layout.padded_work.tolist()}
+        assert starts == {b: row[0] if row else 0 for b, row in enumerate(columns)}
         assert layout.starts_padded == any(row and row[0] for row in columns)
         holes = any(row and row[-1] - row[0] + 1 != len(row) for row in columns)
         assert layout.has_holes == holes

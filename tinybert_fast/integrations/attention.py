@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from tinybert_fast import ops
 from tinybert_fast.integrations.unserved import INERT_KEYWORDS, PLUG_IN
 from tinybert_fast.modules.encoder import draw_seed
-from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.layout import SequenceLayout, Tables, full_tables, longest_first
 
 # Beside those that change nothing in any encoder: positions are in the embeddings already.
 INERT = {*INERT_KEYWORDS, "position_ids"}
@@ -36,7 +36,8 @@ class TracedLayout(SequenceLayout):
 
     Its T is B * N. The tokens come first, in their order; the tail of padding rows belongs to no
     sequence: an op leaves there what it likes, values and gradients, and both are cleared here.
-    ``lengths`` and ``starts_padded`` say nothing, and ``max_length`` is N.
+    ``lengths``, ``starts_padded`` and, with padding, ``padded_work`` say nothing, and
+    ``max_length`` is N.
     """
 
     live: Tensor | None  # bool (B * N,): the row is a token; None where all are
@@ -45,21 +46,24 @@ class TracedLayout(SequenceLayout):
     def from_mask(cls, mask: Tensor, impl: str = "auto") -> TracedLayout:
         """From a bool (B, N) key-padding mask, without reading it on the host; nobody asks impl."""
         batch, width = mask.shape
-        cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))  # (B + 1,)
+        lengths = mask.sum(1)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))  # (B + 1,)
         rows = torch.argsort(~mask.flatten(), stable=True)  # (B * N,), tokens first
         live = torch.arange(batch * width, device=mask.device) < cu_seqlens[-1]
-        return cls._of(batch, width, cu_seqlens, rows, live)
+        work = longest_first(lengths, cu_seqlens[:-1])
+        return cls._of(batch, width, (cu_seqlens.int(), work, work), rows, live)
 
     @classmethod
     def full(cls, batch_size: int, width: int, device: torch.device | str = "cpu") -> TracedLayout:
         rows = torch.arange(batch_size * width, device=device)
-        cu_seqlens = torch.arange(batch_size + 1, device=device) * width
-        return cls._of(batch_size, width, cu_seqlens, rows, None)
+        tables = full_tables(batch_size, width, device)
+        return cls._of(batch_size, width, tables, rows, None)
 
     @classmethod
     def _of(
-        cls, batch: int, width: int, cu_seqlens: Tensor, rows: Tensor, live: Tensor | None
+        cls, batch: int, width: int, tables: Tables, rows: Tensor, live: Tensor | None
     ) -> TracedLayout:
+        cu_seqlens, work, padded_work = tables
         sequences = torch.div(rows, width, rounding_mode="floor")
         positions = torch.arange(batch * width, device=rows.device) - cu_seqlens[sequences]
         return cls(
@@ -69,11 +73,12 @@ class TracedLayout(SequenceLayout):
             max_length=width,
             starts_padded=False,
             has_holes=live is not None,  # unknown, so rows are packed
-            cu_seqlens=cu_seqlens.int(),
+            cu_seqlens=cu_seqlens,
             rows=rows,
             sequences=sequences.int(),
             positions=positions.int(),
-            first_columns=torch.zeros(batch, dtype=torch.int32, device=rows.device),
+            work=work,
+            padded_work=padded_work,
             live=live,
         )
 

@@ -47,7 +47,7 @@ LIMITS = Limits(
 DIRECTIONS = ("both", "causal", "anti_causal")
 
 _CALL = (
-    "Tensor cu_seqlens, Tensor? first_columns, SymInt max_length, float scale, str direction,"
+    "Tensor cu_seqlens, Tensor? work, SymInt max_length, float scale, str direction,"
     " float dropout_p, Tensor? seed, int site, Tensor[] block_mask"
 )
 
@@ -79,19 +79,19 @@ _backward = define(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, first_columns, seed, settings, impls, *masks):
+    def forward(ctx, q, k, v, cu_seqlens, work, seed, settings, impls, *masks):
         *call, forward_masks = settings
         mask = list(masks[:forward_masks])
-        arguments = _arguments(cu_seqlens, first_columns, seed, mask, call)
+        arguments = _arguments(cu_seqlens, work, seed, mask, call)
         out, lse, rng = _forward(q, k, v, *arguments, impls[0])
-        ctx.save_for_backward(q, k, v, out, lse, rng, cu_seqlens, first_columns, seed, *masks)
+        ctx.save_for_backward(q, k, v, out, lse, rng, cu_seqlens, work, seed, *masks)
         ctx.settings, ctx.impl = settings, impls[1]
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, out, lse, rng, cu_seqlens, first_columns, seed, *masks = ctx.saved_tensors
+        q, k, v, out, lse, rng, cu_seqlens, work, seed, *masks = ctx.saved_tensors
         *call, forward_masks = ctx.settings
         if ctx.impl == "reference":
             _, scale, direction, dropout_p, site = call
@@ -100,16 +100,14 @@ class _Attention(torch.autograd.Function):
             needs = (*ctx.needs_input_grad[:3], *(False,) * 7)
             grads = reference_gradient(reference, operands, needs, grad)[:3]
         else:
-            arguments = _arguments(cu_seqlens, first_columns, seed, masks[:forward_masks], call)
+            arguments = _arguments(cu_seqlens, work, seed, masks[:forward_masks], call)
             grads = _backward(grad, q, k, v, out, lse, rng, *arguments, ctx.impl)
         return (*grads, *(None,) * (5 + len(masks)))
 
 
-def _arguments(cu_seqlens, first_columns, seed, mask, call) -> tuple:
+def _arguments(cu_seqlens, work, seed, mask, call) -> tuple:
     max_length, scale, direction, dropout_p, site = call
-    return (
-        cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site, mask,
-    )  # fmt: skip
+    return cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, mask
 
 
 def _mask_of(block_mask: BlockMask | Tensor | None, impl: str) -> tuple[Tensor, ...]:
@@ -173,9 +171,9 @@ def attention(
     packs = padded and not (in_place and not layout.has_holes)
     if packs:
         q, k, v = (layout.pack(x) for x in (q, k, v))
-    cu_seqlens, first_columns = layout.cu_seqlens, None
-    if padded and not packs:
-        first_columns = layout.first_columns
+    cu_seqlens, work = layout.cu_seqlens, None
+    if impls[0] == "triton":
+        work = layout.padded_work if padded and not packs else layout.work
     forms = [_mask_of(block_mask, name) for name in impls]
     if impls[0] == "reference":
         mask = forms[0][0] if forms[0] else None
@@ -185,7 +183,7 @@ def attention(
     else:
         settings = (layout.max_length, scale, direction, dropout_p, site, len(forms[0]))
         masks = forms[0] if impls[0] == impls[1] else forms[0] + forms[1]
-        out = _Attention.apply(q, k, v, cu_seqlens, first_columns, seed, settings, impls, *masks)
+        out = _Attention.apply(q, k, v, cu_seqlens, work, seed, settings, impls, *masks)
     return layout.pad(out) if packs else out
 
 

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast.ops.sequence_layout import sequence_extents, sequence_layout
+
+Tables = tuple[Tensor, Tensor, Tensor]  # cu_seqlens, work, padded_work
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,11 @@ class SequenceLayout:
         sequences: int32 (T,), the sequence b that a token belongs to.
         positions: int32 (T,), rank of a token among the valid tokens of its sequence. Dropout
             counters, causal order and block masks use it, so they don't depend on padding.
-        first_columns: int32 (B,), padded column of each sequence's first token; 0 if none.
+        work: int32 (B, 4), the list that attention's kernels work through, in every layer and both
+            passes: (sequence b, its length, packed row of its first token, 0), 16 bytes each. The
+            longest come first, so that no long one is left to the end; of equal lengths the lower
+            b.
+        padded_work: the same for padded rows, with the column of the first token; 0 if none.
     """
 
     batch_size: int
@@ -46,7 +53,8 @@ class SequenceLayout:
     rows: Tensor
     sequences: Tensor
     positions: Tensor
-    first_columns: Tensor
+    work: Tensor
+    padded_work: Tensor
 
     @classmethod
     def from_mask(cls, mask: Tensor, impl: str = "auto") -> SequenceLayout:
@@ -59,15 +67,14 @@ class SequenceLayout:
         real = (mask.detach() != 0).contiguous()
         extents = sequence_extents(real, impl)
         lengths, starts, ends = extents.tolist()
-        cu_seqlens = _running_sum(lengths, real.device)
+        tables = _tables(lengths, starts, real.device)
         # The count is known by now, so this one does not wait for the device.
-        placed = sequence_layout(real, cu_seqlens, sum(lengths), impl)
+        placed = sequence_layout(real, tables[0], sum(lengths), impl)
         return cls._made(
             mask.shape[1],
             lengths,
-            cu_seqlens,
+            tables,
             *placed,
-            first_columns=extents[1].int(),
             starts_padded=any(starts),
             has_holes=any(n != b - a for n, a, b in zip(lengths, starts, ends, strict=True)),
         )
@@ -85,7 +92,8 @@ class SequenceLayout:
             [torch.arange(n, device="cpu") + b * width for b, n in enumerate(lengths)]
             or [torch.empty(0, dtype=torch.int64, device="cpu")]
         )
-        return cls._build(width, lengths, rows.to(device, non_blocking=True))
+        rows = rows.to(device, non_blocking=True)
+        return cls._build(width, lengths, rows, _tables(lengths, [0] * len(lengths), rows.device))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, width: int | None = None) -> SequenceLayout:
@@ -108,37 +116,29 @@ class SequenceLayout:
     ) -> SequenceLayout:
         """Every position of a (B, N) batch is a token."""
         rows = torch.arange(batch_size * width, device=device)
-        # Made there: a copy from the host could not be part of a CUDA graph.
-        stops = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * width
-        return cls._build(width, [width] * batch_size, rows, cu_seqlens=stops)
+        return cls._build(width, [width] * batch_size, rows, full_tables(batch_size, width, device))
 
     @classmethod
-    def _build(
-        cls, width: int, lengths: list[int], rows: Tensor, cu_seqlens: Tensor | None = None
-    ) -> SequenceLayout:
+    def _build(cls, width: int, lengths: list[int], rows: Tensor, tables: Tables) -> SequenceLayout:
         """Of rows without padding before or between tokens."""
-        if cu_seqlens is None:
-            cu_seqlens = _running_sum(lengths, rows.device)
         sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
-        positions = torch.arange(len(rows), device=rows.device) - cu_seqlens[sequences]
-        return cls._made(width, lengths, cu_seqlens, rows, sequences.int(), positions.int())
+        positions = torch.arange(len(rows), device=rows.device) - tables[0][sequences]
+        return cls._made(width, lengths, tables, rows, sequences.int(), positions.int())
 
     @classmethod
     def _made(
         cls,
         width: int,
         lengths: list[int],
-        cu_seqlens: Tensor,
+        tables: Tables,
         rows: Tensor,
         sequences: Tensor,
         positions: Tensor,
         *,
-        first_columns: Tensor | None = None,
         starts_padded: bool = False,
         has_holes: bool = False,
     ) -> SequenceLayout:
-        if first_columns is None:
-            first_columns = torch.zeros(len(lengths), dtype=torch.int32, device=rows.device)
+        cu_seqlens, work, padded_work = tables
         return cls(
             batch_size=len(lengths),
             width=width,
@@ -150,7 +150,8 @@ class SequenceLayout:
             rows=rows,
             sequences=sequences,
             positions=positions,
-            first_columns=first_columns,
+            work=work,
+            padded_work=padded_work,
         )
 
     @property
@@ -197,7 +198,39 @@ class SequenceLayout:
         return flat.index_copy(0, self.rows, packed).view(shape)
 
 
-def _running_sum(lengths: list[int], device: torch.device) -> Tensor:
-    """int32 (B + 1,), exclusive."""
-    counts = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu")
-    return counts.cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+def full_tables(batch_size: int, width: int, device: torch.device | str) -> Tables:
+    """cu_seqlens, work and padded_work of a batch without padding.
+
+    Made on the device: a copy from the host could not be part of a CUDA graph.
+    """
+    numbers = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
+    stops = numbers * width
+    numbers, firsts, lengths = numbers[:-1], stops[:-1], stops[1:] - stops[:-1]
+    padded_work = _listed(numbers, lengths, torch.zeros_like(firsts))
+    return stops, _listed(numbers, lengths, firsts), padded_work
+
+
+def longest_first(lengths: Tensor, firsts: Tensor) -> Tensor:
+    """A work list of int64 (B,) lengths and places of the first tokens, on their device."""
+    order = torch.argsort(lengths, descending=True, stable=True)
+    return _listed(order, lengths[order], firsts[order])
+
+
+def _listed(sequences: Tensor, lengths: Tensor, firsts: Tensor) -> Tensor:
+    return torch.stack((sequences, lengths, firsts, torch.zeros_like(sequences)), 1).int()
+
+
+def _tables(lengths: list[int], columns: list[int], device: torch.device) -> Tables:
+    """cu_seqlens, work and padded_work, in one copy from the host.
+
+    columns: of each sequence's first token.
+    """
+    counts, starts = (
+        torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (lengths, columns)
+    )
+    stops = F.pad(counts.cumsum(0), (1, 0))
+    lists = [longest_first(counts, firsts).flatten() for firsts in (stops[:-1], starts)]
+    # The lists lie in front, so that each of their rows begins at a multiple of 16 bytes.
+    numbers = torch.cat((*lists, stops.int())).to(device, non_blocking=True)
+    work, padded_work, cu_seqlens = numbers.split([len(lists[0]), len(lists[1]), len(stops)])
+    return cu_seqlens, work.view(-1, 4), padded_work.view(-1, 4)

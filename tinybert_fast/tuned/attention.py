@@ -53,8 +53,7 @@ class Part(NamedTuple):
 
 
 def _forward(
-    cells, q, k, v, cu_seqlens, first_columns, max_length, scale, direction, dropout_p, seed, site,
-    masks,
+    cells, q, k, v, cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, masks,
 ):  # fmt: skip
     """(T, H, D) operands -> out (T, H, D), lse (T, H) and the rng state that fused kernels return.
 
@@ -84,8 +83,8 @@ def _forward(
 
 
 def _backward(
-    cells, grad, q, k, v, out, lse, rng, cu_seqlens, first_columns, max_length, scale, direction,
-    dropout_p, seed, site, masks,
+    cells, grad, q, k, v, out, lse, rng, cu_seqlens, work, max_length, scale, direction, dropout_p,
+    seed, site, masks,
 ):  # fmt: skip
     """Gradients of q, k, v (T, H, D); dropout masks are drawn again, in the forward's order."""
     grad, q, k, v = (_rows_together(x) for x in (grad, q, k, v))
