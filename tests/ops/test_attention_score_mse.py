@@ -37,7 +37,6 @@ def test_gram_matches_reference(lengths, dtype, fast, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scratch", [1, 60], ids=["a_head", "some_heads"])
 def test_blocks_of_scores(scratch, form, fast, device, monkeypatch):
-    monkeypatch.setattr(tuned, "SCRATCH", scratch)
     monkeypatch.setattr("tinybert_fast.tuned.attention.SCRATCH", scratch)
     for lengths in LENGTHS.values():
         case = attention_score_mse(lengths, heads=3, form=form, device=device)
