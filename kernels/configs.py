@@ -140,7 +140,7 @@ INTERPRETED_TABLE = {
     ),
     **_spread(_everywhere({32: SMALL}, "one_tile"), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(
-        _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv"),
+        _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv", "direct"),
         DTYPES_INTERPRETED,
         "blocks",
     ),

@@ -13,6 +13,8 @@ Under a block mask E is 0 where it forbids, of the blocks that it lists.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -27,24 +29,29 @@ def forward(
     wide = torch.promote_types(q.dtype, torch.float32)
     d, d_teacher = q.shape[2], p.shape[2]
     a, b = d**-0.5, d_teacher**-0.5
-    total, pairs = q.new_zeros((), dtype=wide), 0
+    call = (cu_seqlens, "both", block_mask, q, False)
+    weight = 1.0 / max(q.shape[1] * _pairs(*call), 1)
     dq = torch.empty(q.shape, dtype=wide, device=q.device)
-    # A key of blocks is met by several rows of them.
-    by_blocks = len(block_mask) > 1
+    by_blocks = len(block_mask) > 1  # a key is met by several rows of them
     dk = (torch.zeros if by_blocks else torch.empty)(k.shape, dtype=wide, device=k.device)
-    for part in parts(cu_seqlens, "both", block_mask, q, fused=False):
+    totals = [q.new_zeros((), dtype=wide)]
+    for part in parts(*call):
         count = len(part.sequences)
         q_, p_ = (heads_of(x, part.rows, count).to(wide) for x in (q, p))
         k_, r_ = (heads_of(x, part.keys, count).to(wide) for x in (k, r))
-        x, y = torch.cat([q_ * a, p_ * -b], -1), torch.cat([k_, r_], -1)  # (b, H, n, D + Dt)
+        x = q_.new_empty(*q_.shape[:3], d + d_teacher)
+        torch.mul(q_, a, out=x[..., :d])
+        torch.mul(p_, -b, out=x[..., d:])
+        y = torch.cat([k_, r_], -1)
         gram = form == "gram" or (form == "auto" and x.shape[2] > crossover(d, d_teacher))
-        squares, dq_part, dk_part = (_gram if gram else _direct)(x, y, d, loss, part)
-        total += squares
-        pairs += _allowed(part, x, y)
-        put(dq, part.rows, dq_part)
-        (add if by_blocks else put)(dk, part.keys, dk_part)
-    weight = 1.0 / max(q.shape[1] * pairs, 1)
-    return total.mul_(weight), dq.mul_(2.0 * weight * a), dk.mul_(2.0 * weight)
+        total, dq_part, dk_part = (_gram if gram else _direct)(x, y, d, loss, part)
+        totals.append(total)
+        _put_scaled(dq, part.rows, dq_part, 2.0 * weight * a)
+        if by_blocks:
+            add(dk, part.keys, dk_part.mul_(2.0 * weight))
+        else:
+            _put_scaled(dk, part.keys, dk_part, 2.0 * weight)
+    return sum(totals) * weight, dq, dk
 
 
 def crossover(d: int, d_teacher: int) -> float:
@@ -63,25 +70,45 @@ def _gram(x: Tensor, y: Tensor, d: int, loss: str, part: Part):
 
 
 def _direct(x: Tensor, y: Tensor, d: int, loss: str, part: Part):
-    total = x.new_zeros(())
-    dq, dk = (torch.empty(*z.shape[:3], d, dtype=z.dtype, device=z.device) for z in (x, y))
-    for h in head_blocks(x, y):
-        error = x[:, h] @ y[:, h].mT
-        if part.mask is not None:
-            error.masked_fill_(part.mask != 0, 0.0)
-        total += error.square().sum()
-        if loss == "student":
-            teacher = x[:, h, :, d:] @ y[:, h, :, d:].mT
-            if part.mask is not None:
-                teacher.masked_fill_(part.mask != 0, 0.0)
-            total -= teacher.square().sum()
-        dq[:, h] = error @ y[:, h, :, :d]
-        dk[:, h] = error.mT @ x[:, h, :, :d]
-    return total, dq, dk
+    found = [_block(x[:, h], y[:, h], d, loss, part.mask) for h in head_blocks(x, y)]
+    if len(found) == 1:
+        return found[0]
+    totals, dq, dk = zip(*found, strict=True)
+    return sum(totals), torch.cat(dq, 1), torch.cat(dk, 1)
 
 
-def _allowed(part: Part, x: Tensor, y: Tensor) -> int:
-    """The pairs of a head that count."""
-    if part.mask is None:
-        return len(x) * x.shape[2] * y.shape[2]
-    return int((part.mask == 0).sum()) * len(x) // len(part.mask)
+def _block(x: Tensor, y: Tensor, d: int, loss: str, mask: Tensor | None):
+    error = _scores(x, y, mask)
+    total = error.square().sum()
+    if loss == "student":
+        total = total - _scores(x[..., d:], y[..., d:], mask).square().sum()
+    return total, error @ y[..., :d], error.mT @ x[..., :d]
+
+
+def _scores(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    scores = x @ y.mT
+    return scores if mask is None else scores.masked_fill_(mask != 0, 0.0)
+
+
+def _pairs(
+    cu_seqlens: Tensor, direction: str, block_mask: list[Tensor], q: Tensor, fused: bool
+) -> int:
+    """How many pairs of a query and a key count in a head."""
+    if not block_mask:
+        return sum((stop - start) ** 2 for start, stop in pairwise(cu_seqlens.tolist()))
+    pairs = 0
+    for part in parts(cu_seqlens, direction, block_mask, q, fused):
+        sequences = len(part.sequences)
+        if part.mask is None:
+            pairs += len(q[part.rows]) * len(q[part.keys]) // sequences
+        else:
+            pairs += int((part.mask == 0).sum()) * sequences // len(part.mask)
+    return pairs
+
+
+def _put_scaled(whole: Tensor, rows: Tensor | slice, part: Tensor, scale: float) -> None:
+    """As ``put``, times ``scale``, in one pass where rows are adjacent."""
+    if isinstance(rows, slice):
+        torch.mul(part, scale, out=heads_of(whole, rows, len(part)))
+    else:
+        put(whole, rows, part.mul_(scale))
