@@ -10,9 +10,9 @@ row per kernel, architecture and case:
     warps                                               resident on an SM, by those: an estimate
     tensor_core                                         HMMA / HGMMA / tcgen05 instructions
     load_bytes      narrowest load of a two-dimensional tile in the operands' dtype
-    per_element     instructions per score: of the loop without a mask, or of the whole kernel where
-                    it has no loop, over BLOCK_M * BLOCK_N / threads; none for a layer norm, and
-                    where the first loop has a mask
+    per_element     of attention, instructions per score: of the loop without a mask, or of the
+                    whole kernel where it has no loop, over BLOCK_M * BLOCK_N / threads; none where
+                    the first loop has a mask
     sources         a digest of kernels/, by which a test sees that rows are those of its kernels
 
 With --cuda the kernels of csrc/*.cu instead, as ptxas reports them; stack_bytes hold the arguments
@@ -28,6 +28,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -54,6 +55,7 @@ HEADS = (26, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 DROPOUT = (0.0, 0.1)
 LONGEST = (64, 128, 512)  # one of each bucket of kernels/configs.py
+LOSS_HEADS = ((26, 64), (64, 64))  # TinyBERT-4 and -6 under BERT-base
 VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDES)]
 MODEL_HEADS = 12  # so that rows are as far apart as in BERT
 COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
@@ -66,6 +68,9 @@ PASSES = {
     "_dq_kernel": "backward, dq",
     "_dkdv_kernel": "backward, dk and dv",
     "_add_kernel": "backward, sums of vectors",
+    "_gram_kernel": "gram",
+    "_direct_kernel": "direct, dq",
+    "_pairs_kernel": "direct, pairs of a mask",
 }
 
 # Of one SM: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -182,6 +187,24 @@ def attention_kernels(
     return found
 
 
+def attention_loss_kernels(arch: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Compiled]:
+    """Both forms of attention_score_mse, the second also with block masks."""
+    from tinybert_fast.kernels import attention_score_mse
+
+    length = LONGEST[-1]
+    q, k, p, r = (
+        torch.zeros(length, MODEL_HEADS, width, dtype=dtype) for width in sorted(heads * 2)
+    )
+    call: tuple = (torch.tensor([0, length], dtype=torch.int32), length)
+    pairs = torch.ones(length, length).tril() > 0
+    with compiling_for(arch) as found:
+        for loss in ("full", "student"):
+            attention_score_mse.forward(q, k, p, r, *call, "gram", loss, [])
+        for mask in ([], *(list(BlockMask.from_dense(pairs, side).lists) for side in SIDES)):
+            attention_score_mse.forward(q, k, p, r, *call, "direct", "full", mask)
+    return found
+
+
 def layer_norm_kernels(
     arch: int, columns: int, dtype: torch.dtype, dropout_p: float
 ) -> list[Compiled]:
@@ -224,19 +247,25 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     warps = code.metadata.num_warps
     threads = 32 * warps
     attention = compiled.op == "attention"
+    which, head = PASSES[compiled.kernel], constants.get("D")
+    if constants.get("OF_KEYS"):
+        which = "direct, dk"
+    if "DT" in constants:
+        head = f"{head}/{constants['DT']}"
     plain = attention and constants["DIRECTION"] != "anti_causal" and not constants.get("SIDE")
-    scores = constants["BLOCK_M"] * constants["BLOCK_N"] / threads
+    tile = [constants.get(name, constants.get("BLOCK")) for name in ("BLOCK_M", "BLOCK_N")]
+    scores = math.prod(tile) / threads
     return {
         "op": compiled.op,
-        "pass": PASSES[compiled.kernel],
+        "pass": which,
         "arch": f"sm_{arch}",
-        "head_dim": constants["D"] if attention else None,
-        "columns": None if attention else constants["C"],
+        "head_dim": head,
+        "columns": constants.get("C"),
         "dtype": str(dtype).removeprefix("torch."),
         "dropout": constants.get("DROPOUT", False),
         "direction": constants.get("DIRECTION"),
         "mask_side": constants.get("SIDE", 0),
-        "tile": f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
+        "tile": "x".join(map(str, tile)),
         "num_warps": warps,
         "num_stages": code.metadata.num_stages,
         "registers": registers,
@@ -259,10 +288,11 @@ def resident_warps(arch: int, registers: int, shared: int, num_warps: int) -> in
     return min(by_registers, by_shared, SM_WARPS // num_warps) * num_warps
 
 
-def load_bytes(ttgir: str) -> int:
+def load_bytes(ttgir: str) -> int | None:
     """The narrowest of the loads that fill two-dimensional tiles."""
     widths = dict(LAYOUT.findall(ttgir))
-    return min(BYTES[kind] * int(widths[layout]) for kind, layout in TILE_LOAD.findall(ttgir))
+    loads = [BYTES[kind] * int(widths[layout]) for kind, layout in TILE_LOAD.findall(ttgir)]
+    return min(loads, default=None)
 
 
 def body(sass: str) -> int:
@@ -307,7 +337,10 @@ def report(
             if dropout_p and dtype == torch.bfloat16:  # what needs most registers
                 for head, (direction, side) in itertools.product(HEADS, VARIANTS):
                     found += attention_kernels(arch, head, dtype, dropout_p, 512, direction, side)
-        if op != "attention":
+        if op in (None, "attention_score_mse") and not dropout_p:
+            for heads in LOSS_HEADS:
+                found += attention_loss_kernels(arch, heads, dtype)
+        if op not in ("attention", "attention_score_mse"):
             for columns in COLUMNS:
                 found += layer_norm_kernels(arch, columns, dtype, dropout_p)
         for compiled in found:

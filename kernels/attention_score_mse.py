@@ -40,6 +40,7 @@ from tinybert_fast.kernels.attention.tiles import (
 )
 
 SEQUENCES = tl.constexpr(256)  # whose lengths are read at a time
+SMALLEST = tl.constexpr(1e-30)  # error of a score that is not taken for none
 COUNTED = 64  # queries and keys of a tile whose pairs are counted: the smallest block of a mask
 
 
@@ -151,13 +152,16 @@ def _gram_kernel(
 
 @triton.jit
 def _add_block(
-    grad, sums, q_tile, p_tile, k_ptr, r_ptr, k_row, r_row, first_m, first_n, length, a, b,
+    grad, sums, peak, q_tile, p_tile, k_ptr, r_ptr, k_row, r_row, first_m, first_n, length, a, b,
     blocks, entry,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
     LOSS: tl.constexpr, SIDE: tl.constexpr, CELLS: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """E K and, of each row, |E|^2 (or |E|^2 - |T|^2) with one more block of keys."""
+    """E K and, of each row, |E|^2 (or |E|^2 - |T|^2) with one more block of keys.
+
+    In fp16 E K is relative to the row's largest error so far, ``peak``: small ones keep their bits.
+    """
     k_tile = load_tile(k_ptr, k_row, first_n, length, D, BLOCK_N, BLOCK_D, ALIGN)
     r_tile = load_tile(r_ptr, r_row, first_n, length, DT, BLOCK_N, BLOCK_DT, ALIGN_T)
     # Rows beyond the sequence are zero, so their scores are.
@@ -177,7 +181,12 @@ def _add_block(
         sums += tl.sum(error * error, 1)
     elif LOSS == "student":
         sums += tl.sum(error * error - teacher * teacher, 1)
-    return _split_product(error, k_tile, grad), sums
+    if k_tile.dtype == tl.float16:
+        larger = tl.maximum(peak, tl.max(tl.abs(error), 1))
+        grad *= (peak / larger)[:, None]
+        error /= larger[:, None]
+        peak = larger
+    return _split_product(error, k_tile, grad), sums, peak
 
 
 @triton.jit(do_not_specialize=["sequences", "max_length"])
@@ -201,12 +210,13 @@ def _direct_kernel(
         p_tile = load_tile(p_ptr, p.row, first_m, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
         grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         sums = tl.zeros((BLOCK_M,), tl.float32)
+        peak = tl.full((BLOCK_M,), SMALLEST if q_tile.dtype == tl.float16 else 1.0, tl.float32)
         low, high = 0, tl.cdiv(length, BLOCK_N)
         if SIDE > 0:
             low, full, high = segment(blocks, sequence, first_m, SIDE, BLOCK_N)
             for step in range(low, full):
-                grad, sums = _add_block(
-                    grad, sums, q_tile, p_tile, k_ptr, r_ptr, k.row, r.row, first_m,
+                grad, sums, peak = _add_block(
+                    grad, sums, peak, q_tile, p_tile, k_ptr, r_ptr, k.row, r.row, first_m,
                     position(blocks, step, SIDE, BLOCK_N), length, a, b,
                     blocks, entry_of(step, SIDE, BLOCK_N), D, BLOCK_D, DT, BLOCK_DT,
                     BLOCK_M, BLOCK_N, ALIGN, ALIGN_T, LOSS, SIDE, True, OF_KEYS,
@@ -214,12 +224,12 @@ def _direct_kernel(
             low = full
         for step in range(low, high):
             first_n = position(blocks, step, SIDE, BLOCK_N) if SIDE > 0 else step * BLOCK_N
-            grad, sums = _add_block(
-                grad, sums, q_tile, p_tile, k_ptr, r_ptr, k.row, r.row, first_m,
+            grad, sums, peak = _add_block(
+                grad, sums, peak, q_tile, p_tile, k_ptr, r_ptr, k.row, r.row, first_m,
                 first_n, length, a, b, blocks, 0, D, BLOCK_D, DT, BLOCK_DT,
                 BLOCK_M, BLOCK_N, ALIGN, ALIGN_T, LOSS, SIDE, False, OF_KEYS,
             )  # fmt: skip
-        grad *= 2.0 * weight * a
+        grad *= (2.0 * weight * a) * peak[:, None]
         dq_ptr = _head(dq, start, head, 1)
         store_tile(dq_ptr, dq.row, first_m, length, grad, D, BLOCK_M, BLOCK_D, 1)
         total = tl.sum(sums) * weight

@@ -82,6 +82,7 @@ SM_90 = Family(
         "forward": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
         "dq": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
         "dkdv": _any({32: NARROW, 64: NARROW, 128: NARROW}),
+        "direct": _any({32: NARROW, 64: NARROW}),
     },
 )
 SM_80 = Family(
@@ -96,6 +97,7 @@ SM_80 = Family(
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         **LOSSES,
         "gram": _any(dict.fromkeys((32, 64), Setting(16, 64, 8, 1))),
+        "direct": _any({32: EIGHT, 64: EIGHT}),
     },
     direction={
         "forward": _any({128: Setting(128, 32, 8, 1)}),
@@ -117,6 +119,7 @@ SM_100 = Family(
         "forward": _any({32: PLAIN, 64: NARROW, 128: NARROW}),
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: NARROW, 64: NARROW, 128: Setting(32, 64, 8, 1)}),
+        "direct": _any({32: NARROW, 64: NARROW}),
     },
 )
 # No tensor core: small tiles keep it out of the stack.
