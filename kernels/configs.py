@@ -103,7 +103,11 @@ SM_80 = Family(
         "forward": _any({128: Setting(128, 32, 8, 1)}),
         "dkdv": _any({32: NARROW_PIPELINED}),
     },
-    blocks={**SM_90.blocks, "forward": _any({32: NARROW, 64: PLAIN, 128: NARROW})},
+    blocks={
+        **SM_90.blocks,
+        "forward": _any({32: NARROW, 64: PLAIN, 128: NARROW}),
+        "direct": _any(dict.fromkeys((32, 64), NARROW._replace(num_warps=8))),
+    },
 )
 # One stage: with two, ptxas is given 6 times as many instructions for a score.
 SM_100 = Family(
