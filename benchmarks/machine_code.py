@@ -250,6 +250,8 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     which, head = PASSES[compiled.kernel], constants.get("D")
     if constants.get("OF_KEYS"):
         which = "direct, dk"
+    elif constants.get("LOSS") == "student":
+        which += " of the student's part"
     if "DT" in constants:
         head = f"{head}/{constants['DT']}"
     plain = attention and constants["DIRECTION"] != "anti_causal" and not constants.get("SIDE")
