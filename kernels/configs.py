@@ -142,9 +142,7 @@ SMALL = Setting(32, 32, 1, 1)
 SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}
 DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
-    **_spread(
-        _everywhere(SEVERAL, *KERNELS), DTYPES_INTERPRETED, "all", "direction"
-    ),
+    **_spread(_everywhere(SEVERAL, *KERNELS), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(_everywhere({32: SMALL}, "one_tile"), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(
         _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv", "direct"),

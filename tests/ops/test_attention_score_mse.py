@@ -358,8 +358,9 @@ def test_refuses():
     masked = {"layout": layout, "block_mask": mask}
     refuses(r"form='gram' .* use form='direct'", q, k, p, r, **masked, form="gram")
     small = {**masked, "block_mask": ops.BlockMask.from_dense(mask.dense[0, :2, :2])}
-    refuses("attention_score_mse: block_mask must hold 1 or 2 masks of size N >= 3", q, k, p, r, **small)
-    refuses(r"block_mask must be bool \(N, N\)", q, k, p, r, **{**masked, "block_mask": torch.ones(3, 3)})
+    refuses("_mse: block_mask must hold 1 or 2 masks of size N >= 3", q, k, p, r, **small)
+    dense = {**masked, "block_mask": torch.ones(3, 3)}
+    refuses(r"_mse: block_mask must be bool \(N, N\)", q, k, p, r, **dense)
     refuses("released code's loss, which has no block_mask", *padded, block_mask=mask,
             count_padded_queries=True)  # fmt: skip
 

@@ -1,7 +1,8 @@
 """loss = mean((S - T)^2), S = Q K^T / sqrt(D), T = P R^T / sqrt(Dt): TinyBERT's attention loss.
 
 Scores before the softmax, student q, k (T, H, D) against teacher p, r (T, H, Dt), over the real
-(query, key) pairs of each sequence, or those of them that a mask allows. Jiao et al. 2020, arXiv:1909.10351, equation 7.
+(query, key) pairs of each sequence, or those of them that a mask allows. Jiao et al. 2020,
+arXiv:1909.10351, equation 7.
 
 Gram form, exact, no N x N matrix: with a = D**-0.5 and b = Dt**-0.5,
 
