@@ -255,7 +255,7 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     if "DT" in constants:
         head = f"{head}/{constants['DT']}"
     plain = attention and constants["DIRECTION"] != "anti_causal" and not constants.get("SIDE")
-    tile = [constants.get(name, constants.get("BLOCK")) for name in ("BLOCK_M", "BLOCK_N")]
+    tile = [constants[n] if n in constants else constants["BLOCK"] for n in ("BLOCK_M", "BLOCK_N")]
     scores = math.prod(tile) / threads
     return {
         "op": compiled.op,

@@ -97,7 +97,7 @@ SM_80 = Family(
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         **LOSSES,
         "gram": _any(dict.fromkeys((32, 64), Setting(16, 64, 8, 1))),
-        "direct": _any({32: EIGHT, 64: EIGHT}),
+        "direct": _any(dict.fromkeys((32, 64), NARROW._replace(num_warps=8))),
     },
     direction={
         "forward": _any({128: Setting(128, 32, 8, 1)}),
