@@ -125,14 +125,16 @@ backward, backward_philox = (partial(_backward, cells) for cells in (random.Cell
 
 
 def parts(
-    cu_seqlens: Tensor, direction: str, masks: list[Tensor], q: Tensor, fused: bool
+    cu_seqlens: Tensor, direction: str, masks: list[Tensor], q: Tensor, fused: bool, beside: int = 0
 ) -> Iterator[Part]:
-    """All queries, each once. ``masks``: nothing, one dense mask, or the lists of a BlockMask."""
+    """All queries, each once. ``masks``: nothing, one dense mask, or the lists of a BlockMask;
+    ``beside``: as ``equal_lengths`` takes it.
+    """
     if len(masks) > 1:
         yield from _rows_of_blocks(cu_seqlens, direction, masks, q)
         return
     block_mask = masks[0] if masks else None
-    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], not fused):
+    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], not fused, beside):
         dtype = q.dtype if block_mask is None else _wide(q)
         mask = _additive_mask(length, direction, block_mask, sequences, dtype, q.device)
         yield Part(sequences, rows, rows, mask)
@@ -175,11 +177,12 @@ def _rows_of_blocks(
 
 
 def equal_lengths(
-    cu_seqlens: Tensor, heads: int, blocked: bool
+    cu_seqlens: Tensor, heads: int, blocked: bool, beside: int = 0
 ) -> Iterator[tuple[Tensor | slice, list[int], int]]:
     """Batches of sequences of one length: (their rows, their numbers, the length).
 
-    With ``blocked``, as many as keep heads * length^2 scores each within SCRATCH.
+    With ``blocked``, as many as keep heads * length * (length + beside) numbers within SCRATCH:
+    scores, and what there is ``beside`` them for a token and head.
     """
     bounds = cu_seqlens.tolist()
     by_length: dict[int, list[int]] = {}
@@ -187,7 +190,7 @@ def equal_lengths(
         if stop > start:
             by_length.setdefault(stop - start, []).append(b)
     for length, numbers in by_length.items():
-        most = max(1, SCRATCH // (heads * length * length)) if blocked else len(numbers)
+        most = max(1, SCRATCH // (heads * length * (length + beside))) if blocked else len(numbers)
         for first in range(0, len(numbers), most):
             some = numbers[first : first + most]
             starts = [bounds[b] for b in some]
@@ -206,7 +209,7 @@ def _rows_together(x: Tensor) -> Tensor:
 
 def heads_of(x: Tensor, rows: Tensor | slice, count: int) -> Tensor:
     """Rows of (T, H, D), of ``count`` sequences -> (b, H, n, D), a view of adjacent rows."""
-    return x[rows].unflatten(0, (count, -1)).transpose(1, 2)
+    return x[rows].view(count, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def put(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:

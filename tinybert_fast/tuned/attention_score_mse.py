@@ -27,18 +27,20 @@ def forward(
 ):  # fmt: skip
     """(T, H, D) student, (T, H, Dt) teacher -> loss, dq, dk."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, p, r = (x if x.dtype == wide else x.to(wide) for x in (q, k, p, r))
     d, d_teacher = q.shape[2], p.shape[2]
     a, b = d**-0.5, d_teacher**-0.5
-    call = (cu_seqlens, "both", block_mask, q, False)
+    # Beside scores, the operands, X and Y: beyond a CPU's cache they would take longer than E.
+    call = (cu_seqlens, "both", block_mask, q, False, 4 * (d + d_teacher))
     weight = 1.0 / max(q.shape[1] * _pairs(*call), 1)
     dq = torch.empty(q.shape, dtype=wide, device=q.device)
     by_blocks = len(block_mask) > 1  # a key is met by several rows of them
     dk = (torch.zeros if by_blocks else torch.empty)(k.shape, dtype=wide, device=k.device)
-    totals = [q.new_zeros((), dtype=wide)]
+    totals = []
     for part in parts(*call):
         count = len(part.sequences)
-        q_, p_ = (heads_of(x, part.rows, count).to(wide) for x in (q, p))
-        k_, r_ = (heads_of(x, part.keys, count).to(wide) for x in (k, r))
+        q_, p_ = (heads_of(x, part.rows, count) for x in (q, p))
+        k_, r_ = (heads_of(x, part.keys, count) for x in (k, r))
         x = q_.new_empty(*q_.shape[:3], d + d_teacher)
         torch.mul(q_, a, out=x[..., :d])
         torch.mul(p_, -b, out=x[..., d:])
@@ -51,7 +53,9 @@ def forward(
             add(dk, part.keys, dk_part.mul_(2.0 * weight))
         else:
             _put_scaled(dk, part.keys, dk_part, 2.0 * weight)
-    return sum(totals) * weight, dq, dk
+    if len(totals) == 1:  # short sequences, whose products take no longer than an operator's call
+        return totals[0].mul_(weight), dq, dk
+    return q.new_zeros((), dtype=wide).add_(sum(totals), alpha=weight), dq, dk
 
 
 def crossover(d: int, d_teacher: int) -> float:
@@ -70,34 +74,37 @@ def _gram(x: Tensor, y: Tensor, d: int, loss: str, part: Part):
 
 
 def _direct(x: Tensor, y: Tensor, d: int, loss: str, part: Part):
-    found = [_block(x[:, h], y[:, h], d, loss, part.mask) for h in head_blocks(x, y)]
-    if len(found) == 1:
-        return found[0]
+    blocks = list(head_blocks(x, y))
+    if len(blocks) == 1:
+        return _block(x, y, d, loss, part.mask)
+    found = (_block(x[:, h], y[:, h], d, loss, part.mask) for h in blocks)
     totals, dq, dk = zip(*found, strict=True)
     return sum(totals), torch.cat(dq, 1), torch.cat(dk, 1)
 
 
 def _block(x: Tensor, y: Tensor, d: int, loss: str, mask: Tensor | None):
-    error = _scores(x, y, mask)
+    batch, (x, y) = x.shape[:2], (z.flatten(0, 1) for z in (x, y))  # bmm: `@` takes longer to call
+    error = _scores(x, y, batch, mask)
     total = error.square().sum()
     if loss == "student":
-        total = total - _scores(x[..., d:], y[..., d:], mask).square().sum()
-    return total, error @ y[..., :d], error.mT @ x[..., :d]
+        total = total - _scores(x[..., d:], y[..., d:], batch, mask).square().sum()
+    dq, dk = torch.bmm(error, y[..., :d]), torch.bmm(error.mT, x[..., :d])
+    return total, dq.view(*batch, -1, d), dk.view(*batch, -1, d)
 
 
-def _scores(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    scores = x @ y.mT
-    return scores if mask is None else scores.masked_fill_(mask != 0, 0.0)
+def _scores(x: Tensor, y: Tensor, batch: torch.Size, mask: Tensor | None) -> Tensor:
+    scores = torch.bmm(x, y.mT)
+    if mask is not None:
+        scores.view(*batch, *scores.shape[1:]).masked_fill_(mask != 0, 0.0)
+    return scores
 
 
-def _pairs(
-    cu_seqlens: Tensor, direction: str, block_mask: list[Tensor], q: Tensor, fused: bool
-) -> int:
+def _pairs(cu_seqlens: Tensor, direction: str, block_mask: list[Tensor], q: Tensor, *rest) -> int:
     """How many pairs of a query and a key count in a head."""
     if not block_mask:
         return sum((stop - start) ** 2 for start, stop in pairwise(cu_seqlens.tolist()))
     pairs = 0
-    for part in parts(cu_seqlens, direction, block_mask, q, fused):
+    for part in parts(cu_seqlens, direction, block_mask, q, *rest):
         sequences = len(part.sequences)
         if part.mask is None:
             pairs += len(q[part.rows]) * len(q[part.keys]) // sequences
