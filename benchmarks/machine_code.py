@@ -10,9 +10,9 @@ row per kernel, architecture and case:
     warps                                               resident on an SM, by those: an estimate
     tensor_core                                         HMMA / HGMMA / tcgen05 instructions
     load_bytes      narrowest load of a two-dimensional tile in the operands' dtype
-    per_element     instructions per score: of the loop without a mask, or of the whole kernel where
-                    it has no loop, over BLOCK_M * BLOCK_N / threads; none for a layer norm, and
-                    where the first loop has a mask
+    per_element     of attention, instructions per score: of the loop without a mask, or of the
+                    whole kernel where it has no loop, over BLOCK_M * BLOCK_N / threads; none where
+                    the first loop has a mask
     sources         a digest of kernels/, by which a test sees that rows are those of its kernels
 
 With --cuda the kernels of csrc/*.cu instead, as ptxas reports them; stack_bytes hold the arguments
@@ -28,6 +28,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -54,10 +55,12 @@ HEADS = (26, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 DROPOUT = (0.0, 0.1)
 LONGEST = (64, 128, 512)  # one of each bucket of kernels/configs.py
+LOSS_HEADS = ((26, 64), (64, 64))  # TinyBERT-4 and -6 under BERT-base
 VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDES)]
 MODEL_HEADS = 12  # so that rows are as far apart as in BERT
 RELATIONS = ((26, 64), (32, 32), (64, 64), (128, 128))  # widths of student's and teacher's heads
 COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
+WORDS = 30522  # BERT's
 ROWS = 64
 
 PASSES = {
@@ -67,8 +70,13 @@ PASSES = {
     "_dq_kernel": "backward, dq",
     "_dkdv_kernel": "backward, dk and dv",
     "_add_kernel": "backward, sums of vectors",
-    "_statistics_kernel": "forward, statistics",
-    "_gradient_kernel": "forward, gradient",
+    "_statistics_kernel": "statistics",
+    "_gradient_kernel": "gradient",
+    "_gram_kernel": "gram",
+    "_direct_kernel": "direct, dq",
+    "_pairs_kernel": "direct, pairs of a mask",
+    "_error_kernel": "errors",
+    "_loss_kernel": "loss and gradient of logits",
 }
 
 # Of one SM: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -201,6 +209,42 @@ def relation_kernels(
     return found
 
 
+def attention_loss_kernels(arch: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Compiled]:
+    """Both forms of attention_score_mse, the second also with block masks."""
+    from tinybert_fast.kernels import attention_score_mse
+
+    length = LONGEST[-1]
+    q, k, p, r = (
+        torch.zeros(length, MODEL_HEADS, width, dtype=dtype) for width in sorted(heads * 2)
+    )
+    call: tuple = (torch.tensor([0, length], dtype=torch.int32), length)
+    pairs = torch.ones(length, length).tril() > 0
+    with compiling_for(arch) as found:
+        for loss in ("full", "student"):
+            attention_score_mse.forward(q, k, p, r, *call, "gram", loss, [])
+        for mask in ([], *(list(BlockMask.from_dense(pairs, side).lists) for side in SIDES)):
+            attention_score_mse.forward(q, k, p, r, *call, "direct", "full", mask)
+    return found
+
+
+def row_loss_kernels(arch: int, dtype: torch.dtype) -> list[Compiled]:
+    """hidden_mse with a projection and without, linear_cross_entropy; products are cuBLAS's."""
+    from tinybert_fast.kernels import hidden_mse, linear_cross_entropy
+
+    student, teacher = (torch.zeros(ROWS, width, dtype=dtype) for width in (312, 768))
+    weight, words = torch.zeros(768, 312), torch.zeros(WORDS, 312)
+    rows = torch.zeros(ROWS, dtype=torch.int64)
+    options = (-100, 0.1)  # ignore_index, label_smoothing
+    with compiling_for(arch) as found:
+        hidden_mse.forward(student, weight, weight[:, 0], teacher)
+        hidden_mse.forward(teacher, None, None, teacher)
+        for upstream in (None, torch.ones(ROWS)):
+            linear_cross_entropy.forward(
+                student, words, words[:, 0], rows, rows, *options, upstream, True
+            )
+    return found
+
+
 def layer_norm_kernels(
     arch: int, columns: int, dtype: torch.dtype, dropout_p: float
 ) -> list[Compiled]:
@@ -243,19 +287,24 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     warps = code.metadata.num_warps
     threads = 32 * warps
     attention = compiled.op == "attention"
+    head = constants.get("D")
+    if "DT" in constants:
+        head = f"{head}/{constants['DT']}"
     plain = attention and constants["DIRECTION"] != "anti_causal" and not constants.get("SIDE")
-    scores = constants["BLOCK_M"] * constants["BLOCK_N"] / threads
+    whole = constants.get("BLOCK", 1)  # of a kernel with one kind of block
+    tile = [constants.get(name, whole) for name in ("BLOCK_M", "BLOCK_N")]
+    scores = math.prod(tile) / threads
     return {
         "op": compiled.op,
         "pass": pass_of(compiled),
         "arch": f"sm_{arch}",
-        "head_dim": constants.get("D"),
+        "head_dim": head,
         "columns": constants.get("C"),
         "dtype": str(dtype).removeprefix("torch."),
         "dropout": constants.get("DROPOUT", False),
         "direction": constants.get("DIRECTION"),
         "mask_side": constants.get("SIDE", 0),
-        "tile": f"{constants['BLOCK_M']}x{constants['BLOCK_N']}",
+        "tile": "x".join(map(str, tile)),
         "num_warps": warps,
         "num_stages": code.metadata.num_stages,
         "registers": registers,
@@ -273,10 +322,14 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
 def pass_of(compiled: Compiled) -> str:
     """Where a kernel belongs; a loss makes its gradients in the forward."""
     name, constants = PASSES[compiled.kernel], compiled.constants
+    if constants.get("OF_KEYS"):
+        return "direct, dk"
+    if constants.get("LOSS") == "student":
+        return f"{name} of the student's part"
     if compiled.op == "attention_relation_kl":
-        name = name.replace("backward", "forward")
         kinds = {"both": "of itself", "rows": "of rows", "columns": "of columns"}
         kind = kinds.get(constants.get("OF", "both" if constants.get("SELF") else ""))
+        name = name.replace("backward, ", "")
         return f"{name} {kind}" if kind else name
     return name
 
@@ -289,10 +342,11 @@ def resident_warps(arch: int, registers: int, shared: int, num_warps: int) -> in
     return min(by_registers, by_shared, SM_WARPS // num_warps) * num_warps
 
 
-def load_bytes(ttgir: str) -> int:
+def load_bytes(ttgir: str) -> int | None:
     """The narrowest of the loads that fill two-dimensional tiles."""
     widths = dict(LAYOUT.findall(ttgir))
-    return min(BYTES[kind] * int(widths[layout]) for kind, layout in TILE_LOAD.findall(ttgir))
+    loads = [BYTES[kind] * int(widths[layout]) for kind, layout in TILE_LOAD.findall(ttgir)]
+    return min(loads, default=None)
 
 
 def body(sass: str) -> int:
@@ -340,7 +394,12 @@ def report(
         if op in (None, "attention_relation_kl") and not dropout_p:
             for (ours, theirs), longest in itertools.product(RELATIONS, LONGEST):
                 found += relation_kernels(arch, ours, theirs, dtype, longest)
-        if op not in ("attention", "attention_relation_kl"):
+        if op in (None, "attention_score_mse") and not dropout_p:
+            for heads in LOSS_HEADS:
+                found += attention_loss_kernels(arch, heads, dtype)
+        if op in (None, "hidden_mse", "linear_cross_entropy") and not dropout_p:
+            found += row_loss_kernels(arch, dtype)
+        if op is None or op.endswith("layer_norm"):
             for columns in COLUMNS:
                 found += layer_norm_kernels(arch, columns, dtype, dropout_p)
         for compiled in found:

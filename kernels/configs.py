@@ -19,6 +19,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 HEADS = (32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
+KERNELS = (  # for every length
+    "forward", "dq", "dkdv", "gram", "direct", "relation_statistics", "relation_gradient",
+)  # fmt: skip
 
 # kernel -> head -> longest -> setting
 Settings = dict[str, dict[int, dict[int, Setting]]]
@@ -59,9 +62,10 @@ class Family(NamedTuple):
     blocks: Settings  # a tile is no larger than a block; what a list names is not fetched ahead
 
 
-# Of MiniLM's relation loss, whose head is the wider of student's and teacher's.
-RELATION = ("relation_statistics", "relation_gradient")
-RELATIONS: Settings = {
+# Of the losses, whose head is the wider of student's and teacher's.
+LOSSES: Settings = {
+    "gram": _any({32: EIGHT, 64: EIGHT}),
+    "direct": _any({32: PLAIN, 64: PLAIN}),
     "relation_one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "relation_statistics": _any(dict.fromkeys(HEADS, PLAIN)),
     "relation_gradient": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
@@ -76,13 +80,14 @@ SM_90 = Family(
         "one_tile": {32: ONE_TILE, 64: ONE_TILE},
         "dq": _any({32: PIPELINED, 64: PIPELINED, 128: TALL}),
         "dkdv": _any({32: PIPELINED, 64: PIPELINED, 128: NARROW}),
-        **RELATIONS,
+        **LOSSES,
     },
     direction={"dkdv": _any({32: NARROW_PIPELINED, 64: NARROW_PIPELINED})},
     blocks={
         "forward": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
         "dq": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
         "dkdv": _any({32: NARROW, 64: NARROW, 128: NARROW}),
+        "direct": _any({32: NARROW, 64: NARROW}),
     },
 )
 SM_80 = Family(
@@ -95,7 +100,9 @@ SM_80 = Family(
         "one_tile": {32: ONE_TILE, 64: {64: PLAIN}},
         "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
-        **RELATIONS,
+        **LOSSES,
+        "gram": _any(dict.fromkeys((32, 64), Setting(16, 64, 8, 1))),
+        "direct": _any(dict.fromkeys((32, 64), NARROW._replace(num_warps=8))),
         "relation_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
         "relation_statistics": _any({32: PLAIN, 64: PLAIN, 128: Setting(32, 32, 4, 1)}),
         "relation_gradient": _any({32: PLAIN, 64: NARROW, 128: EIGHT}),
@@ -104,7 +111,11 @@ SM_80 = Family(
         "forward": _any({128: Setting(128, 32, 8, 1)}),
         "dkdv": _any({32: NARROW_PIPELINED}),
     },
-    blocks={**SM_90.blocks, "forward": _any({32: NARROW, 64: PLAIN, 128: NARROW})},
+    blocks={
+        **SM_90.blocks,
+        "forward": _any({32: NARROW, 64: PLAIN, 128: NARROW}),
+        "direct": _any(dict.fromkeys((32, 64), NARROW._replace(num_warps=8))),
+    },
 )
 # One stage: with two, ptxas is given 6 times as many instructions for a score.
 SM_100 = Family(
@@ -113,7 +124,7 @@ SM_100 = Family(
         "one_tile": SM_90.all["one_tile"],
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
-        **RELATIONS,
+        **LOSSES,
         "relation_gradient": _any({32: NARROW, 64: NARROW, 128: EIGHT}),
     },
     direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},
@@ -121,10 +132,11 @@ SM_100 = Family(
         "forward": _any({32: PLAIN, 64: NARROW, 128: NARROW}),
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: NARROW, 64: NARROW, 128: Setting(32, 64, 8, 1)}),
+        "direct": _any({32: NARROW, 64: NARROW}),
     },
 )
 # No tensor core: small tiles keep it out of the stack.
-FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, "forward", "dq", "dkdv", *RELATION)
+FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, *KERNELS)
 FAMILIES: dict[int, Table] = {
     number: {
         **_spread(family.all, HALF, "all", "direction"),
@@ -139,12 +151,7 @@ SMALL = Setting(32, 32, 1, 1)
 SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}
 DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
-    **_spread(
-        _everywhere(SEVERAL, "forward", "dq", "dkdv", *RELATION),
-        DTYPES_INTERPRETED,
-        "all",
-        "direction",
-    ),
+    **_spread(_everywhere(SEVERAL, *KERNELS), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(
         _everywhere({32: SMALL}, "one_tile", "relation_one_tile"),
         DTYPES_INTERPRETED,
@@ -152,7 +159,7 @@ INTERPRETED_TABLE = {
         "direction",
     ),
     **_spread(
-        _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv"),
+        _everywhere({ANY: Setting(32, 64, 1, 1)}, "forward", "dq", "dkdv", "direct"),
         DTYPES_INTERPRETED,
         "blocks",
     ),

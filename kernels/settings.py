@@ -34,7 +34,8 @@ class Setting(NamedTuple):
 class Key(NamedTuple):
     """What a table has an entry for."""
 
-    kernel: str  # forward, one_tile, dq, dkdv; relation_one_tile, _statistics, _gradient
+    # forward, one_tile, dq, dkdv; of losses gram, direct, relation_one_tile, _statistics, _gradient
+    kernel: str
     head: int  # width of the tile that holds a head
     dtype: torch.dtype
     dropout: bool

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not
 # Instructions per score of the forward at heads of 32.
 LIMIT, LIMIT_WITH_DROPOUT = 22, 34
 RELATION_PASSES = {
-    *("forward, one tile", "forward, one tile of itself", "forward, statistics"),
-    *(f"forward, gradient of {of}" for of in ("rows", "columns", "itself")),
+    *("one tile", "one tile of itself", "statistics"),
+    *(f"gradient of {of}" for of in ("rows", "columns", "itself")),
 }
+LOGITS = "loss and gradient of logits"
 
 
 def rows(head, dropout_p, longest):
@@ -90,7 +91,8 @@ def committed():
 def test_every_default_is_reported(committed):
     assert {one["arch"] for one in committed} == {"sm_80", "sm_90", "sm_100"}
     assert {one["dtype"] for one in committed} == {"float16", "bfloat16"}
-    assert {one["head_dim"] for one in committed} == {"", "26", "32", "64", "128"}
+    heads = {"", "26", "32", "64", "128", "26/64", "32/32", "64/64", "128/128"}
+    assert {one["head_dim"] for one in committed} == heads
     assert {one["columns"] for one in committed} == {"", "312", "384", "768", "1024"}
     passes = {(one["op"], one["pass"]) for one in committed}
     norms = ("layer_norm", "dropout_add_layer_norm", "embedding_layer_norm")
@@ -100,6 +102,17 @@ def test_every_default_is_reported(committed):
         for which in ("forward", "backward, one tile", "backward, dq", "backward, dk and dv")
     }
     assert passes >= {("attention_relation_kl", which) for which in RELATION_PASSES}
+    assert passes >= {("hidden_mse", "errors"), ("linear_cross_entropy", LOGITS)}
+    forms = {(one["pass"], one["head_dim"], one["mask_side"]) for one in of_the_loss(committed)}
+    for heads in ("26/64", "64/64"):
+        assert forms >= {("gram", heads, "0"), ("gram of the student's part", heads, "0")}
+        for side in ("0", "64", "128"):
+            assert forms >= {("direct, dq", heads, side), ("direct, dk", heads, side)}
+
+
+def of_the_loss(committed):
+    """The kernels of attention_score_mse that multiply."""
+    return [one for one in committed if one["op"] == "attention_score_mse" and one["head_dim"]]
 
 
 def test_no_default_spills(committed):
@@ -110,11 +123,22 @@ def test_no_default_spills(committed):
 def test_attention_has_tensor_cores_and_wide_loads(committed):
     kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     for one in committed:
-        if one["head_dim"]:
+        if one["op"] in ("attention", "attention_relation_kl"):
             assert int(one["tensor_core"]) > 0, one
             # A product of 32 columns may take the older instruction beside its family's own.
             assert kinds[one["arch"]] in one["tensor_core_kind"].split("+"), one
-            assert one["load_bytes"] == ("4" if one["head_dim"] == "26" else "16"), one
+            narrow = one["head_dim"].startswith("26")
+            assert one["load_bytes"] == ("4" if narrow else "16"), one
+
+
+def test_attention_loss_has_tensor_cores(committed):
+    kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    for one in of_the_loss(committed):
+        assert kinds[one["arch"]] in one["tensor_core_kind"].split("+"), one
+        # 16 rows in 8 warps, as Gram matrices on sm_80 have them, are 8 bytes for a thread.
+        narrow = one["pass"].startswith("gram") and one["arch"] == "sm_80"
+        widest = "8" if narrow else "16"
+        assert one["load_bytes"] == ("4" if one["head_dim"] == "26/64" else widest), one
 
 
 def test_few_instructions_for_a_score(committed):
@@ -131,7 +155,7 @@ def test_few_instructions_for_a_score(committed):
 
 def test_layer_norms_load_16_bytes(committed):
     for one in committed:
-        assert one["head_dim"] or one["load_bytes"] == "16", one
+        assert not one["columns"] or one["load_bytes"] == "16", one
 
 
 def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):

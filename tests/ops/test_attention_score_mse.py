@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinybert_fast import ops
+from tinybert_fast.ops import dispatch
 from tinybert_fast.testing import proofs
 from tinybert_fast.testing.budgets import assert_within_budget
 from tinybert_fast.testing.operands import (
@@ -16,6 +18,7 @@ from tinybert_fast.testing.operands import (
 from tinybert_fast.tuned import attention_score_mse as tuned
 
 FORMS = ["direct", "gram"]
+LOSSES = ["full", "student"]
 WIDTHS = [(26, 64), (64, 64), (3, 1)]  # TinyBERT-4 and -6 under BERT-base; tiny
 
 
@@ -34,10 +37,156 @@ def test_gram_matches_reference(lengths, dtype, fast, device):
     assert_within_budget(case, fast)
 
 
+def random_pairs(size, *batch):
+    """Allowed pairs, of which query 1 and key 2 have none."""
+    allowed = normal((*batch, size, size), 8) > 0
+    allowed[..., 1, :] = allowed[..., :, 2] = False
+    return allowed
+
+
+def patchwork(side, *batch):
+    """Blocks that are full, partial and empty, and keys and queries without a partner. A kernel's
+    tile may be a part of a block, and no part looks like another.
+    """
+    size = side * 3 // 2
+    allowed = random_pairs(size, *batch)
+    allowed[..., :side, :side] = True
+    allowed[..., side:, side:] = False
+    allowed[..., side // 2 : side // 2 + 32, side:] = False
+    allowed[..., 40, :] = False
+    return ops.BlockMask.from_dense(allowed, side)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [(), (4,)], ids=["one_mask", "mask_per_sequence"])
+@pytest.mark.parametrize("side", [64, 128])
+def test_blocks_of_a_mask(side, batch, dtype, loss, fast, device):
+    """Lengths that end in a full, a partial and an empty block of the mask."""
+    mask = patchwork(side, *batch).to(device)
+    lengths = (side + 6, 31, 0, side * 3 // 2)
+    for widths in ((26, 64), (64, 64)):
+        case = attention_score_mse(lengths, 1, *widths, dtype=dtype, device=device)
+        assert_within_budget(case.with_options(block_mask=mask, loss=loss), fast)
+
+
+def test_mean_over_allowed_pairs(exact):
+    """Of lists and of a dense mask, against masked scores one sequence at a time."""
+    lengths, allowed = (70, 3, 0, 96), random_pairs(100, 4)
+    case = attention_score_mse(lengths, 2, 3, 5, dtype=torch.float64)
+    for mask in (ops.BlockMask.from_dense(allowed), allowed):
+        total, pairs, stop = 0.0, 0, 0
+        for b, n in enumerate(lengths):
+            stop += n
+            q, k, p, r = (x[stop - n : stop].transpose(0, 1) for x in case.operands)
+            error = (q @ k.mT / 3**0.5 - p @ r.mT / 5**0.5)[:, allowed[b, :n, :n]]
+            total, pairs = total + error.square().sum(), pairs + error.numel()
+        compare(case.with_options(block_mask=mask).function(exact)(*case.leaves()),
+                total / pairs, case.operands)  # fmt: skip
+
+
+def test_a_mask_that_allows_nothing(impl, device):
+    mask = ops.BlockMask.from_dense(torch.zeros(7, 7, dtype=torch.bool, device=device))
+    for value in attention_score_mse(device=device, block_mask=mask).run(impl).values():
+        assert not value.any()
+
+
+def flops(length, widths, form, loss="full", block_mask=()):
+    operands = (normal((length, 1, width), 0) for width in sorted(widths * 2))
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        tuned.forward(*operands, cu_seqlens, length, form, loss, list(block_mask))
+    return counter.get_total_flops()
+
+
+def test_only_listed_blocks_are_computed():
+    """A window of 64 to either side: at most 3 of 16 blocks of a row."""
+    lists = ops.BlockMask.from_pattern(ops.BlockPattern(window=64), 1024).lists
+    share = len(lists[1]) / 16**2
+    assert share < 0.2
+    every, listed = (flops(1024, (8, 8), "direct", block_mask=mask) for mask in ((), lists))
+    assert listed == pytest.approx(share * every, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_student_is_full_without_a_constant(lengths, form, impl, device):
+    """Gradients are those of the full loss bit for bit."""
+    case = attention_score_mse(LENGTHS[lengths], 2, 3, 5, form=form, device=device)
+    full, student = (case.with_options(loss=loss).run(impl) for loss in LOSSES)
+    constant = teacher_constant(case)
+    torch.testing.assert_close(student.pop("value") + constant, full.pop("value"))
+    torch.testing.assert_close(student, full, rtol=0.0, atol=0.0)
+
+
+def teacher_constant(case):
+    """The mean of the teacher's squared scores over all pairs."""
+    p, r = case.operands[2:]
+    zeros = torch.zeros_like(p)
+    return ops.attention_score_mse(zeros, zeros, p, r, layout=case.options["layout"])
+
+
+def test_student_takes_fewer_products():
+    """Gram of heads of 26 under 64: without P^T P and R^T R."""
+    full, student = (flops(512, (26, 64), "gram", loss) for loss in LOSSES)
+    assert full - student == 2 * 2 * 512 * 64**2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS[:2], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, "auto"])
+@pytest.mark.parametrize("length", [1, 77, 128, 512])
+def test_lengths_of_texts(length, form, widths, dtype, fast, device):
+    """One tile and several, the last of them full or not; auto changes its form between them."""
+    case = attention_score_mse((length,), 1, *widths, form=form, dtype=dtype, device=device)
+    assert_within_budget(case, fast)
+
+
+# rho = |S - T|^2 / (|S|^2 + |T|^2) -> largest relative error of (the loss, the gradients).
+PROMISED = {
+    "gram": {0.3: (1e-3, 1e-3), 1e-3: (1e-3, 1e-3), 3e-5: (0.1, 1e-3)},
+    "direct": {0.3: (1e-5, 1e-5), 1e-3: (1e-5, 1e-5), 3e-5: (1e-5, 1e-4)},
+}
+
+
+def nearly_equal(rho, length, width, scale, dtype, device):
+    """Packed q, k, p, r of two sequences: the student is the teacher and some noise."""
+    noise = (1 + 2 * rho / (1 - rho)) ** 0.5 - 1  # its square, in q and in k
+    layout = ops.SequenceLayout.from_lengths((length, 20), device=device)
+    *student, p, r = (normal((layout.total, 1, width), i, device=device) for i in range(4))
+    q, k = (t + noise**0.5 * n for t, n in zip((p, r), student))
+    return [(scale * x).to(dtype) for x in (q, k, p, r)], layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("length", "width", "scale"),
+    [(128, 64, 1.0), (77, 26, 0.03), (512, 64, 10.0)],
+    ids=["tiles", "small_numbers_of_fp16", "long"],
+)
+def test_precision_of_nearly_equal_scores(form, length, width, dtype, scale, fast, device):
+    """As the docstring promises, against fp64 on the same numbers, before any loss scale."""
+    for rho, (of_loss, of_gradients) in PROMISED[form].items():
+        operands, layout = nearly_equal(rho, length, width, scale, dtype, device)
+        call = (layout.cu_seqlens, layout.max_length)
+        actual = torch.ops.tinybert_fast.attention_score_mse_fwd(
+            *operands, *call, form, "full", [], fast
+        )
+        exact = [x.double() for x in operands]
+        want = torch.ops.tinybert_fast.attention_score_mse_fwd(
+            *exact, *call, "direct", "full", [], "torch"
+        )
+        squares = ops.attention_score_mse(*exact[:2], *(0 * x for x in exact[2:]), layout=layout)
+        assert (want[0] / (2 * squares)).item() == pytest.approx(rho, rel=0.5)
+        loss, *gradients = (((x - y).norm() / y.norm()).item() for x, y in zip(actual, want))
+        assert loss <= of_loss
+        assert max(gradients) <= of_gradients
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scratch", [1, 60], ids=["a_head", "some_heads"])
 def test_blocks_of_scores(scratch, form, fast, device, monkeypatch):
-    monkeypatch.setattr(tuned, "SCRATCH", scratch)
     monkeypatch.setattr("tinybert_fast.tuned.attention.SCRATCH", scratch)
     for lengths in LENGTHS.values():
         case = attention_score_mse(lengths, heads=3, form=form, device=device)
@@ -46,9 +195,9 @@ def test_blocks_of_scores(scratch, form, fast, device, monkeypatch):
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_gram_equals_direct(lengths, widths, impl, device):
+def test_gram_equals_direct(lengths, widths, exact, device):
     case = attention_score_mse(LENGTHS[lengths], 2, *widths, dtype=torch.float64, device=device)
-    gram, direct = (case.with_options(form=form).run(impl) for form in FORMS)
+    gram, direct = (case.with_options(form=form).run(exact) for form in FORMS)
     torch.testing.assert_close(gram, direct, rtol=1e-12, atol=1e-13)
 
 
@@ -96,7 +245,7 @@ def compare(ours, theirs, operands):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_mean_over_real_pairs(form, impl):
+def test_mean_over_real_pairs(form, exact):
     """Equation 7 of the paper, one sequence at a time, from padded operands."""
     operands, mask = padded_operands()
     total, pairs = 0.0, 0
@@ -106,12 +255,12 @@ def test_mean_over_real_pairs(form, impl):
         total, pairs = total + (error**2).sum(), pairs + error.numel()
     assert pairs == 3 * (36 + 16 + 9 + 9)
     layout = ops.SequenceLayout.from_mask(mask)
-    loss = ops.attention_score_mse(*operands, layout=layout, form=form, impl=impl)
+    loss = ops.attention_score_mse(*operands, layout=layout, form=form, impl=exact)
     compare(loss, total / pairs, operands)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_count_padded_queries_is_the_official_loss(form, impl):
+def test_count_padded_queries_is_the_official_loss(form, exact):
     """The released code: -10000 added to masked keys, scores at most -100 set to 0, plain MSE."""
     operands, mask = padded_operands()
     additive = (1.0 - mask.double())[:, None, None, :] * -10000.0
@@ -123,36 +272,36 @@ def test_count_padded_queries_is_the_official_loss(form, impl):
     official = torch.nn.functional.mse_loss(student, teacher)
     layout = ops.SequenceLayout.from_mask(mask)
     loss = ops.attention_score_mse(
-        *operands, layout=layout, form=form, count_padded_queries=True, impl=impl
+        *operands, layout=layout, form=form, count_padded_queries=True, impl=exact
     )
     compare(loss, official, operands)
 
 
-def test_padding_does_not_matter(impl):
+def test_padding_does_not_matter(exact):
     """Whatever stands in padding rows, NaN too, the real pairs decide."""
     operands, mask = padded_operands()
     layout = ops.SequenceLayout.from_mask(mask)
-    want = ops.attention_score_mse(*operands, layout=layout, impl=impl)
+    want = ops.attention_score_mse(*operands, layout=layout, impl=exact)
     poisoned = [x.detach().masked_fill(mask[..., None, None] == 0, torch.nan) for x in operands]
-    assert torch.equal(ops.attention_score_mse(*poisoned, layout=layout, impl=impl), want)
+    assert torch.equal(ops.attention_score_mse(*poisoned, layout=layout, impl=exact), want)
     packed = [layout.pack(x) for x in operands]
-    assert torch.equal(ops.attention_score_mse(*packed, layout=layout, impl=impl), want)
+    assert torch.equal(ops.attention_score_mse(*packed, layout=layout, impl=exact), want)
 
 
-def test_count_padded_queries_without_padding(impl):
+def test_count_padded_queries_without_padding(exact):
     operands, _ = padded_operands()
-    want = ops.attention_score_mse(*operands, impl=impl)
+    want = ops.attention_score_mse(*operands, impl=exact)
     for layout in (None, ops.SequenceLayout.full(5, 6)):
         got = ops.attention_score_mse(
-            *operands, layout=layout, count_padded_queries=True, impl=impl
+            *operands, layout=layout, count_padded_queries=True, impl=exact
         )
         assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients(form, impl, device):
+def test_gradients(form, exact, device):
     case = attention_score_mse((1, 3, 0, 2), 2, 3, 2, form=form, device=device)
-    proofs.prove_gradient(case, impl)
+    proofs.prove_gradient(case, exact)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -203,4 +352,22 @@ def test_refuses():
     refuses(r"leading sizes \(5,\)", *(x[:4] for x in (q, k, p, r)), layout=layout)
     refuses(r"leading sizes \(2, 3\)", *padded, layout=layout)
     refuses("form='fast' is not one of", q, k, p, r, layout=layout, form="fast")
+    refuses("loss='all' is not one of", q, k, p, r, layout=layout, loss="all")
     refuses("needs padded", q, k, p, r, layout=layout, count_padded_queries=True)
+    mask = ops.BlockMask.from_dense(torch.ones(3, 3, dtype=torch.bool))
+    masked = {"layout": layout, "block_mask": mask}
+    refuses(r"form='gram' .* use form='direct'", q, k, p, r, **masked, form="gram")
+    small = {**masked, "block_mask": ops.BlockMask.from_dense(mask.dense[0, :2, :2])}
+    refuses("_mse: block_mask must hold 1 or 2 masks of size N >= 3", q, k, p, r, **small)
+    dense = {**masked, "block_mask": torch.ones(3, 3)}
+    refuses(r"_mse: block_mask must be bool \(N, N\)", q, k, p, r, **dense)
+    refuses("released code's loss, which has no block_mask", *padded, block_mask=mask,
+            count_padded_queries=True)  # fmt: skip
+
+
+def test_triton_refuses():
+    """Wide heads, and a dense mask; whether or not this process can run Triton."""
+    limits = dispatch.OPS["attention_score_mse"].triton
+    assert "heads of 65 numbers" in limits.refuses(width=65)
+    assert "BlockMask.from_dense(mask)" in limits.refuses(width=64, dense_mask=True)
+    assert limits.refuses(width=64) is None

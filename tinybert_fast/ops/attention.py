@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops.block_mask import BlockMask
+from tinybert_fast.ops.block_mask import BlockMask, check_block_mask
 from tinybert_fast.ops.dispatch import (
     FLOATS,
     FLOATS_AND_DOUBLE,
@@ -216,24 +216,4 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
     if block_mask is not None:
         longest = layout.max_length if layout is not None else q.shape[1]
         batch = layout.batch_size if layout is not None else q.shape[0]
-        _check_mask(block_mask, longest, batch, q.device)
-
-
-def _check_mask(block_mask: BlockMask | Tensor, longest: int, batch: int, device) -> None:
-    expected = f"N >= {longest} on {device}"
-    if isinstance(block_mask, BlockMask):
-        where = block_mask.lists[0].device
-        if block_mask.size < longest or block_mask.masks not in (1, batch) or where != device:
-            raise ValueError(
-                f"attention: block_mask must hold 1 or {batch} masks of size {expected}; got "
-                f"{block_mask.masks} of size {block_mask.size} on {where}"
-            )
-        return
-    sizes = block_mask.shape
-    square = len(sizes) >= 2 and sizes[-2] == sizes[-1] and sizes[:-2] in ((), (batch,))
-    right = block_mask.dtype == torch.bool and block_mask.device == device
-    if not right or not square or sizes[-1] < longest:
-        raise ValueError(
-            f"attention: block_mask must be bool (N, N) or ({batch}, N, N), {expected}; got "
-            f"{block_mask.dtype} {tuple(sizes)} on {block_mask.device}"
-        )
+        check_block_mask("attention", block_mask, longest, batch, q.device)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tinybert_fast.ops.block_mask import BlockMask, check_block_mask
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -17,16 +22,44 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
+from tinybert_fast.reference.block_mask import allowed_pairs
+from tinybert_fast.tuned.attention_score_mse import crossover
 
-LIMITS = Limits("attention_score_mse", torch=Limit(FLOATS_AND_DOUBLE))
+WIDEST_HEAD = 64  # of the Triton kernels: six Gram matrices of wider heads would not fit
+
+
+def _refuses(width: int = 1, dense_mask: bool = False, **others: Any) -> str | None:
+    if width > WIDEST_HEAD:
+        return f"heads of {width} numbers are wider than {WIDEST_HEAD}"
+    return "block_mask is a dense tensor; give BlockMask.from_dense(mask)" if dense_mask else None
+
+
+LIMITS = Limits(
+    "attention_score_mse",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
+)
 FORMS = ("auto", "direct", "gram")
+LOSSES = ("full", "student")
 
 _forward = define(
-    "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens, str form)"
+    "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens,"
+    " SymInt max_length, str form, str loss, Tensor[] block_mask)"
     " -> (Tensor loss, Tensor dq, Tensor dk)",
     fake=lambda q, k, *rest: (in_fp32(q, ()), in_fp32(q), in_fp32(k)),
     torch="tinybert_fast.tuned.attention_score_mse:forward",
+    triton="tinybert_fast.kernels.attention_score_mse:forward",
 )
+
+
+def _by_definition(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask: list[Tensor]):
+    """The reference, which takes a mask as bool (N, N) or (B, N, N)."""
+    dense = block_mask[0] if block_mask else None
+    if len(block_mask) > 1:
+        size = block_mask[0].shape[1] // 2 * block_mask[6].shape[1]
+        dense = allowed_pairs(block_mask, size)
+        dense = dense[0] if len(dense) == 1 else dense
+    return reference(q, k, p, r, cu_seqlens, form, loss, dense)
 
 
 def attention_score_mse(
@@ -37,6 +70,8 @@ def attention_score_mse(
     *,
     layout: SequenceLayout | None = None,
     form: str = "auto",
+    loss: str = "full",
+    block_mask: BlockMask | Tensor | None = None,
     count_padded_queries: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -46,34 +81,54 @@ def attention_score_mse(
         q_student, k_student, q_teacher, k_teacher: packed (T, H, D) with ``layout``; or padded
             (B, N, H, D), where ``layout`` names the real tokens and None means all. Student and
             teacher may differ in D, not in H.
-        form: "direct" (scores in blocks), "gram" (linear in the length), or "auto": whichever
-            multiplies less at each length. The reported Gram loss loses digits when it is below
-            a thousandth of the scores' squares; its gradients stay accurate.
+        form: "direct" (scores in blocks), "gram" (no scores, linear in the length), or "auto":
+            whichever multiplies less, decided by lengths, widths and the mask, never by values.
+        loss: "student" leaves out the teacher's own term, the mean of its squared scores: the
+            same gradients, of a loss that is smaller by a constant (so it may be negative). The
+            Gram form then takes fewer products; the direct form takes more.
+        block_mask: only these pairs count: a BlockMask; or bool (N, N) or (B, N, N), which
+            ``triton`` does not take. Both are indexed by token ranks. Gram sums over all pairs,
+            so the form is direct.
         count_padded_queries: the released code's semantics, padded operands only: padding keys
             contribute 0, padding queries count, and the mean is over B * H * N * N.
 
+    Precision, where rho = sum (S - T)^2 / sum (S^2 + T^2): Gram's gradients are within 1e-3 of
+    exact ones down to rho = 3e-5, and its full loss down to 1e-3 (below, it loses digits as 1 / rho
+    grows, and is never negative). The direct form loses none of them.
+
     Returns:
         Scalar, fp32 or wider: by default the mean over the H * sum(n^2) real (query, key) pairs
-        (Jiao et al. 2020, equation 7). No gradient to the teacher.
+        (Jiao et al. 2020, equation 7); under a mask over those that it allows, 0 if there is none.
+        No gradient to the teacher.
 
     Raises:
-        ValueError: shapes that disagree (the message names the remedy for different head counts),
-            an unknown form, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes or devices that disagree (the message names the remedy for different
+            head counts), an unknown form or loss, the Gram form or ``count_padded_queries`` under a
+            mask, or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, q_student)
+    widths = q_student.shape[-1], q_teacher.shape[-1]
+    facts = {"width": max(widths), "dense_mask": isinstance(block_mask, Tensor)}
+    impls = choose(impl, LIMITS, q_student, **facts)
     q, k, p, r = q_student, k_student, q_teacher.detach(), k_teacher.detach()
-    _check((q, k, p, r), layout, form, count_padded_queries)
+    _check((q, k, p, r), layout, form, loss, block_mask, count_padded_queries)
     if count_padded_queries and layout is not None:
         real = layout.pad(torch.ones_like(layout.rows, dtype=torch.bool), fill=0)[..., None, None]
         k, r, layout = k * real, r * real, None  # what is left counts every position
     layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
     operands = (q, k, p, r) if q.dim() == 3 else tuple(layout.pack(x) for x in (q, k, p, r))
+    mask: list[Tensor] = []
+    if block_mask is not None:
+        form = "direct"
+        mask = list(block_mask.lists) if isinstance(block_mask, BlockMask) else [block_mask]
+    elif impls[0] == "triton" and form == "auto":  # all sequences in one launch
+        form = "gram" if layout.max_length > crossover(*widths) else "direct"
+    call = (*operands, layout.cu_seqlens, layout.max_length, form, loss, mask)
     if impls[0] == "reference":
-        return without_autocast(reference, *operands, layout.cu_seqlens, form)
-    return ScalarLoss.apply(_forward, reference, impls, *operands, layout.cu_seqlens, form)
+        return without_autocast(_by_definition, *call)
+    return ScalarLoss.apply(_forward, _by_definition, impls, *call)
 
 
-def _check(operands, layout, form, count_padded_queries) -> None:
+def _check(operands, layout, form, loss, block_mask, count_padded_queries) -> None:
     q, k, p, r = operands
 
     def shapes() -> str:  # built on refusal alone: Dynamo cannot trace the join
@@ -105,8 +160,24 @@ def _check(operands, layout, form, count_padded_queries) -> None:
             )
     if form not in FORMS:
         raise ValueError(f"attention_score_mse: form={form!r} is not one of {FORMS}")
+    if loss not in LOSSES:
+        raise ValueError(f"attention_score_mse: loss={loss!r} is not one of {LOSSES}")
     if count_padded_queries and q.dim() == 3:
         raise ValueError(
             "attention_score_mse: count_padded_queries=True needs padded (B, N, H, D) operands; "
             "packed ones have no padding rows to count"
         )
+    if block_mask is None:
+        return
+    if form == "gram":
+        raise ValueError(
+            "attention_score_mse: form='gram' sums over all pairs of a sequence, not those of a "
+            "block_mask; use form='direct' or 'auto'"
+        )
+    if count_padded_queries:
+        raise ValueError(
+            "attention_score_mse: count_padded_queries=True is the released code's loss, which has "
+            "no block_mask; leave one of them out"
+        )
+    batch, longest = q.shape[:2] if layout is None else (layout.batch_size, layout.max_length)
+    check_block_mask("attention_score_mse", block_mask, longest, batch, q.device)

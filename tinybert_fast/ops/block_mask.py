@@ -235,6 +235,29 @@ class BlockMask:
         return allowed_pairs(list(self.lists), self.size)
 
 
+def check_block_mask(
+    op: str, block_mask: BlockMask | Tensor, longest: int, batch: int, device: torch.device
+) -> None:
+    """ValueError unless it serves ``batch`` sequences of up to ``longest`` tokens on ``device``."""
+    expected = f"N >= {longest} on {device}"
+    if isinstance(block_mask, BlockMask):
+        where = block_mask.lists[0].device
+        if block_mask.size < longest or block_mask.masks not in (1, batch) or where != device:
+            raise ValueError(
+                f"{op}: block_mask must hold 1 or {batch} masks of size {expected}; got "
+                f"{block_mask.masks} of size {block_mask.size} on {where}"
+            )
+        return
+    sizes = block_mask.shape
+    square = len(sizes) >= 2 and sizes[-2] == sizes[-1] and sizes[:-2] in ((), (batch,))
+    right = block_mask.dtype == torch.bool and block_mask.device == device
+    if not right or not square or sizes[-1] < longest:
+        raise ValueError(
+            f"{op}: block_mask must be bool (N, N) or ({batch}, N, N), {expected}; got "
+            f"{block_mask.dtype} {tuple(sizes)} on {block_mask.device}"
+        )
+
+
 def _native_lists(probe: Tensor, c: Conditions) -> list[Tensor]:
     bounds: tuple[Tensor | None, Tensor | None] = (None, None)
     if c.documents is not None:  # where each token's document begins and ends

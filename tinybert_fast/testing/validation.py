@@ -166,13 +166,17 @@ def _attention() -> Calls:
     return _dropped(calls)
 
 
-def _masked_attention(side: int, device: torch.device | str = "cpu", **options) -> Case:
+def _masked_pairs(device: torch.device | str) -> torch.Tensor:
     """A window of keys, a block of queries without any, and queries without any between others."""
     place = torch.arange(MASKED, device=device)
     allowed = (place[:, None] - place).abs() < 96
     allowed[64:128] = False
     allowed[140::7] = False
-    mask = BlockMask.from_dense(allowed, side)
+    return allowed
+
+
+def _masked_attention(side: int, device: torch.device | str = "cpu", **options) -> Case:
+    mask = BlockMask.from_dense(_masked_pairs(device), side)
     return operands.attention((MASKED, 31), 1, 64, device=device, block_mask=mask, **options)
 
 
@@ -204,12 +208,32 @@ def _embedding_layer_norm() -> Calls:
 
 
 def _attention_score_mse() -> Calls:
-    return {
-        f"heads of {width} against {teacher}, lengths {_list(MIXED)}": partial(
-            operands.attention_score_mse, MIXED, 2, width, teacher
-        )
-        for width, teacher in ((26, 64), (32, 32), (64, 64))
-    }
+    calls: Calls = {}
+    for width, teacher in ((26, 64), (32, 32), (64, 64)):
+        heads, factory = f"heads of {width} against {teacher}", operands.attention_score_mse
+        for form, loss in itertools.product(("direct", "gram"), ("full", "student")):
+            calls[f"{heads}, {form}, {loss} loss, lengths {_list(MIXED)}"] = partial(
+                factory, MIXED, 2, width, teacher, form=form, loss=loss
+            )
+        for side in SIDES:
+            calls[f"{heads}, mask of blocks of {side}, lengths {MASKED} 31"] = partial(
+                _masked_attention_score_mse, side, width, teacher
+            )
+    # One launch serves all lengths, in the form that suits the longest.
+    calls[f"heads of 26 against 64, lengths {_list(MIXED)} 512"] = partial(
+        operands.attention_score_mse, (*MIXED, 512), 1, 26, 64
+    )
+    calls["no token"] = partial(operands.attention_score_mse, (0, 0), 2, 26, 64)
+    return calls
+
+
+def _masked_attention_score_mse(
+    side: int, width: int, teacher: int, device: torch.device | str = "cpu", **options
+) -> Case:
+    mask = BlockMask.from_dense(_masked_pairs(device), side)
+    return operands.attention_score_mse(
+        (MASKED, 31), 1, width, teacher, device=device, block_mask=mask, **options
+    )
 
 
 def _attention_relation_kl() -> Calls:
@@ -240,10 +264,10 @@ def _linear_cross_entropy() -> Calls:
         for columns in (312, 768)
         for labelled in (0, 20)
     }
-    options = {"reduction": "none", "label_smoothing": 0.1, "ignored": 3}
     calls["losses of rows, smoothed, 3 ignored"] = partial(
-        operands.linear_cross_entropy, 131, 20, 312, 1009, **options
-    )
+        operands.linear_cross_entropy,
+        131, 20, 312, 1009, ignored=3, label_smoothing=0.1, reduction="none",
+    )  # fmt: skip
     return calls
 
 
@@ -251,8 +275,9 @@ def _soft_cross_entropy() -> Calls:
     calls: Calls = {
         f"32 x {classes}": partial(operands.soft_cross_entropy, 32, classes) for classes in (2, 30)
     }
-    options = {"form": "kl", "temperature": 2.0}
-    calls["32 x 30, divergence"] = partial(operands.soft_cross_entropy, 32, 30, **options)
+    calls["32 x 30, divergence"] = partial(
+        operands.soft_cross_entropy, 32, 30, form="kl", temperature=2.0
+    )
     return calls
 
 

@@ -66,7 +66,7 @@ def _forward(
     lse = q.new_zeros(q.shape[:2], dtype=_wide(q))
     drawn = cells(seed, site) if dropout_p > 0.0 else None
     fused = _fused_on_cpu(q, dropout_p, masks)
-    for part in _parts(cu_seqlens, direction, masks, q, fused):
+    for part in parts(cu_seqlens, direction, masks, q, fused):
         count = len(part.sequences)
         queries, keys, values = (
             heads_of(x, at, count) for x, at in ((q, part.rows), (k, part.keys), (v, part.keys))
@@ -101,7 +101,7 @@ def _backward(
     )
     drawn = cells(seed, site) if dropout_p > 0.0 else None
     fused = _fused_on_cpu(q, dropout_p, masks)
-    for part in _parts(cu_seqlens, direction, masks, q, fused):
+    for part in parts(cu_seqlens, direction, masks, q, fused):
         count = len(part.sequences)
         queries, do = (heads_of(x, part.rows, count) for x in (q, grad))
         keys, values = (heads_of(x, part.keys, count) for x in (k, v))
@@ -115,7 +115,7 @@ def _backward(
             grads = _blocked_backward(queries, keys, values, do, part, scale, dropout_p, drawn)
         put(dq, part.rows, grads[0])
         for whole, own in ((dk, grads[1]), (dv, grads[2])):
-            (_add if by_blocks else put)(whole, part.keys, own)
+            (add if by_blocks else put)(whole, part.keys, own)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -124,15 +124,17 @@ forward, forward_philox = (partial(_forward, cells) for cells in (random.Cells, 
 backward, backward_philox = (partial(_backward, cells) for cells in (random.Cells, philox.Cells))
 
 
-def _parts(
-    cu_seqlens: Tensor, direction: str, masks: list[Tensor], q: Tensor, fused: bool
+def parts(
+    cu_seqlens: Tensor, direction: str, masks: list[Tensor], q: Tensor, fused: bool, beside: int = 0
 ) -> Iterator[Part]:
-    """All queries, each once. ``masks``: nothing, one dense mask, or the lists of a BlockMask."""
+    """All queries, each once. ``masks``: nothing, one dense mask, or the lists of a BlockMask;
+    ``beside``: as ``equal_lengths`` takes it.
+    """
     if len(masks) > 1:
         yield from _rows_of_blocks(cu_seqlens, direction, masks, q)
         return
     block_mask = masks[0] if masks else None
-    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], not fused):
+    for rows, sequences, length in equal_lengths(cu_seqlens, q.shape[1], not fused, beside):
         dtype = q.dtype if block_mask is None else _wide(q)
         mask = _additive_mask(length, direction, block_mask, sequences, dtype, q.device)
         yield Part(sequences, rows, rows, mask)
@@ -175,11 +177,12 @@ def _rows_of_blocks(
 
 
 def equal_lengths(
-    cu_seqlens: Tensor, heads: int, blocked: bool
+    cu_seqlens: Tensor, heads: int, blocked: bool, beside: int = 0
 ) -> Iterator[tuple[Tensor | slice, list[int], int]]:
     """Batches of sequences of one length: (their rows, their numbers, the length).
 
-    With ``blocked``, as many as keep heads * length^2 scores each within SCRATCH.
+    With ``blocked``, as many as keep heads * length * (length + beside) numbers within SCRATCH:
+    scores, and what there is ``beside`` them for a token and head.
     """
     bounds = cu_seqlens.tolist()
     by_length: dict[int, list[int]] = {}
@@ -187,7 +190,7 @@ def equal_lengths(
         if stop > start:
             by_length.setdefault(stop - start, []).append(b)
     for length, numbers in by_length.items():
-        most = max(1, SCRATCH // (heads * length * length)) if blocked else len(numbers)
+        most = max(1, SCRATCH // (heads * length * (length + beside))) if blocked else len(numbers)
         for first in range(0, len(numbers), most):
             some = numbers[first : first + most]
             starts = [bounds[b] for b in some]
@@ -206,15 +209,18 @@ def _rows_together(x: Tensor) -> Tensor:
 
 def heads_of(x: Tensor, rows: Tensor | slice, count: int) -> Tensor:
     """Rows of (T, H, D), of ``count`` sequences -> (b, H, n, D), a view of adjacent rows."""
-    return x[rows].unflatten(0, (count, -1)).transpose(1, 2)
+    return x[rows].view(count, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def put(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
     """(b, H, n[, D]) -> rows of ``whole`` (T, H[, D])."""
-    whole[rows] = part.transpose(1, 2).flatten(0, 1).to(whole.dtype)
+    if isinstance(rows, slice):  # one copy, where the index would take two
+        heads_of(whole, rows, len(part)).copy_(part)
+    else:
+        whole[rows] = part.transpose(1, 2).flatten(0, 1).to(whole.dtype)
 
 
-def _add(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
+def add(whole: Tensor, rows: Tensor | slice, part: Tensor) -> None:
     """(b, H, n, D) is added to rows of ``whole`` (T, H, D), no row twice."""
     whole[rows] += part.transpose(1, 2).flatten(0, 1).to(whole.dtype)
 
@@ -245,7 +251,7 @@ def _minus_infinity(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
     return zero.masked_fill_(forbidden, -torch.inf)[:, None]
 
 
-def _head_blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
+def head_blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
     """Slices of the heads of (b, H, n, D) and (b, H, m, D), so that scores stay within SCRATCH."""
     batch, heads, queries, _ = q.shape
     most = max(1, SCRATCH // max(1, batch * queries * k.shape[2]))
@@ -259,7 +265,7 @@ def _blocked_forward(q, k, v, part, scale, dropout_p, drawn):
     """
     q, k, v = (x.to(_wide(x)) for x in (q * scale, k, _undropped(v, dropout_p)))
     out = torch.empty_like(q)
-    for h in _head_blocks(q, k):
+    for h in head_blocks(q, k):
         probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
         if dropout_p > 0.0:
             probabilities.mul_(_keep(part, h, probabilities, dropout_p, drawn))
@@ -270,7 +276,7 @@ def _blocked_forward(q, k, v, part, scale, dropout_p, drawn):
 def _blocked_backward(q, k, v, grad, part, scale, dropout_p, drawn):
     q, k, v, grad = (x.to(_wide(x)) for x in (q * scale, k, v, _undropped(grad, dropout_p)))
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    for h in _head_blocks(q, k):
+    for h in head_blocks(q, k):
         probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
         dp = grad[:, h] @ v[:, h].mT
         dropped = probabilities

@@ -1,0 +1,315 @@
+"""w * sum((S - T)^2) with S = a Q K^T and T = b P R^T over the real pairs of each sequence, and its
+gradients of Q and K: TinyBERT's attention loss (Jiao et al. 2020, arXiv:1909.10351, equation 7).
+
+Gram form, one program for a (sequence, head), which reads every row twice:
+
+    sum = a^2 <Q^T Q, K^T K> - 2ab <P^T Q, R^T K> + b^2 <P^T P, R^T R>
+    dQ = 2wa (a Q (K^T K) - b P (R^T K)),   dK = 2wa (a K (Q^T Q) - b R (P^T Q))
+
+Direct form, one program for a block of queries, then one for a block of keys, which is the same
+with the operands exchanged; under a block mask, over the blocks that its lists name:
+
+    E = S - T, 0 where the mask forbids,   dQ = 2wa E K,   dK = 2wa E^T Q
+
+Shapes: q, k, dq, dk (T, H, D); p, r (T, H, Dt). Products of the operands, in the dtype of q,
+accumulate in fp32 (fp32 operands: IEEE products, on no tensor core). What enters a second product,
+a Gram matrix or E, is split into two numbers of the operands' dtype, hi + lo, which keep 16 bits or
+more: rounded to one bf16, small differences of large Gram matrices would be lost. The gradients
+stay in fp32, since a mean's are below what fp16 holds. Each program writes its own rows and its own
+share of the loss: two runs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tinybert_fast.kernels import configs
+from tinybert_fast.kernels.attention.tiles import (
+    BlockList,
+    Rows,
+    alignment,
+    allowed_cells,
+    as_addressable,
+    entry_of,
+    live_scores,
+    load_tile,
+    position,
+    segment,
+    side_of,
+    store_tile,
+)
+
+SEQUENCES = tl.constexpr(256)  # whose lengths are read at a time
+SMALLEST = tl.constexpr(1e-30)  # error of a score that is not taken for none
+COUNTED = 64  # queries and keys of a tile whose pairs are counted: the smallest block of a mask
+
+
+@triton.jit
+def _product(a, b, acc):
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _split_product(a, b, acc):
+    """a @ b + acc, where one is fp32 and the other has the operands' dtype."""
+    if a.dtype == b.dtype:
+        return _product(a, b, acc)
+    if a.dtype == tl.float32:
+        high = a.to(b.dtype)
+        return _product(high, b, _product((a - high.to(tl.float32)).to(b.dtype), b, acc))
+    high = b.to(a.dtype)
+    return _product(a, high, _product(a, (b - high.to(tl.float32)).to(a.dtype), acc))
+
+
+@triton.jit
+def _largest(a, b):
+    """The largest magnitude in two matrices; 1 if all is 0."""
+    largest = tl.maximum(tl.max(tl.abs(a)), tl.max(tl.abs(b)))
+    return tl.where(largest > 0.0, largest, 1.0)
+
+
+@triton.jit
+def _head(x, start, head, ALIGN: tl.constexpr):
+    """Address of the row ``start`` of one head of ``x: Rows``."""
+    return x.ptr + (start.to(tl.int64) * x.row + head.to(tl.int64) * x.head) * ALIGN
+
+
+@triton.jit
+def _weight(cu_seqlens, pairs_ptr, sequences, heads):
+    """w = 1 / (heads * pairs), of all sequences if ``pairs_ptr`` is None: known to the device, so
+    that nobody waits for it.
+    """
+    if pairs_ptr is None:
+        pairs = tl.zeros((), tl.int64)
+        for first in range(0, sequences, SEQUENCES):
+            at = first + tl.arange(0, SEQUENCES)
+            live = at < sequences
+            stop = tl.load(cu_seqlens + at + 1, mask=live, other=0)
+            length = (stop - tl.load(cu_seqlens + at, mask=live, other=0)).to(tl.int64)
+            pairs += tl.sum(length * length)
+    else:
+        pairs = tl.load(pairs_ptr)
+    return 1.0 / (tl.maximum(pairs, 1).to(tl.float32) * heads)
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def _gram_kernel(
+    q, k, p, r, dq, dk, cu_seqlens, loss_ptr, sequences, a, b,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
+    LOSS: tl.constexpr,
+):  # fmt: skip
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    weight = _weight(cu_seqlens, None, sequences, tl.num_programs(1))
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
+    p_ptr, r_ptr = _head(p, start, head, ALIGN_T), _head(r, start, head, ALIGN_T)
+    qq = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    kk = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    pq = tl.zeros((BLOCK_DT, BLOCK_D), tl.float32)
+    rk = tl.zeros((BLOCK_DT, BLOCK_D), tl.float32)
+    pp = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
+    rr = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
+    for first in range(0, length, BLOCK_M):  # two loops: half as many tiles in registers
+        q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        p_tile = load_tile(p_ptr, p.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        qq = _product(tl.trans(q_tile), q_tile, qq)
+        pq = _product(tl.trans(p_tile), q_tile, pq)
+        if LOSS == "full":
+            pp = _product(tl.trans(p_tile), p_tile, pp)
+    for first in range(0, length, BLOCK_M):
+        k_tile = load_tile(k_ptr, k.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        r_tile = load_tile(r_ptr, r.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        kk = _product(tl.trans(k_tile), k_tile, kk)
+        rk = _product(tl.trans(r_tile), k_tile, rk)
+        if LOSS == "full":
+            rr = _product(tl.trans(r_tile), r_tile, rr)
+    total = a * a * tl.sum(qq * kk) - 2.0 * a * b * tl.sum(pq * rk)
+    if LOSS == "full":
+        total = tl.maximum(total + b * b * tl.sum(pp * rr), 0.0)
+    tl.store(loss_ptr + sequence * tl.num_programs(1) + head, total * weight)
+
+    # Divided by the largest, so that fp16 holds them; it comes back with the factor.
+    qq, kk, pq, rk = qq * a, kk * a, pq * -b, rk * -b
+    of_keys, of_queries = _largest(kk, rk), _largest(qq, pq)
+    kk, rk, qq, pq = kk / of_keys, rk / of_keys, qq / of_queries, pq / of_queries
+    factor = 2.0 * weight * a
+    dq_ptr, dk_ptr = _head(dq, start, head, 1), _head(dk, start, head, 1)
+    for first in range(0, length, BLOCK_M):
+        q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        p_tile = load_tile(p_ptr, p.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        grad = _split_product(q_tile, kk, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
+        grad = _split_product(p_tile, rk, grad) * (factor * of_keys)
+        store_tile(dq_ptr, dq.row, first, length, grad, D, BLOCK_M, BLOCK_D, 1)
+    for first in range(0, length, BLOCK_M):
+        k_tile = load_tile(k_ptr, k.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        r_tile = load_tile(r_ptr, r.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        grad = _split_product(k_tile, qq, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
+        grad = _split_product(r_tile, pq, grad) * (factor * of_queries)
+        store_tile(dk_ptr, dk.row, first, length, grad, D, BLOCK_M, BLOCK_D, 1)
+
+
+@triton.jit
+def _add_block(
+    grad, sums, peak, q_tile, p_tile, k_ptr, r_ptr, k_row, r_row, first_m, first_n, length, a, b,
+    blocks, entry,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
+    LOSS: tl.constexpr, SIDE: tl.constexpr, CELLS: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    """E K and, of each row, |E|^2 (or |E|^2 - |T|^2) with one more block of keys.
+
+    In fp16 E K is relative to the row's largest error so far, ``peak``: small ones keep their bits.
+    """
+    k_tile = load_tile(k_ptr, k_row, first_n, length, D, BLOCK_N, BLOCK_D, ALIGN)
+    r_tile = load_tile(r_ptr, r_row, first_n, length, DT, BLOCK_N, BLOCK_DT, ALIGN_T)
+    # Rows beyond the sequence are zero, so their scores are.
+    zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    teacher = b * _product(p_tile, tl.trans(r_tile), zero)
+    error = a * _product(q_tile, tl.trans(k_tile), zero) - teacher
+    if CELLS:
+        if OF_KEYS:  # the operands are exchanged, the mask is not
+            allowed = tl.trans(
+                allowed_cells(blocks, entry, first_n, first_m, BLOCK_N, BLOCK_M, SIDE)
+            )
+        else:
+            allowed = allowed_cells(blocks, entry, first_m, first_n, BLOCK_M, BLOCK_N, SIDE)
+        error = tl.where(allowed, error, 0.0)
+        teacher = tl.where(allowed, teacher, 0.0)
+    if LOSS == "full":
+        sums += tl.sum(error * error, 1)
+    elif LOSS == "student":
+        sums += tl.sum(error * error - teacher * teacher, 1)
+    if k_tile.dtype == tl.float16:
+        larger = tl.maximum(peak, tl.max(tl.abs(error), 1))
+        grad *= (peak / larger)[:, None]
+        error /= larger[:, None]
+        peak = larger
+    return _split_product(error, k_tile, grad), sums, peak
+
+
+@triton.jit(do_not_specialize=["sequences", "max_length"])
+def _direct_kernel(
+    q, k, p, r, dq, cu_seqlens, pairs_ptr, loss_ptr, blocks, sequences, max_length, a, b,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
+    LOSS: tl.constexpr, SIDE: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.cdiv(max_length, BLOCK_M)
+    sequence, head = tl.program_id(0) // rows, tl.program_id(1)
+    first_m = tl.program_id(0) % rows * BLOCK_M
+    weight = _weight(cu_seqlens, pairs_ptr, sequences, tl.num_programs(1))
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    total = 0.0
+    if first_m < length:
+        q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
+        p_ptr, r_ptr = _head(p, start, head, ALIGN_T), _head(r, start, head, ALIGN_T)
+        q_tile = load_tile(q_ptr, q.row, first_m, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        p_tile = load_tile(p_ptr, p.row, first_m, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
+        grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        sums = tl.zeros((BLOCK_M,), tl.float32)
+        peak = tl.full((BLOCK_M,), SMALLEST if q_tile.dtype == tl.float16 else 1.0, tl.float32)
+        low, high = 0, tl.cdiv(length, BLOCK_N)
+        if SIDE > 0:
+            low, full, high = segment(blocks, sequence, first_m, SIDE, BLOCK_N)
+            for step in range(low, full):
+                grad, sums, peak = _add_block(
+                    grad, sums, peak, q_tile, p_tile, k_ptr, r_ptr, k.row, r.row, first_m,
+                    position(blocks, step, SIDE, BLOCK_N), length, a, b,
+                    blocks, entry_of(step, SIDE, BLOCK_N), D, BLOCK_D, DT, BLOCK_DT,
+                    BLOCK_M, BLOCK_N, ALIGN, ALIGN_T, LOSS, SIDE, True, OF_KEYS,
+                )  # fmt: skip
+            low = full
+        for step in range(low, high):
+            first_n = position(blocks, step, SIDE, BLOCK_N) if SIDE > 0 else step * BLOCK_N
+            grad, sums, peak = _add_block(
+                grad, sums, peak, q_tile, p_tile, k_ptr, r_ptr, k.row, r.row, first_m,
+                first_n, length, a, b, blocks, 0, D, BLOCK_D, DT, BLOCK_DT,
+                BLOCK_M, BLOCK_N, ALIGN, ALIGN_T, LOSS, SIDE, False, OF_KEYS,
+            )  # fmt: skip
+        grad *= (2.0 * weight * a) * peak[:, None]
+        dq_ptr = _head(dq, start, head, 1)
+        store_tile(dq_ptr, dq.row, first_m, length, grad, D, BLOCK_M, BLOCK_D, 1)
+        total = tl.sum(sums) * weight
+    if LOSS != "none":
+        tl.store(loss_ptr + tl.program_id(0) * tl.num_programs(1) + head, total)
+
+
+@triton.jit(do_not_specialize=["max_length"])
+def _pairs_kernel(
+    cu_seqlens, pairs_ptr, blocks, max_length, BLOCK: tl.constexpr, SIDE: tl.constexpr
+):
+    """The pairs of a block of queries that the mask allows."""
+    rows = tl.cdiv(max_length, BLOCK)
+    sequence, first_m = tl.program_id(0) // rows, tl.program_id(0) % rows * BLOCK
+    length = tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)
+    pairs = tl.zeros((), tl.int64)
+    if first_m < length:
+        low, full, high = segment(blocks, sequence, first_m, SIDE, BLOCK)
+        for step in range(low, full):
+            first_n = position(blocks, step, SIDE, BLOCK)
+            entry = entry_of(step, SIDE, BLOCK)
+            live = allowed_cells(blocks, entry, first_m, first_n, BLOCK, BLOCK, SIDE)
+            live = live & live_scores(first_m, first_n, length, BLOCK, BLOCK, "both")
+            pairs += tl.sum(live.to(tl.int32))
+        queries = tl.minimum(length - first_m, BLOCK)
+        for step in range(full, high):
+            keys = tl.minimum(length - position(blocks, step, SIDE, BLOCK), BLOCK)
+            pairs += queries * tl.maximum(keys, 0)
+    tl.store(pairs_ptr + tl.program_id(0), pairs)
+
+
+def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
+    """(T, H, D) student and (T, H, Dt) teacher -> loss, dq and dk in fp32."""
+    k, p, r = (x.to(q.dtype) for x in (k, p, r))
+    q, k, p, r = (as_addressable(x) for x in (q, k, p, r))
+    heads, d, d_teacher = q.shape[1], q.shape[2], p.shape[2]
+    sequences = len(cu_seqlens) - 1
+    dq, dk = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k))
+    if q.numel() == 0 or max_length == 0:
+        return q.new_zeros((), dtype=torch.float32), dq, dk
+    scales = d**-0.5, d_teacher**-0.5
+    align, align_t = alignment(q, k), alignment(p, r)
+    wider, its_align = (q, align) if d > d_teacher else (p, align_t)
+    scores = configs.Scores.of(wider, its_align, max_length, 0.0, "both", block_mask)
+    wide = [Rows.of(x, 1) for x in (dq, dk)]
+    (q, k), (p, r) = [Rows.of(x, align) for x in (q, k)], [Rows.of(x, align_t) for x in (p, r)]
+    constants = {
+        "D": d,
+        "BLOCK_D": configs.head_block(d),
+        "DT": d_teacher,
+        "BLOCK_DT": configs.head_block(d_teacher),
+        "ALIGN": align,
+        "ALIGN_T": align_t,
+    }
+    if form == "gram":
+        setting = configs.attention("gram", scores)
+        losses = torch.empty(sequences, heads, dtype=torch.float32, device=dq.device)
+        _gram_kernel[sequences, heads](
+            q, k, p, r, *wide, cu_seqlens, losses, sequences, *scales, LOSS=loss, **constants,
+            **setting.launch(),
+        )  # fmt: skip
+        return losses.sum(), dq, dk
+    setting = configs.attention("direct", scores)
+    side, by_query = side_of(block_mask), BlockList.by_query(block_mask)
+    pairs = None
+    if side:
+        counted = sequences * triton.cdiv(max_length, COUNTED)
+        of_blocks = torch.empty(counted, dtype=torch.int64, device=dq.device)
+        _pairs_kernel[counted,](
+            cu_seqlens, of_blocks, by_query, max_length, BLOCK=COUNTED, SIDE=side
+        )
+        pairs = of_blocks.sum()
+    programs = sequences * triton.cdiv(max_length, setting.block_m)
+    losses = torch.empty(programs, heads, dtype=torch.float32, device=dq.device)
+    for operands, gradient, blocks, reported in (
+        ((q, k, p, r), wide[0], by_query, loss),
+        ((k, q, r, p), wide[1], BlockList.by_key(block_mask), "none"),
+    ):
+        _direct_kernel[programs, heads](
+            *operands, gradient, cu_seqlens, pairs, losses, blocks, sequences, max_length, *scales,
+            LOSS=reported, SIDE=side, OF_KEYS=reported == "none", **constants, **setting.launch(),
+        )  # fmt: skip
+    return losses.sum(), dq, dk
