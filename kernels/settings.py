@@ -89,9 +89,10 @@ def _check(key: Key, by_length: dict[int, Setting]) -> None:
         raise ValueError(f"{key} has no setting for any length")
     for longest, setting in by_length.items():
         sizes = setting[:2]
-        too_large = 64 if key.pattern == "blocks" else 128  # the smallest block of a mask; a tile
-        if any(n not in (32, 64, 128) or n > too_large for n in sizes):
-            raise ValueError(f"{key}: tile {sizes} must be of 32, 64 or (without blocks) 128")
+        smallest = 16 if key.kernel == "gram" else 32
+        largest = 64 if key.pattern == "blocks" else 128  # the smallest block of a mask; a tile
+        if any(n not in (16, 32, 64, 128) or not smallest <= n <= largest for n in sizes):
+            raise ValueError(f"{key}: tile {sizes} must be powers of 2 in {smallest}..{largest}")
         if one_tile and (key.pattern == "blocks" or longest > min(sizes)):
             raise ValueError(f"{key}: one tile of {sizes} cannot hold a mask, or {longest} tokens")
 

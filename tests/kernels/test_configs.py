@@ -33,9 +33,14 @@ def scores(**changes):
 def test_every_call_is_served(family, dtype, width, longest, pattern):
     call = scores(dtype=dtype, width=width, longest=longest, pattern=pattern)
     with configs.forced(configs.FAMILIES[family]):
-        kernels = ("forward", "dq", "dkdv", *(configs.RELATION if pattern == "all" else ()))
+        kernels = ["forward", "dq", "dkdv"]
+        if pattern == "all":
+            kernels += ["relation_statistics", "relation_gradient"]
         for kernel in kernels:
             assert min(configs.attention(kernel, call)[:2]) >= 32
+        if width <= 64 and pattern != "direction":
+            for kernel in ("direct",) if pattern == "blocks" else ("direct", "gram"):
+                assert min(configs.attention(kernel, call)[:2]) >= configs.SMALLEST_DOT
         for kernel in ("one_tile", "relation_one_tile"):
             one = configs.attention_if_served(kernel, call)
             assert one is None or (pattern != "blocks" and one.block_m == one.block_n >= longest)
