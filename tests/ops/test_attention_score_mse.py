@@ -85,6 +85,20 @@ def test_mean_over_allowed_pairs(exact):
                 total / pairs, case.operands)  # fmt: skip
 
 
+def test_gradients_under_a_mask(exact, device):
+    mask = ops.BlockMask.from_dense(random_pairs(6).to(device))
+    case = attention_score_mse((5, 0, 6), 2, 3, 2, device=device, block_mask=mask)
+    proofs.prove_gradient(case, exact)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["one_mask", "mask_per_sequence"])
+def test_contract_compilation_and_pair_under_a_mask(batch, fast, device):
+    mask = ops.BlockMask.from_dense(random_pairs(7, *batch).to(device))
+    case = attention_score_mse(device=device, block_mask=mask)
+    for prove in (proofs.prove_contract, proofs.prove_compiles, proofs.prove_pair):
+        prove(case, fast)
+
+
 def test_a_mask_that_allows_nothing(impl, device):
     mask = ops.BlockMask.from_dense(torch.zeros(7, 7, dtype=torch.bool, device=device))
     for value in attention_score_mse(device=device, block_mask=mask).run(impl).values():
