@@ -1,15 +1,21 @@
 """pretrain(): text to a model that plain Transformers loads; kill -9 and resume; refusals."""
 
 import json
+import os
 import random
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertForMaskedLM, BertForPreTraining, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    TrainerCallback,
+)
 
 from tinybert_fast.data import Corpus
 from tinybert_fast.testing.tiny_models import tiny_config, tiny_encoder, tiny_tokenizer
@@ -107,53 +113,46 @@ KINDS = {
     "loss": {"masking": Masking(0.3, 0.1, "cosine", weights="loss")},
     "reverse": {"bidirectional": "reverse", "masking": Masking(unit="span")},
 }
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import pytest, torch
-from transformers import TrainerCallback
-sys.path.insert(0, sys.argv[1])
-import test_pretrain as tests
-torch.set_num_threads(1)
-text, output, kind, step = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+
+
 class Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == step:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
-tests.run(text, output, model=text / "dropping.json", callbacks=[Kill()],
-          **{**tests.LONG, **tests.KINDS[kind]})
-"""
 
 
-def test_kill_9_and_resume_give_the_same_bits(text, tmp_path):
+def killed_and_whole(text: str, folder: str, kind: str, step: str) -> None:
+    """A run that is killed, one that is not, and the first again: each in a process of its own."""
+    options = {"model": Path(text, "dropping.json"), "data": Path(folder, "data"), **LONG}
+    for name, code, more in (
+        ("killed", -signal.SIGKILL, {"callbacks": [Kill(int(step))]}),
+        ("whole", 0, {}),
+        ("killed", 0, {"resume": True}),
+    ):
+        child = os.fork()
+        if child == 0:
+            run(Path(text), Path(folder, name), **{**options, **KINDS[kind], **more})
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+        if code:
+            assert not Path(folder, name, "config.json").exists()
+
+
+def test_kill_9_and_resume_give_the_same_bits(text, tmp_path, apart):
     """At a random step, in the middle of it, three times: bit-equal final weights on the CPU."""
     tiny_config(vocab_size=200, **DROPPING).to_json_file(text / "dropping.json")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        options = {"model": text / "dropping.json", **LONG}
-        for kind, more in KINDS.items():
-            run(text, tmp_path / kind / "whole", **{**options, **more})
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-P", "-c", KILLED, str(Path(__file__).parent), str(text),
-                 str(tmp_path / kind / "killed"), kind, str(random.randint(5, 17))],
-                stderr=subprocess.PIPE,
-            )
-            for kind in KINDS
-        ]  # fmt: skip
-        for process in started:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == -9, errors.decode()
-        for kind, more in KINDS.items():
-            folder = tmp_path / kind
-            assert list((folder / "killed" / "checkpoints").rglob("checkpoint-*"))
-            assert not (folder / "killed" / "config.json").exists()
-            run(text, folder / "killed", resume=True, **{**options, **more})
-            whole, resumed = weights(folder / "whole"), weights(folder / "killed")
-            assert all(torch.equal(whole[name], resumed[name]) for name in whole), kind
-    finally:
-        torch.set_num_threads(threads)
+    calls = []
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        step = str(random.randint(0, LONG["steps"] - 1))  # before the first checkpoint, too
+        calls.append(("killed_and_whole", [str(text), str(tmp_path / kind), kind, step], {}))
+    for call, process in zip(calls, apart(__file__, calls)):
+        assert process.code == 0, (call, process.errors)
+        whole, resumed = (weights(Path(call[1][1], name)) for name in ("whole", "killed"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), call
 
 
 def test_resume_wants_the_same_masks(text, tmp_path):

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from tinybert_fast.data import LengthGroupedSampler
+from tinybert_fast.data.collate import lengths_of
 from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
@@ -192,7 +193,9 @@ class RunTrainer(transformers.Trainer):
             * self.args.gradient_accumulation_steps
             * self.args.world_size
         )
-        sampler = LengthGroupedSampler(dataset["length"], of_a_step, seed=seed)
+        sampler = LengthGroupedSampler(
+            lengths_of(dataset), of_a_step, seed=seed, drop_last=self.args.dataloader_drop_last
+        )
         self.remove_callback(SetEpoch)
         self.add_callback(SetEpoch(sampler))
         return sampler

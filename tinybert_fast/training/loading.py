@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tinybert_fast.data import Task  # whose module needs `datasets`
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "config.json")
 
 
 def check_model_path(path: str | Path) -> str:
@@ -46,6 +47,12 @@ def load_config(path: str | Path):
 
 def load_tokenizer(path: str | Path):
     """Of a model folder, or one that holds a tokenizer alone."""
+    if has_tokenizer(path) and not any((Path(path) / name).exists() for name in DESCRIPTIONS):
+        raise ValueError(
+            f"{path} holds vocab.txt alone, which does not say whether case counts; put a file "
+            'tokenizer_config.json beside it: {"tokenizer_class": "BertTokenizer", '
+            '"do_lower_case": true} or false'
+        )
     return _load(AutoTokenizer, path, alone=has_tokenizer(path))
 
 

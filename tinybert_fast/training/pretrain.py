@@ -33,7 +33,7 @@ from tinybert_fast.training.recipe_parts import (
     usage,
 )
 from tinybert_fast.training.report import panels_of, table
-from tinybert_fast.training.run_folder import RunFolder, weights_digest
+from tinybert_fast.training.run_folder import RunFolder, agree, weights_digest
 from tinybert_fast.training.students import PRESETS, Student
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,12 @@ def pretrain(
             fewer examples than one step reads.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
+    folder = Path(run.path / "data" if data is None else data)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{data} is a file; expected a folder for tokenizer and shards")
     masking = masking or Masking()
     objectives = Objectives(mlm, nsp, bidirectional)
+    objectives.check_packed(accelerate)
     if not objectives.masks and masking != Masking():
         raise ValueError("masking options are of no use here: this training masks nothing")
     at_least_one(steps=steps, checkpoint_steps=checkpoint_steps, eval_steps=eval_steps)
@@ -175,11 +179,10 @@ def pretrain(
     }
     if fsdp and arguments.world_size == 1:
         raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
+    agree(settings)
     if run.finished(settings):
         return run.metrics()
-    run.begin(settings)
 
-    folder = Path(run.path / "data" if data is None else data)
     making: dict[str, Any] = {"processes": processes, "progress": progress and run.main}
     with arguments.main_process_first(local=False):  # the others find what it made
         start.get_tokenizer(parts["train"], found["train"], folder, making["progress"])
@@ -187,6 +190,7 @@ def pretrain(
             name: shards_of(part, found[name], start.tokenizer, folder, **making, **pairing)
             for name, part in parts.items()
         }
+    agree({f"examples of {name}": len(one.examples) for name, one in shards.items()})
     _check_examples(shards["train"], batch_size * accumulation * arguments.world_size)
     set_seed(seed)  # of new weights
     pupil = start.build()
@@ -198,6 +202,7 @@ def pretrain(
         if objectives.masks
         else PreTrainingCollator(text, mlm=False)
     )
+    run.begin(settings)
     trainer = PreTrainingTrainer(
         pupil,
         collator=collator,
