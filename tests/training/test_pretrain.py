@@ -19,6 +19,7 @@ from transformers import (
 
 from tinybert_fast.data import Corpus
 from tinybert_fast.testing.tiny_models import tiny_config, tiny_encoder, tiny_tokenizer
+from tinybert_fast.training import pretrain as recipe
 from tinybert_fast.training.recipes import Masking, pretrain
 
 QUICK = {
@@ -175,12 +176,21 @@ def test_resume_wants_the_same_masks(text, tmp_path):
         ({"vocab_size": 8}, "vocab_size is 8; expected 32 or more"),
         ({"model": "5l-100"}, "no student or model 5l-100"),
         ({"steps": 0}, "steps is 0"),
-        ({"fsdp": True}, "this is one: use torchrun"),
     ],
 )
 def test_refusals(text, tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(text, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [((), "over GPUs, and this run is on "), (("cpu", "cuda"), "this is one: use torchrun")],
+)
+def test_sharding_where_it_cannot_be(text, tmp_path, monkeypatch, devices, message):
+    monkeypatch.setattr(recipe, "SHARDED_ON", devices)
+    with pytest.raises(ValueError, match=message):
+        run(text, tmp_path / "out", fsdp=True)
 
 
 def test_two_vocabularies_are_refused(text, tmp_path):

@@ -5,15 +5,20 @@ import os
 import signal
 import socket
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tinybert_fast.data import Corpus
 from tinybert_fast.training import pretrain as recipe
+from tinybert_fast.training.pretraining import PreTrainingTrainer
 from tinybert_fast.training.recipes import Masking
 
 GLOBAL_BATCH = 16
@@ -28,7 +33,7 @@ CASES = {
     "fsdp": {"masking": Masking(0.3, 0.1, "linear", weights="loss")},
 }
 DEADLINE = 60.0  # seconds in which a process has to notice that the other one is gone
-DIED, ENDED = "died", "ended"
+DIED, ENDED, DTYPES = "died", "ended", "dtypes"
 
 # ---- in the processes ----------------------------------------------------------------------------
 
@@ -44,26 +49,56 @@ class AtStep2(TrainerCallback):
             self.do(args.process_index)
 
 
+@contextmanager
+def sharding_on_cpu():
+    """accelerate shards on GPUs alone; torch also does on gloo."""
+    start = AcceleratorState.__init__
+
+    def begin(state, *given, fsdp_plugin=None, **options):
+        start(state, *given, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            state.fsdp_plugin = fsdp_plugin
+            if state.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            state.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", begin)
+        patch.setattr(recipe, "SHARDED_ON", ("cpu",))
+        patch.setenv("ACCELERATE_USE_FSDP", "false")  # accelerate sets it, for later runs too
+        yield
+
+
+class Sharded(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
 def train(case: str, text: Path, output: Path, ranks: int, corpus=None, folder=None, **more):
     options = {"steps": 3, "accumulation": 1, **CASES[case], **more}
     if case == "epoch" and ranks == 1:
         options["accumulation"] = 1
-    recipe.pretrain(
-        corpus or Corpus.of(text / "text", documents="files"),
-        output / (folder or case),
-        model=text / "config.json",
-        data=output / "data",
-        held_out=0.2,
-        max_length=32,
-        batch_size=GLOBAL_BATCH // ranks // options["accumulation"],
-        lr=3e-3,
-        log_steps=1,
-        eval_steps=3,
-        checkpoint_steps=2,
-        progress=False,
-        fsdp=case == "fsdp" and ranks > 1,
-        **options,
-    )
+    sharded = case == "fsdp" and ranks > 1
+    if sharded:
+        options["callbacks"] = [Sharded(), *options.get("callbacks", ())]
+    with sharding_on_cpu() if sharded else nullcontext():
+        recipe.pretrain(
+            corpus or Corpus.of(text / "text", documents="files"),
+            output / (folder or case),
+            model=text / "config.json",
+            data=output / "data",
+            held_out=0.2,
+            max_length=32,
+            batch_size=GLOBAL_BATCH // ranks // options["accumulation"],
+            lr=3e-3,
+            log_steps=1,
+            eval_steps=3,
+            checkpoint_steps=2,
+            progress=False,
+            fsdp=sharded,
+            **options,
+        )
 
 
 def one(text: str, output: str) -> None:
@@ -71,18 +106,44 @@ def one(text: str, output: str) -> None:
         train(case, Path(text), Path(output), 1)
 
 
-def killed(text: str, output: str) -> None:
+class Stop(Exception):
+    pass
+
+
+def interrupted(text: str, output: str) -> None:
+    def stop(rank: int) -> None:
+        raise Stop
+
+    where = (Path(text), Path(output), 2)
+    with pytest.raises(Stop):
+        train("loss", *where, folder="loss again", callbacks=[AtStep2(stop)])
     kill = AtStep2(lambda rank: os.kill(os.getpid(), signal.SIGKILL))
-    train("fsdp", Path(text), Path(output), 2, folder="resumed", callbacks=[kill])
+    train("fsdp", *where, folder="fsdp again", callbacks=[kill])
 
 
 def two(text: str, output: str) -> None:
     where = (Path(text), Path(output), 2)
     for case in CASES:
         train(case, *where)
-    train("fsdp", *where, folder="resumed", resume=True)
+    for case in ("loss", "fsdp"):
+        train(case, *where, folder=f"{case} again", resume=True)
+    in_bf16(*where)
     disagree(*where)
     die(*where)
+
+
+def in_bf16(text: Path, output: Path, ranks: int) -> None:
+    """The dtypes of what processes add up: losses, right answers and answers."""
+    dtypes, reduce = set(), PreTrainingTrainer._over_processes
+
+    def watched(trainer, x):
+        dtypes.add(str(x.dtype))
+        return reduce(trainer, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainingTrainer, "_over_processes", watched)
+        train("fsdp", text, output, ranks, folder="bf16", bf16=True)
+    (output / DTYPES).write_text(" ".join(sorted(dtypes)))
 
 
 def disagree(text: Path, output: Path, ranks: int) -> None:
@@ -138,7 +199,7 @@ def trained(text, tmp_path_factory, apart):
     alone = ("one", [str(text), str(folder / "one")], {})
     ended = apart(
         __file__,
-        [*ranks_of("killed", text, folder / "two"), alone],
+        [*ranks_of("interrupted", text, folder / "two"), alone],
         ranks_of("two", text, folder / "two"),
     )
     for process, code in zip(ended, (-9, -9, 0, 1, 7), strict=True):
@@ -164,10 +225,15 @@ def test_two_processes_take_the_steps_of_one(trained, case):
         assert after["losses"][term] == pytest.approx(values, abs=1e-5)
 
 
-def test_a_sharded_model_resumes_after_kill_9(trained):
-    """Weights, optimizer and token losses: bit-equal."""
-    whole, resumed = (weights_of(trained[0] / "two" / name) for name in ("fsdp", "resumed"))
+@pytest.mark.parametrize("case", ["loss", "fsdp"])
+def test_two_processes_resume(trained, case):
+    """After an error, and a sharded model after kill -9: the same bits."""
+    whole, resumed = (weights_of(trained[0] / "two" / name) for name in (case, f"{case} again"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_sharding_rounds_no_sum(trained):
+    assert (trained[0] / "two" / DTYPES).read_text() == "torch.float32 torch.float64 torch.int64"
 
 
 def test_processes_that_read_different_things_say_so(trained):

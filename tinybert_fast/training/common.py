@@ -4,6 +4,7 @@ resumes exactly.
 
 import logging
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ def training_arguments(
     if gpus > 1:
         _one_gpu_of(gpus)
         arguments._n_gpu = 1  # several are nn.DataParallel's, which does not split a batch's layout
+    if arguments.device.type == "cpu":  # several processes: cpu:0, from which torch.load shrinks
+        arguments.__dict__["_setup_devices"] = torch.device("cpu")
     return arguments
 
 
@@ -233,6 +236,15 @@ class TermsTrainer(RunTrainer):
     @property
     def inner(self) -> Any:
         return getattr(self.model, self.inside)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # Sums of losses, and counts, leave the forward as they are; gradients add up in fp32.
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
 
     def sum_of(self, terms: dict[str, Tensor], *, training: bool) -> Tensor:
         """The loss; in training the terms are remembered for the log."""

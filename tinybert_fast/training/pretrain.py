@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 Source = str | Path | Sequence[str | Path] | Corpus
 HELD_OUT_RATIO = 0.15
+SHARDED_ON = ("cuda",)  # where accelerate shards models; on a CPU it copies them and says nothing
 # The packed encoder reads a layer's weights without calling the layer, so layers are not sharded
 # one by one: the model is one unit.
 FSDP: dict[str, Any] = {
@@ -177,6 +178,11 @@ def pretrain(
         "processes": arguments.world_size,
         **recipe,
     }
+    if fsdp and arguments.device.type not in SHARDED_ON:
+        raise ValueError(
+            f"fsdp shares a model out over GPUs, and this run is on {arguments.device.type}; leave "
+            "out --fsdp: each process then holds the model"
+        )
     if fsdp and arguments.world_size == 1:
         raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
     agree(settings)
