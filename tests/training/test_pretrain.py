@@ -20,6 +20,7 @@ from transformers import (
 from tinybert_fast.data import Corpus
 from tinybert_fast.testing.tiny_models import tiny_config, tiny_encoder, tiny_tokenizer
 from tinybert_fast.training import pretrain as recipe
+from tinybert_fast.training.pretraining import PreTrainingBatches
 from tinybert_fast.training.recipes import Masking, pretrain
 
 QUICK = {
@@ -103,6 +104,49 @@ def test_goes_on_with_any_bert(text, tmp_path, kind, caplog):
     for name, value in saved.state_dict().items():
         torch.testing.assert_close(same.state_dict()[name], value)
     BertForMaskedLM.from_pretrained(tmp_path / "out")
+
+
+class Watch(TrainerCallback):
+    """What is logged and how held-out text is scored, by step."""
+
+    def __init__(self) -> None:
+        self.logged, self.scored = {}, []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.setdefault(state.global_step, {}).update(logs)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.scored.append([value for name, value in metrics.items() if "mlm" in name])
+
+
+def test_held_out_masks_stay_and_the_ratio_moves(text, tmp_path):
+    watch = Watch()
+    run(
+        text, tmp_path / "out", held_out=0.2, lr=0.0, log_steps=1, epochs=2.0, steps=None,
+        eval_steps=5, masking=Masking(0.3, 0.1, "linear"), callbacks=[watch],
+    )  # fmt: skip
+    assert len(watch.scored) > 3  # in two epochs, and at the end
+    assert watch.scored == [watch.scored[0]] * len(watch.scored)
+    ratios = [logs["masking_ratio"] for logs in watch.logged.values() if "masking_ratio" in logs]
+    steps = len(ratios)
+    assert ratios == pytest.approx([0.3 - 0.2 * step / steps for step in range(steps)])
+
+
+def test_token_losses_move_the_masks(text, tmp_path, monkeypatch):
+    made, found = PreTrainingBatches.__call__, []
+
+    def watched(batches, *given):
+        batch = made(batches, *given)
+        found[-1].append(batch["targets"]["mlm"][0].tolist())
+        return batch
+
+    monkeypatch.setattr(PreTrainingBatches, "__call__", watched)
+    for weights in ("uniform", "loss"):
+        found.append([])
+        run(text, tmp_path / weights, masking=Masking(weights=weights))
+    uniform, loss = found
+    assert uniform[0] == loss[0]  # nothing has been seen yet
+    assert [one != other for one, other in zip(uniform, loss)].count(True) > 2
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------
