@@ -20,7 +20,7 @@ from transformers import (
 from tinybert_fast.data import Corpus
 from tinybert_fast.testing.tiny_models import tiny_config, tiny_encoder, tiny_tokenizer
 from tinybert_fast.training import pretrain as recipe
-from tinybert_fast.training.pretraining import PreTrainingBatches
+from tinybert_fast.training.pretraining import Objectives, PreTraining, PreTrainingBatches
 from tinybert_fast.training.recipes import Masking, pretrain
 
 QUICK = {
@@ -132,21 +132,42 @@ def test_held_out_masks_stay_and_the_ratio_moves(text, tmp_path):
     assert ratios == pytest.approx([0.3 - 0.2 * step / steps for step in range(steps)])
 
 
-def test_token_losses_move_the_masks(text, tmp_path, monkeypatch):
-    made, found = PreTrainingBatches.__call__, []
+@pytest.fixture
+def batches(monkeypatch):
+    """Those that are trained on, in order."""
+    make, made = PreTrainingBatches.__call__, []
 
-    def watched(batches, *given):
-        batch = made(batches, *given)
-        found[-1].append(batch["targets"]["mlm"][0].tolist())
-        return batch
+    def watched(self, *given):
+        made.append(make(self, *given))
+        return made[-1]
 
     monkeypatch.setattr(PreTrainingBatches, "__call__", watched)
+    return made
+
+
+def test_a_loss_is_the_mean_of_all_micro_batches(text, tmp_path, batches):
+    """Each masked token of a step weighs the same, and each pair."""
+    watch = Watch()
+    options = {"lr": 0.0, "accumulation": 3, "batch_size": 4, "log_steps": 1, "callbacks": [watch]}
+    run(text, tmp_path / "out", steps=2, masking=Masking(unit="span"), **options)
+    assert len(batches) == 6
+    model = PreTraining(BertForPreTraining.from_pretrained(tmp_path / "out"), Objectives())
+    for step in (1, 2):
+        of_step = batches[3 * step - 3 : 3 * step]
+        sums = [model(batch)[0] for batch in of_step]
+        masked = sum(len(batch["targets"]["mlm"][1]) for batch in of_step)
+        for term, count in (("mlm", masked), ("nsp", 12)):
+            want = sum(one[term].item() for one in sums) / count
+            assert watch.logged[step][f"{term}_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_token_losses_move_the_masks(text, tmp_path, batches):
     for weights in ("uniform", "loss"):
-        found.append([])
         run(text, tmp_path / weights, masking=Masking(weights=weights))
-    uniform, loss = found
+    places = [batch["targets"]["mlm"][0].tolist() for batch in batches]
+    uniform, loss = places[:6], places[6:]
     assert uniform[0] == loss[0]  # nothing has been seen yet
-    assert [one != other for one, other in zip(uniform, loss)].count(True) > 2
+    assert [one != other for one, other in zip(uniform, loss, strict=True)].count(True) > 2
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------
@@ -192,7 +213,10 @@ def test_kill_9_and_resume_give_the_same_bits(text, tmp_path, apart):
     calls = []
     for kind in KINDS:
         (tmp_path / kind).mkdir()
-        step = str(random.randint(0, LONG["steps"] - 1))  # before the first checkpoint, too
+        first = (
+            LONG["checkpoint_steps"] + 1 if kind == "loss" else 0
+        )  # else there is nothing to load
+        step = str(random.randint(first, LONG["steps"] - 1))
         calls.append(("killed_and_whole", [str(text), str(tmp_path / kind), kind, step], {}))
     for call, process in zip(calls, apart(__file__, calls)):
         assert process.code == 0, (call, process.errors)
