@@ -261,6 +261,14 @@ def test_sharding_where_it_cannot_be(text, tmp_path, monkeypatch, devices, messa
         run(text, tmp_path / "out", fsdp=True)
 
 
+def test_a_vocabulary_does_not_say_whether_case_counts(text, tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    with pytest.raises(
+        ValueError, match=r"holds vocab\.txt alone.*tokenizer_config\.json beside it"
+    ):
+        run(text, tmp_path / "out", tokenizer=tmp_path)
+
+
 def test_two_vocabularies_are_refused(text, tmp_path):
     tiny_encoder(tmp_path / "start")
     tiny_tokenizer(tmp_path / "other", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))

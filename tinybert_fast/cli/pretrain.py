@@ -184,7 +184,7 @@ def pretrain(
     fsdp: Annotated[
         bool,
         typer.Option(
-            "--fsdp", help="Share out parameters over the processes.", rich_help_panel=HOW
+            "--fsdp", help="Share out the model over the GPUs of torchrun.", rich_help_panel=HOW
         ),
     ] = False,
     accelerate: options.Accelerate = True,

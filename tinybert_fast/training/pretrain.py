@@ -110,7 +110,7 @@ def pretrain(
         bidirectional, masking: ``training/pretraining.py``, ``training/masking.py``.
         batch_size: per device and micro-batch; a step reads batch_size x accumulation x processes
             examples, and an incomplete last step of an epoch is left out.
-        fsdp: shards parameters, gradients and optimizer over the processes instead of copying them.
+        fsdp: shards parameters, gradients and optimizer over the GPUs instead of copying them.
 
     Raises:
         ValueError, OSError: as ``write_shards``; settings that contradict each other; a corpus with
