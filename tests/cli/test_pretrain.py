@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -124,6 +126,7 @@ def test_text_that_does_not_serve(cli, made, out, tmp_path, content, message):
         (("--no-nsp", "--no-mlm"), "nothing is left to learn"),
         (("--held-out", "nowhere"), "no text file nowhere"),
         (("--tokenizer", "nowhere"), "nowhere"),
+        (("--data", __file__), "is a file; expected a folder for tokenizer and shards"),
         (("--steps", 0), "steps is 0"),
         (("--plain", "--bidirectional", "causal"), "no --plain"),
     ],
@@ -133,7 +136,42 @@ def test_options_that_do_not_serve(cli, made, out, options, message):
         "pretrain", made / "english.txt", "-o", out, "--model", made / "config.json", *options
     )
     assert message in answer.line
-    assert not (out / "config.json").exists()
+    assert not out.exists()
+
+
+def test_a_refused_run_is_no_unfinished_one(cli, made, out, tmp_path):
+    """What is found out from the text itself: with the remedy, the same command runs."""
+    (tmp_path / "weights.tsv").write_text("nowhere\t2\n")
+    common = ("pretrain", made / "english.txt", "-o", out, "--model", made / "config.json", *QUICK)
+    for wrong, message in (
+        (("--batch-size", 999), "one step reads 999"),
+        (("--weights", tmp_path / "weights.tsv"), "'nowhere' is not in the vocabulary"),
+    ):
+        answer = cli(*common, *wrong)
+        assert answer.code == 2
+        assert message in answer.err
+    assert cli(*common).code == 0
+
+
+class KilledEncoder:
+    """Of a process that the system ends, as where memory runs out."""
+
+    def __init__(self, *setup):
+        pass
+
+    def __call__(self, block):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker(cli, made, out, monkeypatch):
+    monkeypatch.setattr(shards, "BlockEncoder", KilledEncoder)
+    answer = cli(
+        "pretrain", made / "english.txt", "-o", out, "--model", made / "config.json",
+        "--processes", 2,
+    )  # fmt: skip
+    assert answer.code == 1
+    assert answer.err.splitlines()[-1].startswith("error: a worker process was ended from outside")
+    assert not list(out.rglob("*partial*"))
 
 
 def test_missing_text(cli, out):

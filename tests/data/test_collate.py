@@ -49,6 +49,15 @@ def test_order_is_a_permutation_grouped_by_length(rows, batch):
             assert np.ptp(chunks, axis=1).mean() < 10 < np.ptp(lengths)  # a random order: about 35
 
 
+@pytest.mark.parametrize(("rows", "batch"), [(103, 4), (3, 4), (8, 4)])
+def test_the_incomplete_batch_is_left_out(rows, batch):
+    lengths = np.random.default_rng(1).integers(3, 60, rows)
+    whole = LengthGroupedSampler(lengths, batch, seed=5)
+    sampler = LengthGroupedSampler(lengths, batch, seed=5, drop_last=True)
+    assert len(sampler) == rows // batch * batch
+    assert list(sampler) == list(whole)[: len(sampler)]
+
+
 def test_order_depends_on_seed_and_epoch_but_not_on_torch():
     lengths = list(range(64))
     orders = set()

@@ -46,3 +46,4 @@ def test_held_out_documents(folder):
     assert list(rest.lines()) == ["One. Two.", "Three.", None, "Five.", None]
     assert list(rest) == ["One.", "Two.", "Three.", "Five."]
     assert str(rest) == f"what is not held out of {corpus}"
+    assert str(corpus.part(2, held_out=True)) == f"one document in 2 of {corpus}"

@@ -16,6 +16,7 @@ from tinybert_fast.data import (
     train_wordpiece,
     write_shards,
 )
+from tinybert_fast.data.shards import shards_of, survey
 from tinybert_fast.testing.tiny_models import SPECIAL, tiny_tokenizer
 
 DOCUMENTS = [[5, 3, 9, 1, 4, 7] * 6, [2] * 40, [30], [6, 6, 6]]  # words of their sentences
@@ -194,11 +195,23 @@ def test_what_cannot_be_paired_or_read(tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_text_that_changes_between_two_readings(tokenizer, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("w1 w2\n\nw3")
+    corpus = Corpus.of(file)
+    found = survey(corpus, nsp=True)
+    assert len(shards_of(corpus, found, tokenizer, tmp_path / "data").examples) == 2
+    file.write_text("w1 w2\n\nw4")
+    with pytest.raises(ValueError, match=r"a\.txt changed after this run had first read it"):
+        shards_of(corpus, found, tokenizer, tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_warnings(tokenizer, tmp_path, caplog):
     file = tmp_path / "a.txt"
     file.write_text("w1 w2\n\nqueen")
     write_shards(file, tokenizer, tmp_path / "s")
-    assert "no pair has two sentences in a row" in caplog.text
+    assert "no pair has two sentences in a row, so next-sentence prediction is no" in caplog.text
     assert r"33 % of the corpus is [UNK] to this tokenizer" in caplog.text
 
 
@@ -227,6 +240,9 @@ def test_tokenizers_that_do_not_serve(corpus, tokenizer, tmp_path):
     other.mask_token = None
     with pytest.raises(ValueError, match="has no mask_token"):
         write_shards(corpus, other, tmp_path / "s")
+    vocabulary = {**tokenizer.get_vocab(), "w0": len(tokenizer)}  # the first of two lines is lost
+    with pytest.raises(ValueError, match=rf"its {len(tokenizer)} tokens up to {len(tokenizer)};"):
+        write_shards(corpus, type(tokenizer)(vocab=vocabulary), tmp_path / "s")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

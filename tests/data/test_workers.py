@@ -38,5 +38,5 @@ def test_errors_come_through(processes):
 
 
 def test_a_killed_worker_is_an_error():
-    with pytest.raises(RuntimeError, match="a worker process was ended from outside"):
+    with pytest.raises(ChildProcessError, match="a worker process was ended from outside"):
         list(in_order(Adder, (0,), [1, 999, 2], 2))

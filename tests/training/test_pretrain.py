@@ -1,18 +1,26 @@
 """pretrain(): text to a model that plain Transformers loads; kill -9 and resume; refusals."""
 
 import json
+import os
 import random
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertForMaskedLM, BertForPreTraining, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    TrainerCallback,
+)
 
 from tinybert_fast.data import Corpus
 from tinybert_fast.testing.tiny_models import tiny_config, tiny_encoder, tiny_tokenizer
+from tinybert_fast.training import pretrain as recipe
+from tinybert_fast.training.pretraining import Objectives, PreTraining, PreTrainingBatches
 from tinybert_fast.training.recipes import Masking, pretrain
 
 QUICK = {
@@ -98,6 +106,70 @@ def test_goes_on_with_any_bert(text, tmp_path, kind, caplog):
     BertForMaskedLM.from_pretrained(tmp_path / "out")
 
 
+class Watch(TrainerCallback):
+    """What is logged and how held-out text is scored, by step."""
+
+    def __init__(self) -> None:
+        self.logged, self.scored = {}, []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.setdefault(state.global_step, {}).update(logs)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.scored.append([value for name, value in metrics.items() if "mlm" in name])
+
+
+def test_held_out_masks_stay_and_the_ratio_moves(text, tmp_path):
+    watch = Watch()
+    run(
+        text, tmp_path / "out", held_out=0.2, lr=0.0, log_steps=1, epochs=2.0, steps=None,
+        eval_steps=5, masking=Masking(0.3, 0.1, "linear"), callbacks=[watch],
+    )  # fmt: skip
+    assert len(watch.scored) > 3  # in two epochs, and at the end
+    assert watch.scored == [watch.scored[0]] * len(watch.scored)
+    ratios = [logs["masking_ratio"] for logs in watch.logged.values() if "masking_ratio" in logs]
+    steps = len(ratios)
+    assert ratios == pytest.approx([0.3 - 0.2 * step / steps for step in range(steps)])
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Those that are trained on, in order."""
+    make, made = PreTrainingBatches.__call__, []
+
+    def watched(self, *given):
+        made.append(make(self, *given))
+        return made[-1]
+
+    monkeypatch.setattr(PreTrainingBatches, "__call__", watched)
+    return made
+
+
+def test_a_loss_is_the_mean_of_all_micro_batches(text, tmp_path, batches):
+    """Each masked token of a step weighs the same, and each pair."""
+    watch = Watch()
+    options = {"lr": 0.0, "accumulation": 3, "batch_size": 4, "log_steps": 1, "callbacks": [watch]}
+    run(text, tmp_path / "out", steps=2, masking=Masking(unit="span"), **options)
+    assert len(batches) == 6
+    model = PreTraining(BertForPreTraining.from_pretrained(tmp_path / "out"), Objectives())
+    for step in (1, 2):
+        of_step = batches[3 * step - 3 : 3 * step]
+        sums = [model(batch)[0] for batch in of_step]
+        masked = sum(len(batch["targets"]["mlm"][1]) for batch in of_step)
+        for term, count in (("mlm", masked), ("nsp", 12)):
+            want = sum(one[term].item() for one in sums) / count
+            assert watch.logged[step][f"{term}_loss"] == pytest.approx(want, rel=1e-5)
+
+
+def test_token_losses_move_the_masks(text, tmp_path, batches):
+    for weights in ("uniform", "loss"):
+        run(text, tmp_path / weights, masking=Masking(weights=weights))
+    places = [batch["targets"]["mlm"][0].tolist() for batch in batches]
+    uniform, loss = places[:6], places[6:]
+    assert uniform[0] == loss[0]  # nothing has been seen yet
+    assert [one != other for one, other in zip(uniform, loss, strict=True)].count(True) > 2
+
+
 # ---- kill -9 -------------------------------------------------------------------------------------
 
 DROPPING = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -107,53 +179,49 @@ KINDS = {
     "loss": {"masking": Masking(0.3, 0.1, "cosine", weights="loss")},
     "reverse": {"bidirectional": "reverse", "masking": Masking(unit="span")},
 }
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import pytest, torch
-from transformers import TrainerCallback
-sys.path.insert(0, sys.argv[1])
-import test_pretrain as tests
-torch.set_num_threads(1)
-text, output, kind, step = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+
+
 class Kill(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == step:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
-tests.run(text, output, model=text / "dropping.json", callbacks=[Kill()],
-          **{**tests.LONG, **tests.KINDS[kind]})
-"""
 
 
-def test_kill_9_and_resume_give_the_same_bits(text, tmp_path):
+def killed_and_whole(text: str, folder: str, kind: str, step: str) -> None:
+    """A run that is killed, one that is not, and the first again: each in a process of its own."""
+    options = {"model": Path(text, "dropping.json"), "data": Path(folder, "data"), **LONG}
+    for name, code, more in (
+        ("killed", -signal.SIGKILL, {"callbacks": [Kill(int(step))]}),
+        ("whole", 0, {}),
+        ("killed", 0, {"resume": True}),
+    ):
+        child = os.fork()
+        if child == 0:
+            run(Path(text), Path(folder, name), **{**options, **KINDS[kind], **more})
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+        if code:
+            assert not Path(folder, name, "config.json").exists()
+
+
+def test_kill_9_and_resume_give_the_same_bits(text, tmp_path, apart):
     """At a random step, in the middle of it, three times: bit-equal final weights on the CPU."""
     tiny_config(vocab_size=200, **DROPPING).to_json_file(text / "dropping.json")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        options = {"model": text / "dropping.json", **LONG}
-        for kind, more in KINDS.items():
-            run(text, tmp_path / kind / "whole", **{**options, **more})
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-P", "-c", KILLED, str(Path(__file__).parent), str(text),
-                 str(tmp_path / kind / "killed"), kind, str(random.randint(5, 17))],
-                stderr=subprocess.PIPE,
-            )
-            for kind in KINDS
-        ]  # fmt: skip
-        for process in started:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == -9, errors.decode()
-        for kind, more in KINDS.items():
-            folder = tmp_path / kind
-            assert list((folder / "killed" / "checkpoints").rglob("checkpoint-*"))
-            assert not (folder / "killed" / "config.json").exists()
-            run(text, folder / "killed", resume=True, **{**options, **more})
-            whole, resumed = weights(folder / "whole"), weights(folder / "killed")
-            assert all(torch.equal(whole[name], resumed[name]) for name in whole), kind
-    finally:
-        torch.set_num_threads(threads)
+    calls = []
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        first = (
+            LONG["checkpoint_steps"] + 1 if kind == "loss" else 0
+        )  # else there is nothing to load
+        step = str(random.randint(first, LONG["steps"] - 1))
+        calls.append(("killed_and_whole", [str(text), str(tmp_path / kind), kind, step], {}))
+    for call, process in zip(calls, apart(__file__, calls)):
+        assert process.code == 0, (call, process.errors)
+        whole, resumed = (weights(Path(call[1][1], name)) for name in ("whole", "killed"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), call
 
 
 def test_resume_wants_the_same_masks(text, tmp_path):
@@ -176,12 +244,29 @@ def test_resume_wants_the_same_masks(text, tmp_path):
         ({"vocab_size": 8}, "vocab_size is 8; expected 32 or more"),
         ({"model": "5l-100"}, "no student or model 5l-100"),
         ({"steps": 0}, "steps is 0"),
-        ({"fsdp": True}, "this is one: use torchrun"),
     ],
 )
 def test_refusals(text, tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(text, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [((), "over GPUs, and this run is on "), (("cpu", "cuda"), "this is one: use torchrun")],
+)
+def test_sharding_where_it_cannot_be(text, tmp_path, monkeypatch, devices, message):
+    monkeypatch.setattr(recipe, "SHARDED_ON", devices)
+    with pytest.raises(ValueError, match=message):
+        run(text, tmp_path / "out", fsdp=True)
+
+
+def test_a_vocabulary_does_not_say_whether_case_counts(text, tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    with pytest.raises(
+        ValueError, match=r"holds vocab\.txt alone.*tokenizer_config\.json beside it"
+    ):
+        run(text, tmp_path / "out", tokenizer=tmp_path)
 
 
 def test_two_vocabularies_are_refused(text, tmp_path):

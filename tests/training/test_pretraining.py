@@ -15,6 +15,7 @@ from tinybert_fast.training.pretraining import Objectives, PreTraining, PreTrain
 
 FP32 = {"atol": 2e-5, "rtol": 1e-5}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LOUD = 0.3  # standard deviation of weights: what attention sees must show in the losses
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,8 @@ def batch_of(tokenizer, examples, objectives, **masking):
 
 def model_of(tokenizer, *, fast):
     torch.manual_seed(0)
-    model = BertForPreTraining(tiny_config(vocab_size=len(tokenizer), **NO_DROPOUT))
+    config = tiny_config(vocab_size=len(tokenizer), initializer_range=LOUD, **NO_DROPOUT)
+    model = BertForPreTraining(config)
     torch.nn.init.normal_(model.cls.predictions.bias)
     return tbf.accelerate(model) if fast else model
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if logging.getLogger("tinybert_fast").isEnabledFor(logging.DEBUG):
             raise  # --verbose
         _stop(str(error) or type(error).__name__)
-    except ConnectionError as error:  # of the processes of one run
+    except (ConnectionError, ChildProcessError) as error:  # another process of the run has ended
         _stop(str(error), code=1)
     except OSError as error:
         if error.errno not in DISK_FULL:

@@ -118,7 +118,7 @@ def pretrain(
         float, typer.Option(help="Share of masked tokens.", rich_help_panel=LEARNT)
     ] = 0.15,
     ratio_end: Annotated[
-        float | None, typer.Option(help="At the last step.", rich_help_panel=LEARNT)
+        float | None, typer.Option(help="At the end of training.", rich_help_panel=LEARNT)
     ] = None,
     ratio_schedule: Annotated[
         str, typer.Option(help="constant, linear or cosine.", rich_help_panel=LEARNT)
@@ -184,7 +184,7 @@ def pretrain(
     fsdp: Annotated[
         bool,
         typer.Option(
-            "--fsdp", help="Share out parameters over the processes.", rich_help_panel=HOW
+            "--fsdp", help="Share out the model over the GPUs of torchrun.", rich_help_panel=HOW
         ),
     ] = False,
     accelerate: options.Accelerate = True,

@@ -52,15 +52,24 @@ class LengthGroupedSampler(Sampler[int]):
     Shuffle, sort by length within windows of WINDOW_BATCHES batches, cut into batches, shuffle
     these. With `batch_size` = the examples of one optimizer step, all ranks of a step get equal
     work, and steps do not depend on the number of ranks. The longest batch comes first, so that
-    memory runs out at once or not at all; the incomplete one comes last.
+    memory runs out at once or not at all; the incomplete one comes last, or with `drop_last` not at
+    all.
 
     The order is a function of (seed, epoch) alone, never of torch's generator: an epoch resumed in
     the middle goes on with the same batches.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int = 0):
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        drop_last: bool = False,
+    ):
         self.lengths = np.asarray(lengths)
         self.chunk = batch_size
+        self.rest = 0 if drop_last else len(self.lengths) % batch_size
         self.window = batch_size * WINDOW_BATCHES
         self.seed = seed
         self.epoch = 0
@@ -69,13 +78,13 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) // self.chunk * self.chunk + self.rest
 
     def __iter__(self) -> Iterator[int]:
         draw = np.random.default_rng((self.seed, self.epoch))
         order = draw.permutation(len(self.lengths))
         whole = len(order) // self.chunk * self.chunk
-        rest = order[whole:]
+        rest = order[whole : whole + self.rest]
         chunks = []
         for start in range(0, whole, self.window):
             part = order[start : min(start + self.window, whole)]
@@ -88,9 +97,14 @@ class LengthGroupedSampler(Sampler[int]):
         return iter(np.concatenate([*chunks, rest]).tolist())
 
 
+def lengths_of(encoded) -> np.ndarray:
+    """(rows,), at once: a column of a dataset gives its numbers one by one."""
+    return encoded.with_format("numpy")["length"][:]
+
+
 def sort_by_length(encoded) -> tuple:
     """(the encoded examples, longest first; their original indices (rows,)): the least padding for
     evaluation.
     """
-    order = np.argsort(-np.asarray(encoded["length"]), kind="stable")
+    order = np.argsort(-lengths_of(encoded), kind="stable")
     return encoded.select(order), order

@@ -89,5 +89,5 @@ class CorpusPart(Corpus):
             number += line is None
 
     def __str__(self) -> str:
-        which = f"each {self.every}th document" if self.held_out else "what is not held out"
+        which = f"one document in {self.every}" if self.held_out else "what is not held out"
         return f"{which} of {super().__str__()}"

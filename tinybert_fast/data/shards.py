@@ -182,7 +182,10 @@ def write_shards(
             sentence_counts=[writer.spread[i] for i in range(size)],
         )
         if nsp and manifest.unrelated == manifest.examples:
-            log.warning("no pair has two sentences in a row: next-sentence prediction is no task")
+            log.warning(
+                "no pair has two sentences in a row, so next-sentence prediction is no task: does "
+                "the text have sentence ends, or a sentence in each line? --no-nsp trains without"
+            )
         atomic_write(target / MANIFEST, json.dumps(vars(manifest)))
     return manifest
 
@@ -252,13 +255,22 @@ def shards_of(
     """The corpus as examples: opened in ``folder`` if they were made there before, else written.
 
     Their sub-folder is named after the text, the tokenizer and ``options`` (of ``write_shards``),
-    so what is found under the name is what would be written.
+    so what is found under the name is what would be written. ValueError: the text has changed since
+    it was ``found``.
     """
     rules = (corpus.sentences, fingerprint(tokenizer), sorted(options.items()), FORMAT)
     key = hashlib.sha256(repr((found.corpus, rules)).encode()).hexdigest()[:16]
     target = Path(folder) / f"shards-{key}"
     if not (target / MANIFEST).exists():
-        write_shards(corpus, tokenizer, target, processes=processes, progress=progress, **options)
+        made = write_shards(
+            corpus, tokenizer, target, processes=processes, progress=progress, **options
+        )
+        if made.corpus != found.corpus:
+            shutil.rmtree(target)
+            raise ValueError(
+                f"{corpus} changed after this run had first read it; start again when nothing "
+                "writes to it"
+            )
     return open_shards(target, tokenizer)
 
 
@@ -285,8 +297,8 @@ def _check_text(corpus: Corpus, documents: int, nsp: bool) -> None:
     if nsp and documents == 1:
         raise ValueError(
             f"{corpus} is one document, and next-sentence pairs need sentences of another: give "
-            "more documents (a blank line ends one; documents='files' takes each file for one), or "
-            "train without pairs (nsp=False, --no-nsp)"
+            "more documents (a blank line ends one; documents='files', --documents files: a file "
+            "is one), or train without pairs (nsp=False, --no-nsp)"
         )
 
 
@@ -312,6 +324,12 @@ def _backend(tokenizer):
     ]
     if missing:
         raise ValueError(f"{type(tokenizer).__name__} has no {', '.join(missing)}")
+    last = max(tokenizer.get_vocab().values())
+    if last >= len(tokenizer):
+        raise ValueError(
+            f"{type(tokenizer).__name__} numbers its {len(tokenizer)} tokens up to {last}; "
+            "expected no gap (a token that stands twice in vocab.txt leaves one)"
+        )
     return backend
 
 

@@ -36,7 +36,7 @@ def in_order(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise ChildProcessError(
                 "a worker process was ended from outside (out of memory?); use fewer processes"
             ) from error
         finally:

@@ -4,6 +4,7 @@ resumes exactly.
 
 import logging
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from tinybert_fast.data import LengthGroupedSampler
+from tinybert_fast.data.collate import lengths_of
 from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
@@ -105,6 +107,8 @@ def training_arguments(
     if gpus > 1:
         _one_gpu_of(gpus)
         arguments._n_gpu = 1  # several are nn.DataParallel's, which does not split a batch's layout
+    if arguments.device.type == "cpu":  # several processes: cpu:0, from which torch.load shrinks
+        arguments.__dict__["_setup_devices"] = torch.device("cpu")
     return arguments
 
 
@@ -192,7 +196,9 @@ class RunTrainer(transformers.Trainer):
             * self.args.gradient_accumulation_steps
             * self.args.world_size
         )
-        sampler = LengthGroupedSampler(dataset["length"], of_a_step, seed=seed)
+        sampler = LengthGroupedSampler(
+            lengths_of(dataset), of_a_step, seed=seed, drop_last=self.args.dataloader_drop_last
+        )
         self.remove_callback(SetEpoch)
         self.add_callback(SetEpoch(sampler))
         return sampler
@@ -230,6 +236,15 @@ class TermsTrainer(RunTrainer):
     @property
     def inner(self) -> Any:
         return getattr(self.model, self.inside)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # Sums of losses, and counts, leave the forward as they are; gradients add up in fp32.
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
 
     def sum_of(self, terms: dict[str, Tensor], *, training: bool) -> Tensor:
         """The loss; in training the terms are remembered for the log."""

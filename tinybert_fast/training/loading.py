@@ -37,6 +37,7 @@ BERT: dict[type, type] = {
 }
 OF_BERT = {"num_hidden_layers", "type_vocab_size"}  # fields of such a config
 OFFICIAL = "fit_dense"  # what only the TinyBERT authors' classes keep among their weights
+DESCRIPTIONS = ("tokenizer.json", "tokenizer_config.json", "config.json")
 
 
 def check_model_path(path: str | Path) -> str:
@@ -61,6 +62,12 @@ def load_config(path: str | Path):
 
 def load_tokenizer(path: str | Path):
     """Of a model folder, or one that holds a tokenizer alone."""
+    if has_tokenizer(path) and not any((Path(path) / name).exists() for name in DESCRIPTIONS):
+        raise ValueError(
+            f"{path} holds vocab.txt alone, which does not say whether case counts; put a file "
+            'tokenizer_config.json beside it: {"tokenizer_class": "BertTokenizer", '
+            '"do_lower_case": true} or false'
+        )
     return _load(AutoTokenizer, path, alone=has_tokenizer(path))
 
 

@@ -65,10 +65,15 @@ class Masking:
                 f"direction={self.direction!r} is for weights {' and '.join(BY_COUNTS)}; "
                 f"got {str(self.weights)!r}"
             )
+        if self.weights in MOST:  # one token, for what the numbers are refused for
+            direction = self.direction or DIRECTIONS[0]
+            count_weights([1], direction, alpha=self.alpha, most=self._most)
         for name, path in (("weights", self._table), ("positions", self.positions)):
             if path is not None and not Path(path).is_file():
                 known = f"{', '.join(WEIGHTS)} or a file" if name == "weights" else "a file"
                 raise ValueError(f"{name} is {str(path)!r}; expected {known}")
+        if self.positions is not None:
+            read_position_weights(self.positions)
 
     @property
     def over_steps(self) -> RatioSchedule:

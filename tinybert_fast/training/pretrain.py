@@ -33,13 +33,14 @@ from tinybert_fast.training.recipe_parts import (
     usage,
 )
 from tinybert_fast.training.report import panels_of, table
-from tinybert_fast.training.run_folder import RunFolder, weights_digest
+from tinybert_fast.training.run_folder import RunFolder, agree, weights_digest
 from tinybert_fast.training.students import PRESETS, Student
 
 log = logging.getLogger(__name__)
 
 Source = str | Path | Sequence[str | Path] | Corpus
 HELD_OUT_RATIO = 0.15
+SHARDED_ON = ("cuda",)  # where accelerate shards models; on a CPU it copies them and says nothing
 # The packed encoder reads a layer's weights without calling the layer, so layers are not sharded
 # one by one: the model is one unit.
 FSDP: dict[str, Any] = {
@@ -109,15 +110,19 @@ def pretrain(
         bidirectional, masking: ``training/pretraining.py``, ``training/masking.py``.
         batch_size: per device and micro-batch; a step reads batch_size x accumulation x processes
             examples, and an incomplete last step of an epoch is left out.
-        fsdp: shards parameters, gradients and optimizer over the processes instead of copying them.
+        fsdp: shards parameters, gradients and optimizer over the GPUs instead of copying them.
 
     Raises:
         ValueError, OSError: as ``write_shards``; settings that contradict each other; a corpus with
             fewer examples than one step reads.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
+    folder = Path(run.path / "data" if data is None else data)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{data} is a file; expected a folder for tokenizer and shards")
     masking = masking or Masking()
     objectives = Objectives(mlm, nsp, bidirectional)
+    objectives.check_packed(accelerate)
     if not objectives.masks and masking != Masking():
         raise ValueError("masking options are of no use here: this training masks nothing")
     at_least_one(steps=steps, checkpoint_steps=checkpoint_steps, eval_steps=eval_steps)
@@ -173,13 +178,17 @@ def pretrain(
         "processes": arguments.world_size,
         **recipe,
     }
+    if fsdp and arguments.device.type not in SHARDED_ON:
+        raise ValueError(
+            f"fsdp shares a model out over GPUs, and this run is on {arguments.device.type}; leave "
+            "out --fsdp: each process then holds the model"
+        )
     if fsdp and arguments.world_size == 1:
         raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
+    agree(settings)
     if run.finished(settings):
         return run.metrics()
-    run.begin(settings)
 
-    folder = Path(run.path / "data" if data is None else data)
     making: dict[str, Any] = {"processes": processes, "progress": progress and run.main}
     with arguments.main_process_first(local=False):  # the others find what it made
         start.get_tokenizer(parts["train"], found["train"], folder, making["progress"])
@@ -187,6 +196,7 @@ def pretrain(
             name: shards_of(part, found[name], start.tokenizer, folder, **making, **pairing)
             for name, part in parts.items()
         }
+    agree({f"examples of {name}": len(one.examples) for name, one in shards.items()})
     _check_examples(shards["train"], batch_size * accumulation * arguments.world_size)
     set_seed(seed)  # of new weights
     pupil = start.build()
@@ -198,6 +208,7 @@ def pretrain(
         if objectives.masks
         else PreTrainingCollator(text, mlm=False)
     )
+    run.begin(settings)
     trainer = PreTrainingTrainer(
         pupil,
         collator=collator,

@@ -59,6 +59,18 @@ class Objectives:
                 f"bidirectional={self.bidirectional!r} is a loss of tokens; it needs mlm=True"
             )
 
+    def check_packed(self, packed: bool) -> None:
+        """A causal pass reads rows without padding, of an accelerated model."""
+        if self.bidirectional == "causal" and not packed:
+            raise ValueError(
+                "bidirectional='causal' needs packed rows: accelerate the model (no --plain)"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Of the encoder over a batch."""
+        return 2 if self.bidirectional == "causal" else 1
+
     @property
     def masks(self) -> bool:
         return self.mlm and self.bidirectional != "causal"
@@ -143,10 +155,7 @@ class PreTraining(nn.Module):
             unused += [model.bert.pooler, heads.seq_relationship]
         for module in unused:  # their weights stay as they are
             module.requires_grad_(False)
-        if objectives.bidirectional == "causal" and not is_accelerated(model):
-            raise ValueError(
-                "bidirectional='causal' needs packed rows: accelerate the model (no --plain)"
-            )
+        objectives.check_packed(is_accelerated(model))
 
     def forward(self, batch: Mapping[str, Any], *, each: bool = False, scores: bool = False) -> Any:
         """(sums of the terms, fp32 scalars by name; None). With ``each``, in the place of None, the
@@ -308,7 +317,7 @@ class PreTrainingTrainer(TermsTrainer):
         self.waited += time.perf_counter() - start
         counts = torch.tensor([0] * len(self._names), dtype=torch.float64)
         for batch in batches:
-            self.tokens += sum(batch["lengths"])
+            self.tokens += sum(batch["lengths"]) * self.batches.objectives.passes
             found = [len(batch["targets"][term][1]) for term in self._names if term != "nsp"]
             if self.batches.objectives.nsp:
                 found.append(len(batch["next_sentence_label"]))

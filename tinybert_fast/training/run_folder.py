@@ -308,6 +308,27 @@ def weights_digest(model: str | Path) -> str | None:
     return digest.hexdigest()[:16] if files else None
 
 
+def agree(facts: Mapping[str, Any]) -> None:
+    """ValueError on every process of a run if one has other facts (JSON values) than process 0.
+
+    They would average gradients of different things, or wait for each other's steps.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, _as_json(facts))
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        changed = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"the processes of this run disagree ({name} is {first.get(name)!r} in process 0, "
+                f"{other.get(name)!r} in process {rank}); give all of them the same files and "
+                "options"
+            )
+
+
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
     """As they are read back: tuples become lists."""
     return json.loads(json.dumps(settings))
