@@ -45,17 +45,27 @@ def masked_lm_loss(
 
 
 def vocabulary_loss(
-    predictions: Any, hidden: Tensor, labels: Tensor, *, impl: Any = "auto"
+    predictions: Any,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    reduction: str = "mean",
+    impl: Any = "auto",
 ) -> Tensor:
-    """Mean cross-entropy of rows (R, C) with labels (R,), 0 if there is none."""
+    """Cross-entropy of rows (R, C) with labels (R,): the mean, 0 if there is none, the sum, or each
+    ("none").
+    """
     hidden = _transform(predictions.transform, hidden, impl)
     decoder = predictions.decoder
     if is_plain(decoder):
         every = torch.arange(hidden.shape[0], device=hidden.device)
         return ops.linear_cross_entropy(
-            hidden, decoder.weight, decoder.bias, every, labels, impl=impl
+            hidden, decoder.weight, decoder.bias, every, labels, reduction=reduction, impl=impl
         )
-    return F.cross_entropy(decoder(hidden), labels, reduction="sum") / max(1, len(labels))
+    logits = decoder(hidden).float()
+    if reduction == "mean":
+        return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+    return F.cross_entropy(logits, labels, reduction=reduction)
 
 
 def _transform(transform: Any, hidden: Tensor, impl: Any) -> Tensor:

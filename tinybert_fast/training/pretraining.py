@@ -169,16 +169,16 @@ class PreTraining(nn.Module):
         for run in runs:
             for term, states in run.terms.items():
                 labels = batch["targets"][term][1]
+                losses = vocabulary_loss(
+                    self.model.cls.predictions,
+                    states,
+                    labels,
+                    reduction="none" if each else "sum",
+                    impl=self.impl,
+                )
+                sums[term] = losses.sum()
                 if each:
-                    logits = predict(self.model.cls.predictions, states, impl=self.impl).float()
-                    losses = F.cross_entropy(logits, labels, reduction="none")
                     single.append(losses.detach())
-                    sums[term] = losses.sum()
-                else:
-                    mean = vocabulary_loss(
-                        self.model.cls.predictions, states, labels, impl=self.impl
-                    )
-                    sums[term] = mean * len(labels)
         if self.objectives.nsp:
             labels = batch["next_sentence_label"]
             order = self.order_of(runs[-1].first, labels)
