@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class Setup:
     seed: int = 0
     smoke: bool = False
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
@@ -35,7 +39,11 @@ class Outcome:
     gradients: dict[str, Tensor]
 
 
-class Disagreement(RuntimeError):
+class Failed(RuntimeError):
+    """Some cases gave no rows; the message says why. The others' rows are shown and written."""
+
+
+class Disagreement(Failed):
     """Providers of one case computed different things; the message says which and by how much."""
 
 
@@ -56,6 +64,13 @@ class Provider(Protocol):
 
     def outcome(self, what: str, dtype: str) -> Outcome:
         """Loss and gradients at dropout 0 on the inputs of the check ``what``."""
+
+
+class Work(NamedTuple):
+    """What a job needs at least, whoever does it: each operand read once, each result written."""
+
+    flops: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,14 @@ class Case:
     checks: tuple[Check, ...]
     dtypes: tuple[str, ...] | None = None  # its only ones; by default those that are asked for
     calls: int = 1  # in a row that one measurement is the mean of, where one call is short
+    phase: str = "both"  # what of it is timed: "forward", "backward", "both"
+    work: Callable[[str], Work] | None = None  # of what is timed, by dtype
+    captured: bool = False  # on a GPU also timed as a CUDA graph of those calls
+
+    @property
+    def title(self) -> str:
+        which = "" if self.phase == "both" else f" {self.phase}"
+        return f"{self.name} N={self.width}{which}"
 
     @property
     def valid_fraction(self) -> float:

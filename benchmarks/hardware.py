@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -16,8 +17,12 @@ import torch
 import tinybert_fast
 
 Fact = str | int
-MATMUL = (2048, 768, 3072)  # tokens, BERT-base's width, its FFN's
-MATMUL_RUNS = 5
+# Rows, inner size and columns of the product: on a CPU BERT-base's largest of 2,048 tokens, on a
+# GPU one that fills it.
+MATMUL = {"cpu": (2048, 768, 3072), "cuda": (8192, 8192, 8192)}
+COPIED = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes, many times the caches
+CEILING_RUNS = 5
+TUNING_RUNS = 2
 
 
 def facts(device: torch.device) -> dict[str, Fact]:
@@ -30,10 +35,12 @@ def facts(device: torch.device) -> dict[str, Fact]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if cuda else "none",
+        "driver": _driver() if cuda else "none",
         "bf16_hardware": "yes" if has_bf16(device) else "no",
         "tinybert_fast": tinybert_fast.__version__,
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda) if cuda else "none",
+        "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
         "transformers": _version("transformers"),
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -53,19 +60,50 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
-    """What the machine gives BERT's largest product, the ceiling of a step: GFLOP/s, the best of
-    MATMUL_RUNS of (2048, 768) by (768, 3072)."""
-    rows, inner, columns = MATMUL
+    """The machine's ceiling of arithmetic: GFLOP/s of one large product (MATMUL) of normal numbers,
+    the best of CEILING_RUNS."""
+    rows, inner, columns = MATMUL[device.type]
     x = torch.randn(rows, inner, device=device, dtype=dtype)
     weight = torch.randn(columns, inner, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(MATMUL_RUNS):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2e-9 * rows * inner * columns / best
+    seconds = _best(device, lambda: torch.nn.functional.linear(x, weight))
+    return 2e-9 * rows * inner * columns / seconds
+
+
+def copy_gbytes(device: torch.device) -> float:
+    """The machine's ceiling of traffic: GB/s read and written by one large copy (COPIED)."""
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = _best(device, lambda: target.copy_(source))
+    return 2e-9 * COPIED[device.type] / seconds
+
+
+def _best(device: torch.device, call: Callable[[], object]) -> float:
+    clock = Clock(device)
+    return min(clock(call) for _ in range(CEILING_RUNS))
+
+
+class Clock:
+    """Seconds that a call takes: of the wall on a CPU, of the device on a GPU, by its events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        torch.cuda.synchronize(self.device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
+
+    def best(self, call: Callable[[], object]) -> float:
+        """The fastest of a few runs."""
+        return min(self(call) for _ in range(TUNING_RUNS))
 
 
 def usable_cores() -> int:
@@ -99,6 +137,17 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return head + ("+" if changed else "")
+
+
+@cache
+def _driver() -> str:
+    """As nvidia-smi says it; "unknown" without it."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.split()[0]
 
 
 def _git(folder: Path, *words: str) -> str:

@@ -5,12 +5,14 @@ For every case, at full size:
 2. at dropout 0 the providers must agree in loss and gradients, or no speed is printed at all;
 3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios, so what
    disturbs the machine for a while disturbs both sides;
-4. one more run of each under the allocation profiler gives its peak memory;
-5. if asked for, one more of ours under the time profiler shows where its time goes (breakdown.py).
+4. on a GPU, calls of a single op are timed as CUDA graphs too, in rounds of their own;
+5. one more run of each under the allocation profiler gives its peak memory;
+6. if asked for, one more of ours under the time profiler shows where its time goes (breakdown.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Collection
@@ -26,22 +28,31 @@ from tinybert_fast.benchmarks.breakdown import show as show_breakdown
 from tinybert_fast.benchmarks.case import (
     BASELINE,
     CAREFUL,
+    DTYPES,
     OURS,
     Case,
     Cases,
     Disagreement,
+    Failed,
     Outcome,
     Setup,
+    Work,
 )
-from tinybert_fast.benchmarks.hardware import facts, has_bf16, matmul_gflops
+from tinybert_fast.benchmarks.graphs import Replay
+from tinybert_fast.benchmarks.hardware import (
+    Clock,
+    copy_gbytes,
+    facts,
+    has_bf16,
+    matmul_gflops,
+)
 from tinybert_fast.benchmarks.memory import peak_bytes
 from tinybert_fast.benchmarks.table import (
     COLUMNS,
+    CsvFile,
     Row,
-    check_csv,
     growth_exponents,
     show,
-    write_csv,
     write_json,
 )
 
@@ -59,7 +70,6 @@ SMALLEST_NORM = 1e-3
 ROUNDS = {"cpu": 10, "cuda": 50}
 WARM_UP = {"cpu": 1, "cuda": 20}
 ROUNDS_SHORT = 3  # bf16 without instructions for it (slow, and nobody's figure), smoke runs
-TUNING_RUNS = 2
 WIDTH = 120  # columns of the printed table
 
 Lane = tuple[Any, str]  # provider, dtype
@@ -108,11 +118,14 @@ def run_suite(
     seed: int = 0,
     smoke: bool = False,
     profile: bool = False,
+    minutes: float | None = None,
     json_path: str | Path | None = None,
     csv_path: str | Path | None = None,
     console: Any = None,
 ) -> list[Row]:
     """Run a suite, print its table, write what was asked for, and return the rows (table.COLUMNS).
+
+    Files are written anew after every case, so what ends a run early leaves the rows before it.
 
     Args:
         suite: "step" (training steps), "ops" (losses by themselves, forward and backward), "memory"
@@ -126,11 +139,13 @@ def run_suite(
         device: "auto" takes a GPU if there is one.
         smoke: tiny models, seconds: shows that it works, its times mean nothing.
         profile: also show, and write to ``json_path``, where the time of our runs goes.
+        minutes: after which no further case begins.
         json_path: file to write; csv_path: file to append to.
         console: a rich Console for the table (stdout by default); progress goes to stderr.
 
     Raises:
-        Disagreement: providers differ in loss or gradients; nothing is written.
+        Disagreement: providers of a case differ in loss or gradients; no row of it is written.
+        Failed: several cases gave no rows. What a single one raised is raised as it is.
         ValueError: an argument that cannot be served.
     """
     from rich.console import Console
@@ -144,10 +159,11 @@ def run_suite(
     for what, value in (("--rounds", rounds), ("--threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{what} {value}: at least 1 is needed")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes {minutes}: more than 0 are needed")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"--dropout {dropout}: a probability in [0, 1) is needed")
-    if csv_path is not None:
-        check_csv(Path(csv_path))
+    file = CsvFile(Path(csv_path)) if csv_path is not None else None
     setup = Setup(_device(device), dropout=dropout, seed=seed, smoke=smoke)
     dtypes = DTYPE_CHOICES[dtype]
     emulated = "bf16" in dtypes and not has_bf16(setup.device)
@@ -157,39 +173,71 @@ def run_suite(
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     rows: list[Row] = []
     profiles: list[Breakdown] = []
+    failures: list[Exception] = []
     try:
         common = {"suite": suite, **facts(setup.device)}
-        rates = {
-            name: _digits(matmul_gflops(setup.device, kind))
-            for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-            if name in dtypes
-        }
-        for name, build in builders.items():
+        ceilings = _ceilings(setup.device, dtypes)
+        for build in builders.values():
             for case in build(setup):
-                with _progress(f"{name} N={case.width}") as say:
-                    rows += measure(case, dtypes, rounds, warm_up, setup.device, common, say)
-                    if profile:
-                        say("profile")
-                        profiles += profile_ours(case, dtypes, setup.device)
-                del case
-                gc.collect()
+                if deadline is not None and time.monotonic() > deadline:
+                    failures.append(Failed(f"{case.title}: not begun after {minutes} minutes"))
+                    continue
+                try:
+                    with _progress(case.title) as say, _stream(setup.device):
+                        found = measure(
+                            case, dtypes, rounds, warm_up, setup.device, common, say, ceilings
+                        )
+                        if profile:
+                            say("profile")
+                            profiles += profile_ours(case, dtypes, setup.device)
+                except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler raises
+                    failures.append(error)
+                    continue
+                finally:
+                    del case
+                    gc.collect()
+                rows += found
+                if suite == "memory":
+                    growth_exponents(rows)
+                if json_path is not None:
+                    write_json(Path(json_path), suite, rows, profiles)
+                if file is not None:
+                    file.write(rows)
     finally:
         torch.set_num_threads(before)
-    for row in rows:
-        row["matmul_gflops"] = rates.get(row["dtype"])
-    if suite == "memory":
-        growth_exponents(rows)
-    show(rows, console)
+    if rows:
+        show(rows, console)
     for found in profiles:
         title = f"{found['case']} N={found['width']}, {found['provider']} {found['dtype']}"
-        show_breakdown(found, title, rates.get(found["dtype"]), console)
-    if json_path is not None:
-        write_json(Path(json_path), suite, rows, profiles)
-    if csv_path is not None:
-        write_csv(Path(csv_path), rows)
+        rate = ceilings[found["dtype"]]["matmul_gflops"]
+        show_breakdown(found, title, rate, console)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise Failed("\n".join(str(error) for error in failures)) from failures[0]
     return rows
+
+
+def _ceilings(device: torch.device, dtypes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """What the machine gives at best, by dtype, in the columns of a row."""
+    copied = copy_gbytes(device)
+    return {
+        dtype: {
+            "matmul_gflops": _digits(matmul_gflops(device, DTYPES[dtype])),
+            "copy_gbytes": _digits(copied),
+        }
+        for dtype in dtypes
+    }
+
+
+def _stream(device: torch.device) -> Any:
+    """All of a case on one stream that can be captured, which the default one cannot."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 def measure(
@@ -200,8 +248,10 @@ def measure(
     device: torch.device,
     common: dict[str, Any],
     say: Callable[[str], None] = lambda _: None,
+    ceilings: dict[str, dict[str, float]] | None = None,
 ) -> list[Row]:
-    """The rows of one case; ``common`` are the columns that all rows of a run share."""
+    """The rows of one case; ``common`` are the columns that all rows of a run share, ``ceilings``
+    those that rows of a dtype do."""
     clock = Clock(device)
     dtypes = case.dtypes or dtypes
     lanes = [(provider, dtype) for dtype in dtypes for provider in case.providers]
@@ -216,22 +266,29 @@ def measure(
         for name, error in check(case, dtype).items():
             errors[name, dtype] = error
     times = interleave(lanes, rounds, warm_up, clock, say, case.calls)
+    graphs = replays(lanes, case, rounds, clock, say) if case.captured else {}
     say("peak memory")
     peaks = {
         (provider, dtype): peak_bytes(partial(provider.run, dtype), device)
         for provider, dtype in lanes
     }
 
-    by_role = {(provider.role, dtype): times[provider, dtype] for provider, dtype in lanes}
+    def ratio(role: str, lane: Lane, of: dict[Lane, list[float]], dtype: str) -> float | None:
+        theirs = [of[other] for other in of if (other[0].role, other[1]) == (role, dtype)]
+        return speedup(theirs[0], of[lane]) if theirs and lane in of else None
+
     rows = []
     for lane in lanes:
         provider, dtype = lane
         mine = times[lane]
         p20, median, p80 = quantiles(mine, (0.2, 0.5, 0.8))
+        graph = quantiles(graphs[lane], (0.5,))[0] if lane in graphs else None
+        ceiling = (ceilings or {}).get(dtype, {})
         loss_error, gradient_error = errors.get((provider.name, dtype), (None, None))
         row = dict.fromkeys(COLUMNS)
         row.update(
             common,
+            **ceiling,
             case=case.name,
             provider=provider.name,
             role=provider.role,
@@ -248,15 +305,60 @@ def measure(
             p20_ms=_digits(1e3 * p20),
             p80_ms=_digits(1e3 * p80),
             tokens_per_s=_digits(case.valid_tokens / median),
-            speedup_a=speedup(by_role.get((BASELINE, dtype)), mine),
-            speedup_b=speedup(by_role.get((CAREFUL, dtype)), mine),
-            speedup_a_fp32=speedup(by_role.get((BASELINE, "fp32")), mine),
+            speedup_a=ratio(BASELINE, lane, times, dtype),
+            speedup_b=ratio(CAREFUL, lane, times, dtype),
+            speedup_a_fp32=ratio(BASELINE, lane, times, "fp32"),
+            graph_ms=_digits(None if graph is None else 1e3 * graph),
+            graph_speedup_a=ratio(BASELINE, lane, graphs, dtype),
+            graph_speedup_b=ratio(CAREFUL, lane, graphs, dtype),
             peak_mib=_digits(peaks[lane] / 2**20),
             loss_error=_digits(loss_error),
             gradient_error=_digits(gradient_error),
         )
+        row["pass"] = case.phase
+        if case.work is not None:
+            row.update(_achieved(case.work(dtype), median if graph is None else graph, ceiling))
         rows.append(row)
     return rows
+
+
+def _achieved(work: Work, seconds: float, ceiling: dict[str, float]) -> dict[str, float | None]:
+    """Rates of a job, and the least time that the machine's ceilings allow it."""
+    bound = None
+    if ceiling:
+        arithmetic = work.flops / (1e9 * ceiling["matmul_gflops"])
+        bound = max(arithmetic, work.bytes / (1e9 * ceiling["copy_gbytes"]))
+    return {
+        "tflops": _digits(1e-12 * work.flops / seconds),
+        "gbytes_per_s": _digits(1e-9 * work.bytes / seconds),
+        "bound_ms": _digits(None if bound is None else 1e3 * bound),
+    }
+
+
+def replays(
+    lanes: list[Lane],
+    case: Case,
+    rounds: int,
+    clock: Clock,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[Lane, list[float]]:
+    """As ``interleave``, of the case's calls as CUDA graphs; without the lanes that can't be
+    captured. On a CPU there are none."""
+    if clock.device.type == "cpu":
+        return {}
+    graphs: dict[Lane, Lane] = {}
+    for provider, dtype in lanes:
+        say(f"{provider.name} {dtype}: capturing")
+        with contextlib.suppress(RuntimeError):
+            calls = partial(_several, provider, dtype, case.calls)
+            graphs[provider, dtype] = (Replay(calls), dtype)
+    times = interleave(list(graphs.values()), rounds, 1, clock, say)
+    return {lane: [t / case.calls for t in times[graph]] for lane, graph in graphs.items()}
+
+
+def _several(provider: Any, dtype: str, calls: int) -> None:
+    for _ in range(calls):
+        provider.run(dtype)
 
 
 def profile_ours(case: Case, dtypes: tuple[str, ...], device: torch.device) -> list[Breakdown]:
@@ -275,28 +377,6 @@ def profile_ours(case: Case, dtypes: tuple[str, ...], device: torch.device) -> l
     ]
 
 
-class Clock:
-    """Seconds that a call takes, the device's work included."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        self.wait()
-        start = time.perf_counter()
-        call()
-        self.wait()
-        return time.perf_counter() - start
-
-    def best(self, call: Callable[[], Any]) -> float:
-        """The fastest of a few runs."""
-        return min(self(call) for _ in range(TUNING_RUNS))
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 def interleave(
     lanes: list[Lane],
     rounds: int,
@@ -312,7 +392,7 @@ def interleave(
         gc.collect()  # rather now than inside somebody's time
         for lane in lanes:
             provider, dtype = lane
-            seconds = clock(lambda: [provider.run(dtype) for _ in range(calls)])  # noqa: B023
+            seconds = clock(partial(_several, provider, dtype, calls))
             if number >= 0:
                 times[lane].append(seconds / calls)
     return times
@@ -401,8 +481,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _digits(value: float | None) -> float | None:
-    """Four significant digits: more would be noise."""
+def _digits(value: Any) -> Any:
+    """Four significant digits, more would be noise; None as it is."""
     return None if value is None else float(f"{value:.4g}")
 
 

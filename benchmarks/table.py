@@ -21,6 +21,7 @@ COLUMNS = {
     "case": "what is computed (benchmarks/cases)",
     "provider": "who computes it",
     "role": "a: as it comes; b: as a careful user writes it; ours",
+    "pass": "forward, backward or both",
     "dtype": "fp32, or bf16 autocast over fp32 weights, or int64",
     "batch": "sequences B",
     "width": "padded length N",
@@ -37,6 +38,12 @@ COLUMNS = {
     "speedup_a": "median over rounds of time(a) / time, same dtype",
     "speedup_b": "median over rounds of time(b) / time, same dtype",
     "speedup_a_fp32": "median over rounds of time(a in fp32) / time",
+    "graph_ms": "GPU: the same calls as one CUDA graph, which leaves out launches; median",
+    "graph_speedup_a": "as speedup_a, of graph_ms",
+    "graph_speedup_b": "as speedup_b, of graph_ms",
+    "tflops": "needed operations / (graph_ms, or median_ms without it), 1e12/s",
+    "gbytes_per_s": "needed bytes, likewise: each operand read once, each result written once",
+    "bound_ms": "predicted least time: at matmul_gflops or at copy_gbytes, whichever takes longer",
     "peak_mib": "largest memory alive during one run beyond what was alive before it",
     "growth": "exponent of peak_mib in N over this provider's three longest N",
     "loss_error": "largest relative difference from the check's reference at dropout 0",
@@ -47,11 +54,14 @@ COLUMNS = {
     "cores": "usable by the process",
     "threads": "used",
     "gpu": "model",
+    "driver": "version",
     "matmul_gflops": "of one large matrix product in the row's dtype, measured in the same run",
+    "copy_gbytes": "GB/s read and written by one large copy, measured in the same run",
     "bf16_hardware": "no: bf16 is emulated here, its times say nothing about hardware that has it",
     "tinybert_fast": "version",
     "torch": "version",
     "cuda": "version",
+    "cudnn": "version",
     "transformers": "version",
     "triton": "version",
     "python": "version",
@@ -69,24 +79,28 @@ def to_csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Append to ``path``, header first in a new file. Refuses a file with other columns."""
-    check_csv(path)
-    header, _, new = to_csv(rows).partition("\n")
-    old = path.read_text(encoding="utf-8") if path.exists() else header + "\n"
-    atomic_write(path, old + ("" if old.endswith("\n") else "\n") + new)
+class CsvFile:
+    """A file that rows are appended to, header first in a new one.
 
+    Raises:
+        ValueError: the file is there and has other columns: rows must not shift them.
+    """
 
-def check_csv(path: Path) -> None:
-    """ValueError if ``path`` is there and its header is not ours: rows must not shift columns."""
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            found = file.readline().strip()
-        if found != ",".join(COLUMNS):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        header = ",".join(COLUMNS)
+        self._before = path.read_text(encoding="utf-8") if path.exists() else header + "\n"
+        found = self._before.partition("\n")[0]
+        if found != header:
             raise ValueError(
                 f"{path} has other columns than the benchmark table ({found[:60]!r} ...); "
                 "rows are appended, so name a new file"
             )
+        self._before = self._before.removesuffix("\n") + "\n"
+
+    def write(self, rows: list[Row]) -> None:
+        """All rows of this run, behind those that were there before it."""
+        atomic_write(self._path, self._before + to_csv(rows).partition("\n")[2])
 
 
 def write_json(
@@ -127,7 +141,8 @@ def show(rows: list[Row], console: Any) -> None:
     """A printed table per case, and beneath it where it was measured."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = (row["case"],) if row["growth"] is not None else (row["case"], row["width"])
+        grows = row["growth"] is not None
+        key = (row["case"],) if grows else (row["case"], row["width"], row["pass"])
         groups.setdefault(key, []).append(row)
     for group in groups.values():
         console.print((_growth if group[0]["growth"] is not None else _speed)(group))
@@ -165,13 +180,16 @@ def _speed(rows: list[Row]) -> Any:
         f"{first['case']}: B={first['batch']} N={first['width']}, "
         f"{first['valid_fraction']:.0%} real positions, dropout {first['dropout']}, "
         + ("no optimizer" if first["optimizer"] == "none" else f"{first['optimizer']} inside")
+        + ("" if first["pass"] == "both" else f", {first['pass']} alone")
     )
     for head in ("provider", "dtype"):
         table.add_column(head, no_wrap=True)
     across = len({row["dtype"] for row in rows}) > 1
     ratios = ["speedup_a", "speedup_b", *(["speedup_a_fp32"] if across else [])]
     heads = ("x (a)", "x (b)", "x (a) fp32")
-    for head in ("ms", "p20 - p80", *heads[: len(ratios)], "tokens/s", "peak MiB"):
+    graphs = any(row["graph_ms"] for row in rows)
+    graph_heads = ("graph ms", "x (a)", "x (b)", "bound ms") if graphs else ()
+    for head in ("ms", "p20 - p80", *heads[: len(ratios)], *graph_heads, "tokens/s", "peak MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("setting")
     for row in rows:
@@ -180,11 +198,21 @@ def _speed(rows: list[Row]) -> Any:
             _milliseconds(row["median_ms"]),
             f"{_milliseconds(row['p20_ms'])} - {_milliseconds(row['p80_ms'])}",
             *(_number(row[ratio], ".2f") for ratio in ratios),
+            *(_graph(row) if graphs else ()),
             _number(row["tokens_per_s"], ",.0f"),
             _number(row["peak_mib"], ",.1f"),
             row["setting"],
         )
     return table
+
+
+def _graph(row: Row) -> tuple[str, ...]:
+    return (
+        _number(row["graph_ms"], ".4f"),
+        _number(row["graph_speedup_a"], ".2f"),
+        _number(row["graph_speedup_b"], ".2f"),
+        _number(row["bound_ms"], ".4f"),
+    )
 
 
 def _growth(rows: list[Row]) -> Any:

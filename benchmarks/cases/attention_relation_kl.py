@@ -14,7 +14,7 @@ from torch import Tensor
 from tinybert_fast import ops
 from tinybert_fast.benchmarks.baselines.attention_scores import scores
 from tinybert_fast.benchmarks.case import BASELINE, OURS, Case, Cases, Check, Setup
-from tinybert_fast.benchmarks.loss_call import LossCall
+from tinybert_fast.benchmarks.op_call import OpCall
 
 BATCH, HEADS, WIDTH, TEACHER_WIDTH = 8, 12, 26, 64
 LENGTHS = (128, 512)
@@ -53,8 +53,8 @@ def cases(setup: Setup, *, name: str, kind: str) -> Iterator[Case]:
             dropout=0.0,
             optimizer="none",
             providers=[
-                LossCall("autograd", BASELINE, partial(autograd, kind), operands, trained),
-                LossCall("ours", OURS, partial(ours, kind), operands, trained),
+                OpCall("autograd", BASELINE, partial(autograd, kind), operands, trained),
+                OpCall("ours", OURS, partial(ours, kind), operands, trained),
             ],
             checks=(Check(FULL, "autograd", ("ours",)),),
         )

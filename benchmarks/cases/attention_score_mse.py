@@ -14,7 +14,7 @@ from torch import Tensor
 from tinybert_fast import ops
 from tinybert_fast.benchmarks.baselines.attention_scores import gram_sum, official, scores
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Check, Setup
-from tinybert_fast.benchmarks.loss_call import LossCall
+from tinybert_fast.benchmarks.op_call import OpCall
 
 BATCH, HEADS, TEACHER_WIDTH = 8, 12, 64
 STUDENT_WIDTHS = (26, 64)
@@ -66,9 +66,9 @@ def case_of(
         dropout=0.0,
         optimizer="none",
         providers=[
-            LossCall("autograd", BASELINE, baseline, operands, 2),
-            LossCall("careful", CAREFUL, careful, operands, 2),
-            LossCall("ours", OURS, ops.attention_score_mse, operands, 2),
+            OpCall("autograd", BASELINE, baseline, operands, 2),
+            OpCall("careful", CAREFUL, careful, operands, 2),
+            OpCall("ours", OURS, ops.attention_score_mse, operands, 2),
         ],
         checks=(Check(FULL, "autograd", ("careful", "ours")),),
     )

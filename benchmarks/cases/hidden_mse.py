@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinybert_fast import ops
 from tinybert_fast.benchmarks.case import BASELINE, OURS, Case, Cases, Check, Setup
-from tinybert_fast.benchmarks.loss_call import LossCall
+from tinybert_fast.benchmarks.op_call import OpCall
 
 BATCH, WIDTH, TEACHER_WIDTH = 32, 128, 768
 STUDENT_WIDTHS = (312, 768)
@@ -45,8 +45,8 @@ def cases(setup: Setup, *, name: str, columns: int) -> Iterator[Case]:
         dropout=0.0,
         optimizer="none",
         providers=[
-            LossCall("autograd", BASELINE, autograd, call, 3),
-            LossCall("ours", OURS, ours, call, 3),
+            OpCall("autograd", BASELINE, autograd, call, 3),
+            OpCall("ours", OURS, ours, call, 3),
         ],
         checks=(Check(SAME, "autograd", ("ours",)),),
     )

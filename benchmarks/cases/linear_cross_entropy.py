@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinybert_fast import ops
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Check, Setup
-from tinybert_fast.benchmarks.loss_call import LossCall
+from tinybert_fast.benchmarks.op_call import OpCall
 
 BATCH, WIDTH, WORDS, RATIO = 32, 128, 30522, 0.15
 WIDTHS = (312, 768)
@@ -54,9 +54,9 @@ def cases(setup: Setup, *, name: str, columns: int) -> Iterator[Case]:
         dropout=0.0,
         optimizer="none",
         providers=[
-            LossCall("transformers", BASELINE, every_token, call, 3),
-            LossCall("careful", CAREFUL, labelled, call, 3),
-            LossCall("ours", OURS, ops.linear_cross_entropy, call, 3),
+            OpCall("transformers", BASELINE, every_token, call, 3),
+            OpCall("careful", CAREFUL, labelled, call, 3),
+            OpCall("ours", OURS, ops.linear_cross_entropy, call, 3),
         ],
         checks=(Check(SAME, "transformers", ("careful", "ours")),),
     )

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tinybert_fast import ops
-from tinybert_fast.benchmarks import runner, table
+from tinybert_fast.benchmarks import op_call, runner, table
 from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown
-from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup
+from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup, Work
 from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
     distill_step,
@@ -330,15 +330,53 @@ def test_disagreement_writes_nothing(tmp_path, monkeypatch, capsys):
         attention_score_mse.ops, "attention_score_mse", lambda q, k, p, r: (q * k).sum()
     )
     target = tmp_path / "rows.json"
-    with pytest.raises(runner.Disagreement, match="No speed is reported"):
+    with pytest.raises(runner.Failed, match="No speed is reported"):
         runner.run_suite("memory", smoke=True, json_path=target)
     assert "ms" not in capsys.readouterr().out
     assert not target.exists()
 
 
+def test_a_failed_case_leaves_the_others(tmp_path, monkeypatch):
+    right = runner.load_cases("ops")["hidden_mse_d312"]
+
+    def wrong(setup):
+        yield fake_case(Fake("a", "a", []), Fake("o", "ours", [], loss=3.0))
+
+    monkeypatch.setattr(runner, "load_cases", lambda suite: {"wrong": wrong, "right": right})
+    target = tmp_path / "rows.csv"
+    with pytest.raises(runner.Disagreement, match="fake in fp32"):
+        runner.run_suite("ops", smoke=True, rounds=1, csv_path=target)
+    with target.open(newline="") as file:
+        assert {row["case"] for row in csv.DictReader(file)} == {"hidden_mse_d312"}
+
+
+def test_no_case_begins_after_the_minutes(monkeypatch):
+    ticks = iter(range(0, 10_000, 70))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks))
+    with pytest.raises(runner.Failed, match="hidden_mse_d768 N=16: not begun after 2 minutes"):
+        runner.run_suite("ops", cases=["hidden"], smoke=True, rounds=1, minutes=2)
+
+
+def test_passes_of_an_op():
+    (case,) = runner.load_cases("ops")["hidden_mse_d312"](SMOKE)
+    case.work = lambda dtype: Work(flops=2e9, bytes=1e9)
+    ceilings = {"fp32": {"matmul_gflops": 1000.0, "copy_gbytes": 100.0}}
+    rows = [
+        row
+        for one in op_call.passes(case, "forward", "backward", "both")
+        for row in runner.measure(one, ("fp32",), 2, 1, CPU, facts(), ceilings=ceilings)
+    ]
+    assert [row["pass"] for row in rows] == ["forward"] * 2 + ["backward"] * 2 + ["both"] * 2
+    for row in rows:
+        assert row["bound_ms"] == 10.0  # 1e9 bytes at 100 GB/s take longer than the arithmetic
+        assert row["tflops"] == pytest.approx(2 / row["median_ms"], rel=1e-2)
+        assert row["graph_ms"] is None  # a CPU has none
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ({"minutes": 0}, "--minutes 0: more than 0"),
         ({"suite": "all"}, "--suite 'all' is not one of step, ops, memory, masking"),
         ({"cases": ["pretrain"]}, "--case 'pretrain' matches none of mlm_step, distill_step_b16"),
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
@@ -357,8 +395,10 @@ def test_bad_arguments(arguments, says):
 def test_csv_appends_and_refuses_other_columns(tmp_path):
     path = tmp_path / "results.csv"
     row = dict.fromkeys(table.COLUMNS, 1)
-    table.write_csv(path, [row])
-    table.write_csv(path, [row, row])
+    table.CsvFile(path).write([row])
+    again = table.CsvFile(path)
+    again.write([row])
+    again.write([row, row])  # all of its run, written anew
     assert len(path.read_text().splitlines()) == 1 + 3
     path.write_text("who,when\n")
     # Said before anything is measured, not after.

@@ -51,6 +51,9 @@ def bench(
             help="Also show where the time of our runs goes; --json gets it too, --csv does not.",
         ),
     ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="After which no further case begins.")
+    ] = None,
     tune: Annotated[
         bool,
         typer.Option(
@@ -76,7 +79,8 @@ def bench(
         return
     if head:
         raise ValueError("--head chooses what --tune tunes; give --tune too")
-    from tinybert_fast.benchmarks.runner import Disagreement, run_suite
+    from tinybert_fast.benchmarks.case import Failed
+    from tinybert_fast.benchmarks.runner import run_suite
 
     try:
         run_suite(
@@ -90,10 +94,11 @@ def bench(
             seed=seed,
             smoke=smoke,
             profile=profile,
+            minutes=minutes,
             json_path=json_file,
             csv_path=csv,
         )
-    except Disagreement as error:
+    except Failed as error:
         output.say(f"no speed is shown: {error}")
         raise typer.Exit(1) from None
 
