@@ -59,6 +59,7 @@ LOSS_HEADS = ((26, 64), (64, 64))  # TinyBERT-4 and -6 under BERT-base
 VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDES)]
 MODEL_HEADS = 12  # so that rows are as far apart as in BERT
 RELATIONS = ((26, 64), (32, 32), (64, 64), (128, 128))  # widths of student's and teacher's heads
+WIDENED = (1200, 3072)  # columns of TinyBERT-4's and BERT-base's wide layers
 COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
 WORDS = 30522  # BERT's
 ROWS = 64
@@ -276,6 +277,16 @@ def layer_norm_kernels(
     return found
 
 
+def bias_gelu_kernels(arch: int, columns: int, dtype: torch.dtype) -> list[Compiled]:
+    """Forward and backward of one call of bias_gelu."""
+    from tinybert_fast.kernels import bias_gelu
+
+    x, bias = torch.zeros(ROWS, columns, dtype=dtype), torch.zeros(columns)  # as under autocast
+    with compiling_for(arch) as found:
+        bias_gelu.backward(bias_gelu.forward(x, bias), x, bias)
+    return found
+
+
 def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     """The figures of one kernel."""
     constants, code = compiled.constants, compiled.code
@@ -402,6 +413,9 @@ def report(
         if op is None or op.endswith("layer_norm"):
             for columns in COLUMNS:
                 found += layer_norm_kernels(arch, columns, dtype, dropout_p)
+        if op in (None, "bias_gelu") and not dropout_p:
+            for columns in WIDENED:
+                found += bias_gelu_kernels(arch, columns, dtype)
         for compiled in found:
             if op in (None, compiled.op):
                 new = row(compiled, arch, dtype)

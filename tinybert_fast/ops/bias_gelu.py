@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
+    FLOATS,
     FLOATS_AND_DOUBLE,
+    TRITON_DEVICES,
     Impl,
     Limit,
     Limits,
@@ -15,20 +19,31 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.layer_norm import check_columns
+from tinybert_fast.ops.layer_norm import any_double, check_columns
 from tinybert_fast.reference.bias_gelu import bias_gelu as reference
 
-LIMITS = Limits("bias_gelu", torch=Limit(FLOATS_AND_DOUBLE))
+
+def _refuses(double: bool = False, **others: Any) -> str | None:
+    return "an operand is float64, and the kernels compute in fp32" if double else None
+
+
+LIMITS = Limits(
+    "bias_gelu",
+    torch=Limit(FLOATS_AND_DOUBLE),
+    triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
+)
 
 _forward = define(
     "bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor y",
     fake=lambda x, bias: torch.empty_like(x),
     torch="tinybert_fast.tuned.bias_gelu:forward",
+    triton="tinybert_fast.kernels.bias_gelu:forward",
 )
 _backward = define(
     "bias_gelu_bwd(Tensor grad, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
     fake=lambda grad, x, bias: (torch.empty_like(x), torch.empty_like(bias)),
     torch="tinybert_fast.tuned.bias_gelu:backward",
+    triton="tinybert_fast.kernels.bias_gelu:backward",
 )
 
 
@@ -55,7 +70,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     Raises:
         ValueError: bias is not (C,), or a named ``impl`` that cannot serve the call.
     """
-    impls = choose(impl, LIMITS, x)
+    impls = choose(impl, LIMITS, x, double=any_double(bias))
     check_columns("bias_gelu", x, bias=bias)
     rows = x.reshape(-1, x.shape[-1])
     y = (
