@@ -263,7 +263,7 @@ def layer_norm_kernels(
             _, mean, rstd = layer_norm.forward(x, weight, ln_bias, eps)
             layer_norm.backward(grad, x, weight, mean, rstd)
         _, *kept = dropout_add_layer_norm.forward(
-            x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, *place
+            x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, *place, True
         )
         dropout_add_layer_norm.backward(
             grad, *kept, weight, dropout_p, seed, site, *place, dtype, True

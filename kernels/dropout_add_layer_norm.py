@@ -41,7 +41,7 @@ def _forward_kernel(
     x_ptr, bias_ptr, residual_ptr, weight_ptr, ln_bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
     rows, eps, dropout, site, sequences_ptr, positions_ptr,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     total = load_rows(x_ptr, offs_m, rows, C, BLOCK_N)
@@ -52,7 +52,8 @@ def _forward_kernel(
         sequence, position = load_place(sequences_ptr, positions_ptr, offs_m, rows)
         total = drop(total, site_key(dropout.seed, site), sequence, position, dropout, BLOCK_N)
     total = add(total, residual)
-    store_rows(total_ptr, offs_m, rows, total, C, BLOCK_N)
+    if KEEP:
+        store_rows(total_ptr, offs_m, rows, total, C, BLOCK_N)
     z, mean, rstd = normalise(total, eps, C, BLOCK_N)
     weight, ln_bias = (
         load_vector(weight_ptr, C, BLOCK_M, BLOCK_N),
@@ -97,10 +98,15 @@ def _backward_kernel(
         store_sum(partial_ptr, 2, dbias, C, BLOCK_N)
 
 
-def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions):
-    """(rows, C) operands -> y, s in the residual's dtype, mean, rstd (rows, 1), no stored cells."""
+def forward(
+    x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions, keep
+):
+    """(rows, C) operands -> y, s in the residual's dtype (empty unless ``keep``), mean, rstd
+    (rows, 1), no stored cells.
+    """
     rows, columns = x.shape
-    y, total = (torch.empty(x.shape, dtype=residual.dtype, device=x.device) for _ in range(2))
+    shapes = x.shape, x.shape if keep else (0,)
+    y, total = (torch.empty(s, dtype=residual.dtype, device=x.device) for s in shapes)
     mean, rstd = (torch.empty(rows, 1, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows > 0:
         setting = configs.rows("forward", columns)
@@ -109,7 +115,8 @@ def forward(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequ
         _forward_kernel[(triton.cdiv(rows, setting.block_m),)](
             x.contiguous(), bias, residual.contiguous(), weight, ln_bias, y, total, mean, rstd,
             rows, eps, Dropout.of(dropout_p, seed), site, sequences, positions,
-            C=columns, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0.0, **setting.launch(),
+            C=columns, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0.0, KEEP=keep,
+            **setting.launch(),
         )  # fmt: skip
     return y, total, mean, rstd, torch.empty(0, dtype=torch.uint8, device=x.device)
 

@@ -9,6 +9,10 @@ B sequences, N padded width, T real tokens, C channels, H heads, D head width, M
 heads are padded in the weights to a multiple of HEAD_UNIT, W by rows and W_o by columns of zeros:
 q, k, v, their gradients and the output's padded numbers are zero, so nothing else changes.
 Every dropout place has its own site number, 4 m + place, under one seed per forward.
+
+Under autocast h_0 .. h_M have its dtype, to which each product would round them anyway: rounded
+once, half as many bytes are read as queries, keys, values, residuals and by the FFN. Sums,
+statistics and parameters of the norms stay fp32, and so does the answer.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 
 from tinybert_fast import ops
 from tinybert_fast.modules.capture import HEADS, Capture
+from tinybert_fast.ops.dispatch import autocast
 from tinybert_fast.ops.layout import SequenceLayout
 
 HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
@@ -81,6 +86,8 @@ def encode(
         seed=seed,
         impl=impl,
     )
+    wide = hidden.dtype
+    hidden = autocast(hidden)
     if 0 in capture.hidden_states:
         capture.hidden[0] = hidden
     for m, layer in enumerate(layers[:last], start=1):
@@ -112,7 +119,7 @@ def encode(
             hidden = run(hidden)
         if m in capture.hidden_states:
             capture.hidden[m] = hidden
-    return hidden[:0] if record_only else hidden
+    return (hidden[:0] if record_only else hidden).to(wide)
 
 
 def embed(

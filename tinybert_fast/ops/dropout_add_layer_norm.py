@@ -45,9 +45,11 @@ def kept_cells(y: Tensor, dropout_p: float, impl: str) -> Tensor:
     return y.new_empty(y.shape if stored else (0,), dtype=torch.uint8)
 
 
-def _forward_fake(x, bias, residual, weight, ln_bias, eps, dropout_p, *place_and_impl):
-    y, total = residual.new_empty(residual.shape), residual.new_empty(residual.shape)
-    cells = kept_cells(y, dropout_p, place_and_impl[-1])
+def _forward_fake(x, bias, residual, weight, ln_bias, eps, dropout_p, *rest):
+    *_, keep, impl = rest
+    y = residual.new_empty(residual.shape)
+    total = residual.new_empty(residual.shape if keep else (0,))
+    cells = kept_cells(y, dropout_p, impl)
     return y, total, statistic(residual), statistic(residual), cells
 
 
@@ -62,9 +64,10 @@ def _backward_fake(
     return dx, dtotal, dbias, torch.empty_like(weight), torch.empty_like(weight)
 
 
+# keep: for a backward; else total is empty.
 _forward = define(
     "dropout_add_layer_norm_fwd(Tensor x, Tensor? bias, Tensor residual, Tensor weight,"
-    f" Tensor ln_bias, float eps, float dropout_p, {PLACE})"
+    f" Tensor ln_bias, float eps, float dropout_p, {PLACE}, bool keep)"
     " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd, Tensor cells)",
     fake=_forward_fake,
     fake_knows_impl=True,
@@ -87,10 +90,10 @@ _backward = define(
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, residual, weight, ln_bias, seed, sequences, positions, call, impls):
-        eps, dropout_p, site = call
+        eps, dropout_p, site, keep = call
         place = (seed, site, sequences, positions)
         y, total, mean, rstd, cells = _forward(
-            x, bias, residual, weight, ln_bias, eps, dropout_p, *place, impls[0]
+            x, bias, residual, weight, ln_bias, eps, dropout_p, *place, keep, impls[0]
         )
         ctx.impl, ctx.call, ctx.with_bias, ctx.x_dtype = impls[1], call, bias is not None, x.dtype
         if ctx.impl == "reference":
@@ -102,7 +105,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        eps, dropout_p, site = ctx.call
+        eps, dropout_p, site, _ = ctx.call
         *operands, seed, sequences, positions = ctx.saved_tensors
         place = (seed, site, sequences, positions)
         if ctx.impl == "reference":
@@ -166,9 +169,11 @@ def dropout_add_layer_norm(
             sequences, positions,
         )  # fmt: skip
     else:
+        leaves = (x, bias, residual, weight, ln_bias)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
         y = _DropoutAddLayerNorm.apply(
             rows, bias, residual_rows, weight, ln_bias, seed, sequences, positions,
-            (eps, dropout_p, site), impls,
+            (eps, dropout_p, site, keep), impls,
         )  # fmt: skip
     return y.view(x.shape)
 

@@ -17,9 +17,12 @@ aten = torch.ops.aten
 
 
 def _forward(
-    drawn, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions
-):
-    """(rows, C) operands -> y in the residual's dtype, sum, mean, rstd (wide), cells (uint8)."""
+    drawn, x, bias, residual, weight, ln_bias, eps, dropout_p, seed, site, sequences, positions,
+    keep,
+):  # fmt: skip
+    """(rows, C) operands -> y and the sum (empty unless ``keep``) in the residual's dtype, mean,
+    rstd (wide), cells (uint8).
+    """
     wide = torch.promote_types(residual.dtype, torch.float32)
     total = x.to(wide)
     if bias is not None:
@@ -27,14 +30,15 @@ def _forward(
     cells = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0.0:
         cells = drawn(seed, site).hidden(sequences, positions, x.shape[1])
-        keep = random.keep_mask(cells, dropout_p, wide)
-        total = torch.addcmul(residual.to(wide), total, keep, value=keep_scale(dropout_p))
+        kept = random.keep_mask(cells, dropout_p, wide)
+        total = torch.addcmul(residual.to(wide), total, kept, value=keep_scale(dropout_p))
     else:
         total = _add(total, residual, x)
     y, mean, rstd = aten.native_layer_norm(
         total, x.shape[-1:], weight.to(wide), ln_bias.to(wide), eps
     )
-    return y.to(residual.dtype), total.to(residual.dtype), mean, rstd, cells
+    total = total.to(residual.dtype) if keep else residual.new_empty(0)
+    return y.to(residual.dtype), total, mean, rstd, cells
 
 
 # The implementations: dropout of torch's own generator, and on a CPU that of the reference.
