@@ -53,8 +53,7 @@ def make(folder: Path) -> None:
 
 
 def make_tiny(folder: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64}
-    tiny_encoder(folder / "teacher", **sizes)
+    tiny_encoder(folder / "teacher", hidden_size=32, num_hidden_layers=4, intermediate_size=64)
     tiny_config().to_json_file(folder / "student.json")
     sentiment_file(folder / "train.csv", 48, seed=1)
     sentiment_file(folder / "dev.csv", 32, seed=2)

@@ -120,10 +120,11 @@ def test_failing_tests_are_named_with_their_first_line(run, tmp_path):
         "@pytest.mark.parametrize('i', range(30))\ndef test_bad(i): assert i < 0, 'too small'\n"
     )
     xml = run.work / "tests.xml"
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", suite], capture_output=True
-    )
-    assert gpu_run.read_tests(run, "") == "1 passed, 30 failed, 1 skipped"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", suite],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert gpu_run.read_tests(run, done.stdout) == "30 failed, 1 passed, 1 skipped"
     (run.work / "tests.log").write_text("the end\n")
     printed = gpu_run.ending(run, [Outcome("tests", 1.0, 1, "1 passed, 30 failed")])
     assert "test_it::test_bad[0]: AssertionError: too small" in printed
