@@ -482,6 +482,10 @@ def ending(run: Run, outcomes: list[Outcome], more: Iterable[str] = ()) -> str:
         said.append(f"OVER BUDGET {f['op']} {f['impl']} {f['dtype']} {f['call']}: {what}"[:230])
     figures = [row for suite in SUITES for row in run.found(suite).get("rows", [])]
     said += ["-- ms (of a CUDA graph), times as fast as (a)", *map(figure, figures)]
+    said += [
+        "-- where our steps spend their ms",
+        *map(spent, run.found("step").get("profiles", [])),
+    ]
     table = [f"{'part':<9} {'seconds':>7} {'exit':>4}  found"]
     for o in outcomes:
         code = "-" if o.code is None else str(o.code)
@@ -501,6 +505,14 @@ def figure(row: dict[str, Any]) -> str:
     phase = "" if row["pass"] == "both" else f" {row['pass']}"
     where = f"{row['case']} B={row['batch']} N={row['width']}{phase}"
     return f"{where} {row['provider']}: {row['median_ms']:.4g}{graph}{faster}"
+
+
+def spent(profile: dict[str, Any]) -> str:
+    """The largest operators of a breakdown."""
+    first = (f"{o['name']} {o['ms']:.3g}" for o in profile["operators"][:5])
+    total = sum(o["ms"] for o in profile["operators"])
+    which = f"{profile['case']} {profile['provider']} {profile['dtype']}"
+    return f"{which}: {total:.4g}, of it {', '.join(first)}"
 
 
 def main(words: list[str] | None = None) -> int:
