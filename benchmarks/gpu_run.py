@@ -382,6 +382,8 @@ def environment(run: Run, part: Part) -> dict[str, str]:
         "COLUMNS": "120",
         "TINYBERT_FAST_SETTINGS": str(run.work / "settings.json"),
     }
+    if run.dry:
+        found["CUDA_VISIBLE_DEVICES"] = ""
     if part.name != "tune":  # what is measured are the built-in settings
         found["TINYBERT_FAST_SETTINGS"] = str(run.work / "none.json")
     if part.name in ("tests", "validate"):
