@@ -123,6 +123,7 @@ def run_suite(
     minutes: float | None = None,
     json_path: str | Path | None = None,
     csv_path: str | Path | None = None,
+    plots_path: str | Path | None = None,
     console: Any = None,
 ) -> list[Row]:
     """Run a suite, print its table, write what was asked for, and return the rows (table.COLUMNS).
@@ -142,7 +143,7 @@ def run_suite(
         smoke: tiny models, seconds: shows that it works, its times mean nothing.
         profile: also show, and write to ``json_path``, where the time of our runs goes.
         minutes: after which no further case begins.
-        json_path: file to write; csv_path: file to append to.
+        json_path: file to write; csv_path: file to append to; plots_path: folder to draw to.
         console: a rich Console for the table (stdout by default); progress goes to stderr.
 
     Raises:
@@ -212,6 +213,10 @@ def run_suite(
         torch.set_num_threads(before)
     if rows:
         show(rows, console)
+    if rows and plots_path is not None:
+        from tinybert_fast.benchmarks.plots import draw
+
+        draw(rows, Path(plots_path))
     for found in profiles:
         title = f"{found['case']} N={found['width']}, {found['provider']} {found['dtype']}"
         rate = ceilings[found["dtype"]]["matmul_gflops"]

@@ -119,6 +119,45 @@ def test_interpret_sets_the_interpreter(tmp_path):
     }  # fmt: skip
 
 
+def test_processes_find_the_same_in_the_same_order(tmp_path):
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for folder in (one, two):
+        folder.mkdir()
+    arguments = ("--op", "layer_norm", "--op", "sequence_layout", "--op", "hidden_mse", *FP32)
+    alone = interpreted(*arguments, folder=one)
+    shared = interpreted(*arguments, "--jobs", "2", folder=two)
+
+    def said(findings):
+        names = ("op", "impl", "dtype", "call", "passed")
+        return [(*(f[name] for name in names), [x["name"] for x in f["tensors"]]) for f in findings]
+
+    assert said(shared) == said(alone)
+    assert {f["impl"] for f in shared} >= {"triton", "torch"}
+
+
+def test_no_call_is_held_after_the_minutes(cli, tmp_path):
+    short = ("--op", "layer_norm", "--impl", "torch", "--minutes", "1e-9")
+    answer = cli("validate", *short, "--json", tmp_path / "found.json")
+    assert answer.code == 1
+    assert "stopped after 1e-09 minutes" in answer.out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["whole"], found["passed"], len(found["findings"])) == (False, False, 1)
+
+
+class Fatal:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_process_that_dies_is_a_finding(monkeypatch):
+    monkeypatch.setattr(validation, "_listed", Fatal())
+    found = list(validation.validate(["layer_norm"], dtypes=[torch.float32], jobs=2))
+    assert found
+    assert all("a process died" in finding.problem for finding in found)
+
+
 @pytest.mark.parametrize(("width", "passes"), [(12, True), (130, False)])
 def test_interpreted_kernels_run_a_checkpoint(width, passes, tmp_path):
     """A width that only they refuse says that it was they who ran."""
@@ -210,6 +249,8 @@ def test_a_distilbert_has_its_attention_alone():
         (["--dtype", "fp64"], "--dtype 'fp64' is not one of fp32, fp16, bf16"),
         (["--impl", "fast"], "--impl 'fast' is not one of auto, triton"),
         (["--op", "attention", "--model", "x"], "give one of them"),
+        (["--jobs", "0"], "--jobs 0: at least 1 is needed"),
+        (["--jobs", "2", "--model", "x"], "a checkpoint (--model) takes one process"),
         (["--op", "bias_gelu", "--impl", "reference"], "what the others are held against"),
         (["--model", "nowhere"], "nowhere is no folder"),
     ],

@@ -69,12 +69,18 @@ def bench(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append the rows to FILE.")
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Draw the rows: bars, memory, roofline."),
+    ] = None,
     json_file: options.Json = None,
 ) -> None:
     """Time one training step beside what one would use otherwise: Transformers, careful PyTorch."""
     if tune:
-        if csv is not None or case or profile:
-            raise ValueError("--tune writes settings and no rows: leave --csv, --case, --profile")
+        if csv is not None or plots is not None or case or profile:
+            raise ValueError(
+                "--tune writes settings and no rows: leave --csv, --plots, --case, --profile"
+            )
         _tune(head or (), json_file)
         return
     if head:
@@ -97,6 +103,7 @@ def bench(
             minutes=minutes,
             json_path=json_file,
             csv_path=csv,
+            plots_path=plots,
         )
     except Failed as error:
         output.say(f"no speed is shown: {error}")

@@ -1,5 +1,6 @@
 """tinybert-fast validate"""
 
+import contextlib
 import math
 import os
 import time
@@ -14,6 +15,7 @@ EPILOG = (
     "[bold]Examples[/bold]\n\n"
     "tinybert-fast validate\n\n"
     "tinybert-fast validate --interpret --op attention\n\n"
+    "tinybert-fast validate --jobs 8\n\n"
     "tinybert-fast validate --model path/to/bert\n\n"
     "The budget of a tensor is twice the error of the reference in the same dtype, plus a "
     "rounding. Exit code 1 if any tensor is over its budget."
@@ -54,6 +56,19 @@ def validate(
         ),
     ] = False,
     impl: options.Impl = "auto",
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Processes that share the operators' calls: kernels compile side by side.",
+            rich_help_panel=HOW,
+        ),
+    ] = 1,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="After which no further call is held; exit code 1 then.", rich_help_panel=HOW
+        ),
+    ] = None,
     json_file: options.Json = None,
 ) -> None:
     """Hold every operator against fp64: values and all gradients, error beside budget."""
@@ -62,6 +77,12 @@ def validate(
         raise ValueError(f"--dtype {unknown[0]!r} is not one of {', '.join(DTYPES)}")
     if model is not None and op:
         raise ValueError("--op chooses operators and --model a checkpoint: give one of them")
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs}: at least 1 is needed")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes {minutes}: more than 0 are needed")
+    if model is not None and jobs > 1:
+        raise ValueError("--jobs shares out operators; a checkpoint (--model) takes one process")
     if impl == "reference" and model is None:
         raise ValueError("--impl reference: that is what the others are held against")
     # Both are read when the operators are imported, and reach every layer of a checkpoint.
@@ -73,10 +94,16 @@ def validate(
     start = time.perf_counter()
     device = _device(interpret, impl, model)
     if model is None:
-        made = _operators(op or [], device, dtype, impl)
+        made = _operators(op or [], device, dtype, impl, jobs)
     else:
         made = _checkpoint(model, device, dtype or (["fp32"] if interpret else None))
-    findings = list(_shown(made))
+    findings, whole = [], True
+    with contextlib.closing(made):  # ends the processes
+        for finding in _shown(made):
+            findings.append(finding)
+            if minutes is not None and time.perf_counter() - start > 60 * minutes:
+                whole = False
+                break
     if not findings:
         raise ValueError("no implementation serves these operators and dtypes here: see info")
     failed = [finding for finding in findings if not finding.passed]
@@ -84,8 +111,11 @@ def validate(
     if model is None and impl == "auto":
         _show_absent(findings)
     facts = _facts(findings, device, time.perf_counter() - start)
-    output.write_json("validate", facts, json_file)
-    if failed:
+    facts["passed"] &= whole
+    output.write_json("validate", {"whole": whole, **facts}, json_file)
+    if not whole:
+        output.say(f"stopped after {minutes} minutes: the calls behind these were not held")
+    if failed or not whole:
         raise typer.Exit(1)
 
 
@@ -108,13 +138,13 @@ def _device(interpret: bool, impl: str, model: str | None) -> str:
     return "cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "cpu"
 
 
-def _operators(ops: list[str], device: str, dtypes: list[str] | None, impl: str) -> Any:
+def _operators(ops: list[str], device: str, dtypes: list[str] | None, impl: str, jobs: int) -> Any:
     from tinybert_fast.testing.validation import validate
 
     wanted = _wanted(dtypes)
     if impl != "auto":
         wanted["impls"] = [impl]
-    return validate(ops, device, **wanted)
+    return validate(ops, device, jobs=jobs, **wanted)
 
 
 def _checkpoint(path: str, device: str, dtypes: list[str] | None) -> Any:

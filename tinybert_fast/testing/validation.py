@@ -7,7 +7,10 @@ and beyond a tile, a whole tile, several, none at all. Budgets are those of ``te
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 
@@ -92,44 +95,88 @@ class Finding:
         return max(self.tensors, key=lambda tensor: tensor.share, default=None)
 
 
+# Op, implementation, dtype, and which of its calls; an op with claims has them in one.
+Job = tuple[str, str, torch.dtype, str | None]
+
+
 def validate(
     ops: Collection[str] = (),
     device: torch.device | str = "cpu",
     dtypes: Collection[torch.dtype] = DTYPES,
     impls: Collection[str] = dispatch.FASTEST_FIRST,
+    jobs: int = 1,
 ) -> Iterator[Finding]:
     """A finding per op, implementation, dtype and call, as they are made.
 
     ``torch`` draws other cells than the reference, so it is held against it without dropout alone.
 
+    Args:
+        jobs: processes that share the calls, for kernels are compiled one after the other in each.
+            The findings and their order are those of one process.
+
     Raises:
-        ValueError: an op that does not exist.
+        ValueError: an op that does not exist, or no process.
     """
     held = {*CALLS, *CLAIMS}
     unknown = sorted(set(ops) - held)
     if unknown:
         raise ValueError(f"op {unknown[0]!r} is not one of {', '.join(sorted(held))}")
-    for op in sorted(ops or held):
-        if op in CLAIMS:
-            yield from _exact(op, device, impls)
-            continue
+    if jobs < 1:
+        raise ValueError(f"{jobs} processes validate nothing; at least 1 is needed")
+    plan = _plan(sorted(ops or held), device, dtypes, impls)
+    if jobs == 1:
+        for job in plan:
+            yield from _findings(job, device)
+    else:
+        yield from _shared_out(list(plan), device, jobs)
+
+
+def _plan(
+    ops: Collection[str],
+    device: torch.device | str,
+    dtypes: Collection[torch.dtype],
+    impls: Collection[str],
+) -> Iterator[Job]:
+    for op in ops:
+        exact = op in CLAIMS
         for impl in implementations(op):
-            for dtype in dtypes:
+            for dtype in dispatch.OPS[op].reference.dtypes[:1] if exact else dtypes:
                 if impl in impls and serves(op, impl, dtype, device):
-                    for label, make in CALLS[op]().items():
-                        case = make(dtype=dtype, device=device)
-                        if impl != "torch" or "dropout_p" not in case.options:
-                            hold = partial(verdicts, case, impl, SLACK.get(op, 1))
-                            yield Finding.of(op, impl, case.dtype, label, hold)
+                    for label in (None,) if exact else CALLS[op]():
+                        yield op, impl, dtype, label
 
 
-def _exact(op: str, device: torch.device | str, impls: Collection[str]) -> Iterator[Finding]:
-    """Of an op on integers, which has claims in place of errors."""
-    dtype = dispatch.OPS[op].reference.dtypes[0]
-    for impl in implementations(op):
-        if impl in impls and serves(op, impl, dtype, device):
-            for label, hold in CLAIMS[op](device, impl):
-                yield Finding.of(op, impl, dtype, label, hold)
+def _findings(job: Job, device: torch.device | str) -> Iterator[Finding]:
+    op, impl, dtype, label = job
+    if label is None:
+        for claim, hold in CLAIMS[op](device, impl):
+            yield Finding.of(op, impl, dtype, claim, hold)
+        return
+    case = CALLS[op]()[label](dtype=dtype, device=device)
+    if impl != "torch" or "dropout_p" not in case.options:
+        hold = partial(verdicts, case, impl, SLACK.get(op, 1))
+        yield Finding.of(op, impl, case.dtype, label, hold)
+
+
+def _shared_out(plan: list[Job], device: torch.device | str, jobs: int) -> Iterator[Finding]:
+    """The findings of processes, each with its own CUDA context, which fork could not give."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,))
+    try:
+        made = [pool.submit(_listed, job, device) for job in plan]
+        for (op, impl, dtype, label), answer in zip(plan, made, strict=True):
+            try:
+                yield from answer.result()
+            except BrokenProcessPool:  # which names no job: it may have been another's call
+                name = str(dtype).removeprefix("torch.")
+                problem = "not held: a process died, of a crash in a kernel or for lack of memory"
+                yield Finding(op, impl, name, label or "all claims", problem=problem)
+    finally:  # also where the caller wants no more of them
+        pool.shutdown(cancel_futures=True)
+
+
+def _listed(job: Job, device: torch.device | str) -> list[Finding]:
+    return list(_findings(job, device))
 
 
 def _dropped(calls: Calls) -> Calls:

@@ -1,0 +1,204 @@
+"""Rows of the results table as figures, each with its hardware and date: `bench --plots DIR`, or
+
+    python benchmarks/plots.py ROWS.csv ... DIR
+
+bars.png        every case, pass and dtype: each provider's speed beside that of (a)
+memory.png      peak memory against the length
+roofline.png    rate against arithmetic intensity, under the ceilings measured in the same run
+
+A figure for which there are no rows is not drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
+from tinybert_fast.benchmarks.table import Row
+
+DPI = 100
+BAR_INCHES = 0.22
+COLOURS = {BASELINE: "tab:gray", CAREFUL: "tab:orange", OURS: "tab:blue"}
+MEANING = {BASELINE: "as it comes (a)", CAREFUL: "careful PyTorch (b)", OURS: "tinybert_fast"}
+MARKERS = {BASELINE: "x", CAREFUL: "s", OURS: "o"}
+BY_LENGTH = "memory"  # the suite
+
+
+def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
+    """Writes the figures that the rows have numbers for; returns their files."""
+    rows = list(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, figure_of in (("bars", bars), ("memory", memory), ("roofline", roofline)):
+        figure = figure_of(rows)
+        if figure is not None:
+            made.append(folder / f"{name}.png")
+            FigureCanvasAgg(figure)  # off screen, whatever backend the process has chosen
+            with made[-1].open("wb") as file:
+                figure.savefig(file, format="png", dpi=DPI)
+    return made
+
+
+def hardware(rows: list[Row]) -> str:
+    """What measured them, with what, of which commit and when."""
+
+    def each(*names: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[name]) for row in rows for name in names))
+
+    machine = dict.fromkeys(row["cpu"] if row["gpu"] == "none" else row["gpu"] for row in rows)
+    days = dict.fromkeys(str(row["date"])[:10] for row in rows)
+    return (
+        f"{', '.join(map(str, machine))}; torch {each('torch')}, triton {each('triton')}; commit "
+        f"{each('commit')}; {', '.join(days)}"
+    )
+
+
+def bars(rows: list[Row]) -> Figure | None:
+    """Speed over (a), as CUDA graphs where a case has them for all; the time behind each bar."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["suite"] != BY_LENGTH:
+            key = (row["suite"], row["case"], row["batch"], row["width"], row["pass"], row["dtype"])
+            groups.setdefault(key, []).append(row)
+    shown: list[tuple[str, float, str, Any]] = []  # label, height, words, colour
+    for (_, case, batch, width, phase, dtype), group in groups.items():
+        graphs = all(row["graph_ms"] for row in group)
+        time, gain = ("graph_ms", "graph_speedup_a") if graphs else ("median_ms", "speedup_a")
+        which = "" if phase == "both" else f" {phase}"
+        for at, row in enumerate(group):
+            title = f"{case} B={batch} N={width}{which} {dtype}: " if at == 0 else ""
+            words = f"{row[gain] or 0:.2f}x, {row[time]:.3g} ms{' (graph)' if graphs else ''}"
+            shown.append((title + row["provider"], row[gain] or 0, words, COLOURS.get(row["role"])))
+    if not shown:
+        return None
+    figure = Figure(figsize=(12, 1.6 + BAR_INCHES * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(shown))
+    axes.barh(places, [s[1] for s in shown], color=[s[3] or "tab:green" for s in shown])
+    for place, (_, height, words, _) in enumerate(shown):
+        axes.text(height, place, f" {words}", va="center", fontsize="x-small")
+    axes.set_yticks(places, [s[0] for s in shown], fontsize="x-small")
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.6)
+    axes.margins(x=0.2, y=0.01)
+    axes.set_xlabel("times as fast as (a), median of the rounds' ratios")
+    axes.legend(
+        handles=[axes.barh([0], [0], color=c, label=MEANING[r]) for r, c in COLOURS.items()],
+        fontsize="small",
+    )
+    return _titled(figure, "Speed beside what one would use otherwise", rows)
+
+
+def memory(rows: list[Row]) -> Figure | None:
+    """Peak memory against N, a panel for each case."""
+    lines: dict[str, dict[tuple[str, str, str], dict[int, float]]] = {}
+    for row in rows:
+        if row["suite"] == BY_LENGTH and row["peak_mib"]:
+            who = (row["provider"], row["dtype"], row["role"])
+            lines.setdefault(row["case"], {}).setdefault(who, {})[row["width"]] = row["peak_mib"]
+    if not lines:
+        return None
+    figure = Figure(figsize=(6 * len(lines), 4.6), layout="constrained")
+    for at, (case, providers) in enumerate(lines.items(), 1):
+        axes = figure.add_subplot(1, len(lines), at)
+        for (provider, dtype, role), peaks in providers.items():
+            lengths = sorted(peaks)
+            axes.plot(
+                lengths, [peaks[n] for n in lengths], label=f"{provider} {dtype}",
+                color=COLOURS.get(role), marker=MARKERS.get(role, "."),
+            )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(case)
+        axes.set_xlabel("length N (tokens)")
+        axes.set_ylabel("peak memory of one run (MiB)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return _titled(figure, "Peak memory against the length", rows)
+
+
+def roofline(rows: list[Row]) -> Figure | None:
+    """A point per row that has a rate; a roof per dtype, of the run's own product and copy."""
+    points = [r for r in rows if r["tflops"] and r["gbytes_per_s"] and r["matmul_gflops"]]
+    if not points:
+        return None
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = figure.add_subplot()
+    intensities = [1e3 * r["tflops"] / r["gbytes_per_s"] for r in points]  # FLOP per byte
+    for role in dict.fromkeys(r["role"] for r in points):
+        of_role = [(x, r["tflops"]) for x, r in zip(intensities, points) if r["role"] == role]
+        axes.plot(
+            *zip(*of_role, strict=True), linestyle="none", color=COLOURS.get(role),
+            marker=MARKERS.get(role, "."), label=MEANING.get(role, role),
+        )  # fmt: skip
+    for x, row in zip(intensities, points):
+        if row["role"] == OURS:
+            phase = "" if row["pass"] == "both" else f" {row['pass']}"
+            name = f" {row['case']} N={row['width']}{phase}"
+            axes.annotate(name, (x, row["tflops"]), fontsize=6)
+    for dtype in dict.fromkeys(r["dtype"] for r in points):
+        first = next(r for r in points if r["dtype"] == dtype)
+        peak, slope = first["matmul_gflops"] / 1e3, first["copy_gbytes"] / 1e3
+        ends = min(*intensities, peak / slope), max(*intensities, 4 * peak / slope)
+        axes.plot(
+            [ends[0], peak / slope, ends[1]], [ends[0] * slope, peak, peak], linewidth=1,
+            label=f"{dtype}: {peak:,.3g} TFLOP/s, {1e3 * slope:,.0f} GB/s, measured",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("needed operations per needed byte (FLOP/byte)")
+    axes.set_ylabel("rate of needed operations (TFLOP/s)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small", loc="lower right")
+    return _titled(figure, "Roofline", points)
+
+
+def _titled(figure: Figure, title: str, rows: list[Row]) -> Figure:
+    figure.suptitle(f"{title}\n{hardware(rows)}", fontsize="medium")
+    return figure
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a .csv or .json file, numbers as numbers."""
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return rows if isinstance(rows, list) else [row for suite in rows.values() for row in suite]
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{k: _value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+WORDS = ("commit", "date", "torch", "triton")  # even where they look like a number
+
+
+def _value(column: str, cell: str) -> Any:
+    if cell == "":
+        return None
+    if column in WORDS:
+        return cell
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("rows", type=Path, nargs="+", help=".csv or .json")
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    for file in draw([row for path in given.rows for row in read(path)], given.folder):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""benchmarks/gpu.sh: a dry run from end to end, what failing parts leave, and filing the rows."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinybert_fast.benchmarks import gpu_data, gpu_run, table
+from tinybert_fast.benchmarks.gpu_run import Outcome, Part, Run
+
+ROOT = Path(__file__).resolve().parents[2]
+IMPORT = ROOT / "benchmarks" / "results" / "import.py"
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """OUT of a dry run of all parts, and what it printed."""
+    folder = tmp_path_factory.mktemp("gpu")
+    gpu_data.make_tiny(folder / "data")
+    out = folder / "out"
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu.sh", out, "--dry-run", "--data", folder / "data"],
+        capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done.stdout
+
+
+def test_a_dry_run_leaves_everything_but_a_gpus(rehearsed):
+    out, printed = rehearsed
+    files = {file.name: file.stat().st_size for file in out.iterdir()}
+    always = {"results.json", "rows.csv", "profile.json", "bars.png", "memory.png", "log.txt"}
+    assert always <= files.keys() <= always | {"roofline.png", "settings.json"}
+    assert all(0 < size < 1 << 24 for size in files.values())
+    results = json.loads((out / "results.json").read_text())
+    parts = {part["part"]: part for part in results["parts"]}
+    assert list(parts) == [part.name for part in gpu_run.PARTS]
+    for name, part in parts.items():
+        assert part["code"] == (None if name in ("install", "tune") else 0), part
+        assert f"{name} " in printed
+        assert part["found"] in printed
+    assert results["dry_run"] is True
+    assert results["tests"]["passed"] > 10
+    assert results["validation"]["calls"] > 3
+    assert results["distillation"]["student"]["dev"]["accuracy"] >= 0
+    with (out / "rows.csv").open(newline="") as file:
+        assert {row["suite"] for row in csv.DictReader(file)} == set(gpu_run.SUITES)
+    assert len(printed) < 12_000
+    assert printed.rstrip().splitlines()[-1].startswith("sanitize")
+
+
+# ---- parts that fail -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "work").mkdir()
+    return Run(tmp_path / "work", tmp_path / "none", dry=True, offline=False, cores=2)
+
+
+def python(code):
+    return lambda run, seconds: [[sys.executable, "-c", code], ["echo", "behind it"]]
+
+
+def last_line(run, text):
+    return text.splitlines()[-1]
+
+
+def test_a_part_ends_with_its_first_failure(run):
+    outcome = gpu_run.execute(Part("tune", 1, python("print('one'); exit(3)"), last_line), run, 60)
+    assert (outcome.code, outcome.found, outcome.failed) == (3, "one", True)
+
+
+def test_a_part_that_takes_too_long_is_interrupted_first(run):
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('summary')"
+    outcome = gpu_run.execute(Part("tune", 1, python(code), last_line), run, 4)
+    assert (outcome.code, outcome.found) == (gpu_run.TIMED_OUT, "summary")
+
+
+def test_and_killed_then_with_what_it_started(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_run, "GRACE", 0.2)
+    code = (
+        "import subprocess, sys, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    outcome = gpu_run.execute(Part("tune", 1, python(code), last_line), run, 3)
+    assert outcome.code == gpu_run.TIMED_OUT
+    deadline = time.monotonic() + 20
+    while runs(outcome.found):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_cannot_start_or_be_read_is_an_outcome(run):
+    absent = Part("tune", 1, lambda run, seconds: [["no-such-program"]], last_line)
+    assert gpu_run.execute(absent, run, 5).code == gpu_run.NOT_FOUND
+    unread = Part("tune", 1, lambda run, seconds: [["true"]], lambda run, text: str(1 / 0))
+    outcome = gpu_run.execute(unread, run, 5)
+    assert (outcome.code, outcome.found) == (1, "ZeroDivisionError: division by zero")
+
+
+def test_without_data_distillation_says_how_to_make_it(run):
+    part = next(part for part in gpu_run.PARTS if part.name == "distil")
+    outcome = gpu_run.execute(part, run, 5)
+    assert not outcome.failed
+    assert "skipped: no data; `python benchmarks/gpu_data.py" in outcome.found
+
+
+def test_failing_tests_are_named_with_their_first_line(run, tmp_path):
+    suite = tmp_path / "test_it.py"
+    suite.write_text(
+        "import pytest\ndef test_good(): pass\n"
+        "@pytest.mark.skip\ndef test_left_out(): pass\n"
+        "@pytest.mark.parametrize('i', range(30))\ndef test_bad(i): assert i < 0, 'too small'\n"
+    )
+    xml = run.work / "tests.xml"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", suite],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert gpu_run.read_tests(run, done.stdout) == "30 failed, 1 passed, 1 skipped"
+    (run.work / "tests.log").write_text("the end\n")
+    printed = gpu_run.ending(run, [Outcome("tests", 1.0, 1, "1 passed, 30 failed")])
+    assert "test_it::test_bad[0]: AssertionError: too small" in printed
+    assert "... and 10 more" in printed
+    assert printed.splitlines()[-1].split() == "tests 1.0 1 1 passed, 30 failed".split()
+
+
+def test_the_printed_end_is_short_whatever_happened(run):
+    rows = [{**dict.fromkeys(table.COLUMNS, 1.0), "case": "c" * 40}] * 900
+    (run.work / "step.json").write_text(json.dumps({"rows": rows}))
+    printed = gpu_run.ending(run, [Outcome("step", 1.0, 0, "x" * 5000)] * 10)
+    assert len(printed) <= gpu_run.PRINTED
+    assert "cut; the rest is in log.txt" in printed
+
+
+def test_a_long_log_is_cut_in_its_middle(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "LOG_BYTES", 100)
+    (run.work / "tests.log").write_text("first" + 500 * "." + "last")
+    gpu_run.collect(run, [Outcome("tests", 1.0, 0, "")], tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert "first..." in log
+    assert log.endswith("...last")
+    assert "409 bytes left out" in log
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--parts", "tests,lint"], "'lint' is not one of"), (["--minutes", "0"], "more than 0")],
+)
+def test_refuses(words, says, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_run.main([str(tmp_path / "out"), *words])
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- filing the rows -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def filing():
+    spec = importlib.util.spec_from_file_location("import_results", IMPORT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder as a GPU leaves it: two suites of a row each."""
+    rows = [
+        {**dict.fromkeys(table.COLUMNS), "suite": suite, "case": "c", "gpu": GPU, "commit": "none"}
+        for suite in ("step", "ops")
+    ]
+    table.CsvFile(tmp_path / "out" / "rows.csv").write(rows)
+    (tmp_path / "out" / "profile.json").write_text('{"profiles": [1]}')
+    (tmp_path / "out" / "bars.png").write_bytes(b"png")
+    (tmp_path / "results").mkdir()
+    return tmp_path / "out"
+
+
+def test_rows_are_filed_once(filing, out, tmp_path):
+    results = tmp_path / "results"
+    written = filing.file_results(out, results, commit="abc")
+    name = "nvidia-h100-80gb-hbm3"
+    assert {file.name for file in written} == {
+        f"step-{name}.csv", f"ops-{name}.csv", f"profile-{name}.json", f"bars-{name}.png",
+    }  # fmt: skip
+    (row,) = filing.read(results / f"ops-{name}.csv")
+    assert (row["suite"], row["commit"]) == ("ops", "abc")
+    assert json.loads((results / f"profile-{name}.json").read_text())["commit"] == "abc"
+    with pytest.raises(ValueError, match="already has 1 of these rows"):
+        filing.file_results(out, results, commit="abc")
+    filing.file_results(out, results, commit="abd")  # another measurement
+    assert len(filing.read(results / f"ops-{name}.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (GPU, "none", "a dry run is not filed"),
+        ("suite,case", "suite,place", "other columns than the table: case, place"),
+        ("c,,", "c,,", "rows without a commit"),
+    ],
+)
+def test_refuses_to_file(filing, out, tmp_path, old, new, says):
+    rows = out / "rows.csv"
+    rows.write_text(rows.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=says):
+        filing.file_results(out, tmp_path / "results")
+    assert not list((tmp_path / "results").iterdir())
+
+
+def test_refuses_a_folder_without_rows(filing, tmp_path):
+    with pytest.raises(ValueError, match=r"has no rows\.csv"):
+        filing.file_results(tmp_path)

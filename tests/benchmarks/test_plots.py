@@ -1,0 +1,73 @@
+"""Figures of rows: which appear, and that each says on what and when it was measured."""
+
+import pytest
+
+from tinybert_fast.benchmarks import plots, runner, table
+
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+def row(**cells):
+    found = dict.fromkeys(table.COLUMNS)
+    found |= {
+        "suite": "ops", "case": "attention_d26", "provider": "ours", "role": "ours", "pass": "both",
+        "dtype": "bf16", "batch": 32, "width": 128, "median_ms": 0.2, "speedup_a": 2.5, "gpu": GPU,
+        "cpu": "EPYC", "torch": "2.11.0", "triton": "3.6.0", "commit": "0123456789ab",
+        "date": "2026-11-26T00:00:00Z", "matmul_gflops": 8e5, "copy_gbytes": 3000.0,
+    }  # fmt: skip
+    return {**found, **cells}
+
+
+ROWS = [
+    row(provider="eager", role="a", median_ms=0.5, speedup_a=1.0, tflops=20.0, gbytes_per_s=100.0),
+    row(tflops=50.0, gbytes_per_s=250.0),
+    *(row(suite="memory", case="memory", width=n, peak_mib=n / 8) for n in (128, 256, 512)),
+]
+
+
+def words(figure):
+    axes = figure.axes
+    texts = [figure.get_suptitle(), *(t.get_text() for a in axes for t in a.texts)]
+    return " ".join([*texts, *(a.get_xlabel() + a.get_ylabel() for a in axes)])
+
+
+@pytest.mark.parametrize(
+    ("figure_of", "unit"),
+    [(plots.bars, "0.2 ms"), (plots.memory, "MiB"), (plots.roofline, "TFLOP/s")],
+)
+def test_each_figure_stands_alone(figure_of, unit):
+    said = words(figure_of(ROWS))
+    for word in (GPU, "2026-11-26", "torch 2.11.0", "0123456789ab", unit):
+        assert word in said
+
+
+def test_figures_without_rows_are_not_drawn(tmp_path):
+    assert [file.name for file in plots.draw(ROWS, tmp_path / "all")] == [
+        "bars.png", "memory.png", "roofline.png",
+    ]  # fmt: skip
+    assert all(file.stat().st_size > 1000 for file in (tmp_path / "all").iterdir())
+    assert [file.name for file in plots.draw([row()], tmp_path / "few")] == ["bars.png"]
+    assert plots.draw([], tmp_path / "none") == []
+
+
+def test_graphs_are_shown_only_where_all_have_one():
+    group = [
+        row(provider="eager", role="a", graph_ms=0.4, graph_speedup_a=1.0),
+        row(graph_ms=0.1, graph_speedup_a=4.0),
+    ]
+    assert "4.00x, 0.1 ms (graph)" in words(plots.bars(group))
+    assert "2.50x, 0.2 ms" in words(plots.bars([group[0], row()]))
+
+
+def test_rows_read_back_are_the_rows(tmp_path):
+    table.CsvFile(tmp_path / "rows.csv").write(ROWS)
+    assert plots.read(tmp_path / "rows.csv") == ROWS
+    table.write_json(tmp_path / "rows.json", "ops", ROWS)
+    assert plots.read(tmp_path / "rows.json") == ROWS
+
+
+def test_bench_draws(tmp_path):
+    runner.run_suite(
+        "ops", cases=["hidden_mse_d312"], smoke=True, threads=1, rounds=1, plots_path=tmp_path
+    )
+    assert (tmp_path / "bars.png").exists()
