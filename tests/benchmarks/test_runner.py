@@ -342,7 +342,7 @@ def test_a_failed_case_leaves_the_others(tmp_path, monkeypatch):
     def wrong(setup):
         yield fake_case(Fake("a", "a", []), Fake("o", "ours", [], loss=3.0))
 
-    monkeypatch.setattr(runner, "load_cases", lambda suite: {"wrong": wrong, "right": right})
+    monkeypatch.setattr(runner, "load_cases", lambda suite, on_gpu: {"wrong": wrong, "right": right})
     target = tmp_path / "rows.csv"
     with pytest.raises(runner.Disagreement, match="fake in fp32"):
         runner.run_suite("ops", smoke=True, rounds=1, csv_path=target)
