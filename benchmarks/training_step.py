@@ -61,8 +61,13 @@ class TrainingStep:
         taken = {}
         for setting in self.settings:
             self._chosen[dtype] = setting
-            taken[setting] = seconds(lambda: self._gradients("timed", dtype))
+            try:
+                taken[setting] = seconds(lambda: self._gradients("timed", dtype))
+            except torch.OutOfMemoryError as error:
+                print(f"{self.name}, {setting}: {one_line(error)}", file=sys.stderr)
             self.optimizer.zero_grad(set_to_none=True)
+        if not taken:
+            raise Unavailable("no setting fits into the memory")
         self._chosen[dtype] = min(taken, key=taken.__getitem__)
 
     def setting(self, dtype: str) -> str:
@@ -141,6 +146,8 @@ class GraphedStep:
         return self.step.setting(dtype)
 
     def run(self, dtype: str) -> None:
+        if dtype not in self._graphs:  # emulated, so not tuned for
+            self._graphs[dtype] = Replay(partial(self.step.run, dtype))
         self._graphs[dtype].run(dtype)
 
     def run_uncaptured(self, dtype: str) -> None:

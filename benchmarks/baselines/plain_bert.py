@@ -21,6 +21,9 @@ from tinybert_fast.benchmarks.case import Unavailable
 from tinybert_fast.benchmarks.training_step import one_line
 
 BACKEND = "inductor"
+MOST_SHAPES = (
+    64  # of one function in a case: buckets, two models, dtypes, with and without gradients
+)
 ALIGNED = 8  # numbers; a fused SDPA kernel with a mask takes head widths that divide by it
 LAYER = (
     "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
@@ -127,6 +130,9 @@ def rate(dropout: Any) -> float:
 @cache
 def compile_once(function: Callable) -> Any:
     """``function`` compiled for each set of shapes; what cannot be compiled whole raises."""
+    import torch._dynamo  # takes a second
+
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
     return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
 
 

@@ -79,7 +79,8 @@ def cases(setup: Setup, *, name: str, batch: int, width: int) -> Iterator[Case]:
         batch, width = SMOKE_BATCH, SMOKE_WIDTH
     generator = setup.generator()
     torch.manual_seed(setup.seed)
-    model = BertForMaskedLM(student_config(setup)).to(setup.device)
+    with setup.device:
+        model = BertForMaskedLM(student_config(setup))
     lengths = draw_lengths(batch, width, generator)
     drawn = draw_batch(lengths, width, model.config.vocab_size, generator, setup.device)
     common = {"timed": drawn, RAGGED: drawn}, setup.dropout
@@ -100,7 +101,6 @@ def cases(setup: Setup, *, name: str, batch: int, width: int) -> Iterator[Case]:
         ]
     else:
         providers.append(OurStep(fast(), *common))
-    config = model.config
     yield Case(
         name=name,
         batch=batch,
@@ -110,7 +110,7 @@ def cases(setup: Setup, *, name: str, batch: int, width: int) -> Iterator[Case]:
         optimizer=OPTIMIZER,
         providers=providers,
         checks=(Check(RAGGED, "transformers", tuple(one.name for one in providers[1:])),),
-        work=partial(masked_lm_work, config, drawn.lengths, len(drawn.labelled)),
+        work=partial(masked_lm_work, model.config, drawn.lengths, len(drawn.labelled)),
     )
 
 
