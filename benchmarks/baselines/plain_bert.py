@@ -130,9 +130,9 @@ def rate(dropout: Any) -> float:
 @cache
 def compile_once(function: Callable) -> Any:
     """``function`` compiled for each set of shapes; what cannot be compiled whole raises."""
-    import torch._dynamo  # takes a second
+    from torch import _dynamo  # takes a second
 
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    _dynamo.config.recompile_limit = MOST_SHAPES
     return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
 
 
