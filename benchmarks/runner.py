@@ -227,10 +227,10 @@ def run_suite(
         torch.set_num_threads(before)
     if rows:
         show(rows, console)
-    for found in profiles:
-        title = f"{found['case']} N={found['width']}, {found['provider']} {found['dtype']}"
-        rate = ceilings[found["dtype"]]["matmul_gflops"]
-        show_breakdown(found, title, rate, console)
+    for one in profiles:
+        title = f"{one['case']} N={one['width']}, {one['provider']} {one['dtype']}"
+        rate = ceilings[one["dtype"]]["matmul_gflops"]
+        show_breakdown(one, title, rate, console)
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -295,8 +295,8 @@ def measure(
             say(f"{provider.name} {dtype}: choosing its fastest setting")
             try:
                 provider.tune(dtype, clock.best)
-            except Unavailable as error:
-                print(f"{case.title}: no {provider.name} in {dtype}: {error}", file=sys.stderr)
+            except Unavailable as refusal:
+                print(f"{case.title}: no {provider.name} in {dtype}: {refusal}", file=sys.stderr)
                 case.providers.remove(provider)
     lanes = [(provider, dtype) for dtype in dtypes for provider in case.providers]
     errors: dict[tuple[str, str], tuple[float, float]] = {}

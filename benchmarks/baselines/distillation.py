@@ -181,7 +181,7 @@ class CarefulStep(DistillationBaseline):
         with queries_and_keys(teacher, layers) as theirs:
             states = teacher(**part.inputs, output_hidden_states=True).hidden_states
         hidden = [tokens_of(state, part) for state in states[:: self.every]]
-        return Lesson(hidden, [tuple(theirs[m]) for m in layers])
+        return Lesson(hidden, [(theirs[m][0], theirs[m][1]) for m in layers])
 
 
 class Form(NamedTuple):
@@ -213,9 +213,8 @@ class PlainStep(CarefulStep):
 
     def sums(self, part: Batch, dtype: str, setting: Form) -> tuple[Tensor, Tensor]:
         compiled = setting.compiled and not self.checking
-        attention_term, hidden_term = (
-            compile_once(term) if compiled else term for term in (score_term, state_term)
-        )
+        attention_term = compile_once(score_term) if compiled else score_term
+        hidden_term = compile_once(state_term) if compiled else state_term
         with self.autocast(dtype):
             lesson = self.lesson(part, dtype)
             ours = encode(self.student, part.inputs, full=part.is_full, compiled=compiled)

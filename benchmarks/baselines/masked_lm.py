@@ -44,7 +44,7 @@ class CarefulStep(TrainingStep):
         super().__init__(trained, batches, dropout)
         self.settings = bucket_counts(batches["timed"])
 
-    def prepare(self, batch: Batch, setting: int) -> list[Batch]:
+    def prepare(self, batch: Batch, setting: Any) -> list[Batch]:
         return batch.buckets(setting)
 
     def backward(self, batch: list[Batch], dtype: str, setting: Any) -> Tensor:
@@ -59,8 +59,9 @@ class CarefulStep(TrainingStep):
 
     def loss_sum(self, part: Batch, setting: Any) -> Tensor:
         """Of a bucket's labelled rows."""
-        hidden = self.trained.bert(**part.inputs).last_hidden_state
-        logits = self.trained.cls(hidden.flatten(0, 1).index_select(0, part.labelled))
+        model: Any = self.trained
+        hidden = model.bert(**part.inputs).last_hidden_state
+        logits = model.cls(hidden.flatten(0, 1).index_select(0, part.labelled))
         labels = part.labels.flatten().index_select(0, part.labelled)
         return F.cross_entropy(logits.float(), labels, reduction="sum")
 
@@ -85,7 +86,7 @@ class PlainStep(CarefulStep):
         self.name = self.role = "careful compile" if compiled_alone else "careful plain"
         self.checking = False
 
-    def prepare(self, batch: Batch, setting: Form) -> list[Batch]:
+    def prepare(self, batch: Batch, setting: Any) -> list[Batch]:
         return batch.buckets(setting.buckets)
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
@@ -103,7 +104,7 @@ class PlainStep(CarefulStep):
 
     def loss_sum(self, part: Batch, setting: Form) -> Tensor:
         compiled = setting.compiled and not self.checking
-        model = self.trained
+        model: Any = self.trained
         hidden = encode(model.bert, part.inputs, full=part.is_full, compiled=compiled).hidden[-1]
         labels = part.labels.flatten().index_select(0, part.labelled)
         transform, decoder = model.cls.predictions.transform, model.cls.predictions.decoder

@@ -275,7 +275,7 @@ def _both(student: nn.Module, projection: nn.Module) -> nn.ModuleDict:
     return nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
 
 
-def _named(shapes: Iterable[tuple[int, int]], step: str, end: str = "", **how: bool) -> Cases:
+def _named(shapes: Iterable[tuple[int, int]], step: str, end: str = "", **how: Any) -> Cases:
     return {
         name: partial(cases, name=name, batch=batch, width=width, **how)
         for batch, width in shapes
