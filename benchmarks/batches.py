@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ SHORTEST = 0.2  # of the width; lengths spread evenly over [0.2, 1] leave about 
 LABELLED = 0.15  # of the tokens between [CLS] and [SEP]
 IGNORED = -100
 MASK = 103  # [MASK] in BERT's English vocabulary; ids drawn for words start above it
+MOST_ON_GPU = 8  # buckets
 SPECIAL = 2  # [CLS] and [SEP]
 
 
@@ -36,6 +38,24 @@ class Batch:
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def is_full(self) -> bool:
+        """No position is padding."""
+        return self.tokens == self.input_ids.numel()
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 (T,): flat places b * N + n of the tokens, made from the lengths on the host, so
+        that nobody waits for the device to count them."""
+        width = self.input_ids.shape[1]
+        places = [torch.arange(n) + b * width for b, n in enumerate(self.lengths)]
+        return torch.cat(places).to(self.input_ids.device)
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """int64 (R,): flat places of the labels. Read from the device once."""
+        return (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
+
     def buckets(self, count: int) -> list[Batch]:
         """Sorted by length and cut into ``count`` batches, each trimmed to its longest sequence."""
         order = sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b])
@@ -52,8 +72,14 @@ class Batch:
 
 
 def bucket_counts(batch: Batch) -> tuple[int, ...]:
-    """1, 2, 4, ... up to one sequence per bucket: what a careful user would try."""
-    return tuple(1 << i for i in range(len(batch.lengths).bit_length()))
+    """What a careful user would try: 1, 2, 4, ... up to one sequence per bucket; up to
+    MOST_ON_GPU on a GPU, which small batches leave idle; 1 without padding."""
+    if batch.is_full:
+        return (1,)
+    counts = tuple(1 << i for i in range(len(batch.lengths).bit_length()))
+    if batch.input_ids.is_cuda:
+        return tuple(n for n in counts if n <= MOST_ON_GPU)
+    return counts
 
 
 def draw_lengths(batch: int, width: int, generator: torch.Generator) -> list[int]:

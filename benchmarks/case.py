@@ -47,6 +47,10 @@ class Disagreement(Failed):
     """Providers of one case computed different things; the message says which and by how much."""
 
 
+class Unavailable(RuntimeError):
+    """A provider cannot run here, said by its ``tune``: its case goes on without it."""
+
+
 class Provider(Protocol):
     """One way to do the job. ``dtype`` is that of autocast; fp32 means none."""
 
@@ -54,7 +58,11 @@ class Provider(Protocol):
     role: str
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
-        """Choose the fastest of its settings on this machine, if it has any."""
+        """Choose the fastest of its settings on this machine, if it has any.
+
+        Raises:
+            Unavailable: none of them runs here; the message says why.
+        """
 
     def setting(self, dtype: str) -> str:
         """The chosen setting in words, empty if there is nothing to choose."""

@@ -5,16 +5,21 @@ For every case, at full size:
 2. at dropout 0 the providers must agree in loss and gradients, or no speed is printed at all;
 3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios, so what
    disturbs the machine for a while disturbs both sides;
-4. on a GPU, calls of a single op are timed as CUDA graphs too, in rounds of their own;
+4. on a GPU, calls of a single op are timed as CUDA graphs too, in rounds of their own; a graph of a
+   whole step is a provider of its own;
 5. one more run of each under the allocation profiler gives its peak memory;
-6. if asked for, one more of ours under the time profiler shows where its time goes (breakdown.py).
+6. if asked for, one more of ours under the time profiler shows where its time goes (breakdown.py),
+   and on a GPU one of the careful baseline too.
+A provider that cannot run here says so in 1, on stderr, and the case goes on without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import time
+import traceback
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -36,6 +41,7 @@ from tinybert_fast.benchmarks.case import (
     Failed,
     Outcome,
     Setup,
+    Unavailable,
     Work,
 )
 from tinybert_fast.benchmarks.graphs import Replay
@@ -71,14 +77,18 @@ SMALLEST_NORM = 1e-3
 
 ROUNDS = {"cpu": 10, "cuda": 50}
 WARM_UP = {"cpu": 1, "cuda": 20}
+# A case of long steps takes fewer on a GPU: what fits into so many seconds, but not below these.
+SECONDS = {"rounds": 3.0, "warm-up": 0.5}
+LEAST_ROUNDS, LEAST_WARM_UP = 10, 3
+PROFILED = {"cpu": (OURS,), "cuda": (OURS, CAREFUL)}  # roles
 ROUNDS_SHORT = 3  # bf16 without instructions for it (slow, and nobody's figure), smoke runs
 WIDTH = 120  # columns of the printed table
 
 Lane = tuple[Any, str]  # provider, dtype
 
 
-def load_cases(suite: str) -> Cases:
-    """Name -> builder of every case of a suite."""
+def load_cases(suite: str, *, on_gpu: bool = False) -> Cases:
+    """Name -> builder of every case of a suite. Training steps are larger on a GPU."""
     if suite not in SUITES:
         raise ValueError(f"--suite {suite!r} is not one of {', '.join(SUITES)}")
     if suite == "ops":
@@ -105,6 +115,8 @@ def load_cases(suite: str) -> Cases:
         return masking.CASES
     from tinybert_fast.benchmarks.cases import distill_step, mlm_step
 
+    if on_gpu:
+        return {**mlm_step.GPU_CASES, **distill_step.GPU_CASES}
     return {**mlm_step.CASES, **distill_step.CASES}
 
 
@@ -136,7 +148,8 @@ def run_suite(
             whatever the dtype).
         cases: names, or beginnings of names, of the cases to run; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
-        rounds: repetitions; by default 10 on a CPU (3 where bf16 is emulated), 50 on a GPU.
+        rounds: repetitions; by default 10 on a CPU (3 where bf16 is emulated); on a GPU what fits
+            into SECONDS, from 10 to 50.
         threads: of PyTorch on the CPU, None leaves them as they are.
         dropout: while timed. Values are always checked at 0.
         device: "auto" takes a GPU if there is one.
@@ -156,7 +169,8 @@ def run_suite(
     if console is None:
         console = Console()
         console.width = max(console.width, WIDTH)  # a wrapped line is better than a cut number
-    builders = _selected(load_cases(suite), cases)
+    on = _device(device)
+    builders = _selected(load_cases(suite, on_gpu=on.type == "cuda"), cases)
     if dtype not in DTYPE_CHOICES:
         raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")
     for what, value in (("--rounds", rounds), ("--threads", threads)):
@@ -167,12 +181,14 @@ def run_suite(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"--dropout {dropout}: a probability in [0, 1) is needed")
     file = CsvFile(Path(csv_path)) if csv_path is not None else None
-    setup = Setup(_device(device), dropout=dropout, seed=seed, smoke=smoke)
+    setup = Setup(on, dropout=dropout, seed=seed, smoke=smoke)
     dtypes = DTYPE_CHOICES[dtype]
     emulated = "bf16" in dtypes and not has_bf16(setup.device)
-    if rounds is None:
-        rounds = ROUNDS_SHORT if emulated or smoke else ROUNDS[setup.device.type]
-    warm_up = 1 if emulated or smoke else WARM_UP[setup.device.type]
+    warm_up: int | None = None
+    if emulated or smoke:
+        rounds, warm_up = rounds or ROUNDS_SHORT, 1
+    elif on.type == "cpu":
+        rounds, warm_up = rounds or ROUNDS["cpu"], WARM_UP["cpu"]
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -197,11 +213,12 @@ def run_suite(
                             say("profile")
                             profiles += profile_ours(case, dtypes, setup.device)
                 except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler raises
+                    _forget_locals(error)
                     failures.append(error)
                     continue
                 finally:
                     del case
-                    gc.collect()
+                    _free(setup.device)
                 rows += found
                 if suite == "memory":
                     growth_exponents(rows)
@@ -217,10 +234,10 @@ def run_suite(
         from tinybert_fast.benchmarks.plots import draw
 
         draw(rows, Path(plots_path))
-    for found in profiles:
-        title = f"{found['case']} N={found['width']}, {found['provider']} {found['dtype']}"
-        rate = ceilings[found["dtype"]]["matmul_gflops"]
-        show_breakdown(found, title, rate, console)
+    for one in profiles:
+        title = f"{one['case']} N={one['width']}, {one['provider']} {one['dtype']}"
+        rate = ceilings[one["dtype"]]["matmul_gflops"]
+        show_breakdown(one, title, rate, console)
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -244,39 +261,66 @@ def _stream(device: torch.device) -> Any:
     """All of a case on one stream that can be captured, which the default one cannot."""
     if device.type == "cpu":
         return contextlib.nullcontext()
+    torch.cuda.synchronize(device)  # it does not wait for the default one, which made the models
     return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """An error that is kept must not keep the models of its case alive."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _free(device: torch.device) -> None:
+    """What the last case had, for the next: memory, graphs, and code compiled for its shapes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def measure(
     case: Case,
     dtypes: tuple[str, ...],
-    rounds: int,
-    warm_up: int,
+    rounds: int | None,
+    warm_up: int | None,
     device: torch.device,
     common: dict[str, Any],
     say: Callable[[str], None] = lambda _: None,
     ceilings: dict[str, dict[str, float]] | None = None,
 ) -> list[Row]:
     """The rows of one case; ``common`` are the columns that all rows of a run share, ``ceilings``
-    those that rows of a dtype do."""
+    those that rows of a dtype do. ``rounds``, ``warm_up``: None lets their time decide. Providers
+    that cannot run here are taken out of the case."""
     clock = Clock(device)
     dtypes = case.dtypes or dtypes
-    lanes = [(provider, dtype) for dtype in dtypes for provider in case.providers]
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(device) else ("fp32",):
-        for provider in case.providers:
+        for provider in list(case.providers):
             say(f"{provider.name} {dtype}: choosing its fastest setting")
-            provider.tune(dtype, clock.best)
+            try:
+                provider.tune(dtype, clock.best)
+            except Unavailable as refusal:
+                print(f"{case.title}: no {provider.name} in {dtype}: {refusal}", file=sys.stderr)
+                case.providers.remove(provider)
+    lanes = [(provider, dtype) for dtype in dtypes for provider in case.providers]
     errors: dict[tuple[str, str], tuple[float, float]] = {}
     for dtype in dtypes:
         say(f"{dtype}: comparing losses and gradients")
         for name, error in check(case, dtype).items():
             errors[name, dtype] = error
+    if rounds is None or warm_up is None:
+        fitting = repetitions(lanes, clock, case.calls)
+        rounds, warm_up = rounds or fitting[0], warm_up or fitting[1]
     times = interleave(lanes, rounds, warm_up, clock, say, case.calls)
     graphs = replays(lanes, case, rounds, clock, say) if case.captured else {}
     say("peak memory")
     peaks = {
-        (provider, dtype): peak_bytes(partial(provider.run, dtype), device)
+        (provider, dtype): peak_bytes(
+            partial(getattr(provider, "run_uncaptured", provider.run), dtype), device
+        )
         for provider, dtype in lanes
     }
 
@@ -363,13 +407,29 @@ def replays(
     return {lane: [t / case.calls for t in times[graph]] for lane, graph in graphs.items()}
 
 
+def repetitions(
+    lanes: list[Lane], clock: Callable[[Callable[[], Any]], float], calls: int
+) -> tuple[int, int]:
+    """Rounds and warm-ups on a GPU, by the second run of each lane: see SECONDS."""
+    one = 0.0
+    for lane in lanes:
+        call = partial(_several, *lane, calls)
+        call()
+        one += clock(call)
+    rounds, warm_up = (int(seconds / one) for seconds in SECONDS.values())
+    return (
+        min(ROUNDS["cuda"], max(LEAST_ROUNDS, rounds)),
+        min(WARM_UP["cuda"], max(LEAST_WARM_UP, warm_up)),
+    )
+
+
 def _several(provider: Any, dtype: str, calls: int) -> None:
     for _ in range(calls):
         provider.run(dtype)
 
 
 def profile_ours(case: Case, dtypes: tuple[str, ...], device: torch.device) -> list[Breakdown]:
-    """Of one run of each of our providers, in each dtype."""
+    """Of one run of each provider of a role that PROFILED names, in each dtype."""
     return [
         {
             "case": case.name,
@@ -380,7 +440,7 @@ def profile_ours(case: Case, dtypes: tuple[str, ...], device: torch.device) -> l
         }
         for dtype in case.dtypes or dtypes
         for provider in case.providers
-        if provider.role == OURS
+        if provider.role in PROFILED[device.type]
     ]
 
 
@@ -424,13 +484,15 @@ def check(case: Case, dtype: str) -> dict[str, tuple[float, float]]:
     providers = {provider.name: provider for provider in case.providers}
     found: dict[str, tuple[float, float]] = {}
     for one in case.checks:
+        if one.reference not in providers:
+            raise Failed(f"{case.name}: {one.reference!r}, which others are held to, cannot run")
         exact = providers[one.reference].outcome(one.what, "fp32")
         allowed = [LOSS_TOLERANCE, GRADIENT_TOLERANCE]
         if dtype != "fp32":
             own, _ = errors_between(exact, providers[one.reference].outcome(one.what, dtype))
             allowed = [tolerance + 2 * e for tolerance, e in zip(allowed, own, strict=True)]
             allowed[0] = max(allowed[0], LOSS_TOLERANCE_BF16)
-        for name in one.others:
+        for name in (name for name in one.others if name in providers):
             errors, worst = errors_between(exact, providers[name].outcome(one.what, dtype))
             # Written so that a NaN does not pass.
             if not all(e <= most for e, most in zip(errors, allowed, strict=True)):

@@ -20,7 +20,7 @@ COLUMNS = {
     "suite": "step, ops, memory or masking",
     "case": "what is computed (benchmarks/cases)",
     "provider": "who computes it",
-    "role": "a: as it comes; b: as a careful user writes it; ours",
+    "role": "a: as it comes; b: as a careful user writes it; ours; others by their own name",
     "pass": "forward, backward or both",
     "dtype": "fp32, or bf16 autocast over fp32 weights, or int64",
     "batch": "sequences B",
@@ -189,7 +189,10 @@ def _speed(rows: list[Row]) -> Any:
     heads = ("x (a)", "x (b)", "x (a) fp32")
     graphs = any(row["graph_ms"] for row in rows)
     graph_heads = ("graph ms", "x (a)", "x (b)", "bound ms") if graphs else ()
-    for head in ("ms", "p20 - p80", *heads[: len(ratios)], *graph_heads, "tokens/s", "peak MiB"):
+    bounds = not graphs and any(row["gpu"] != "none" and row["bound_ms"] for row in rows)
+    bound_heads = ("TFLOP/s", "bound ms") if bounds else ()
+    more = (*heads[: len(ratios)], *graph_heads, *bound_heads)
+    for head in ("ms", "p20 - p80", *more, "tokens/s", "peak MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("setting")
     for row in rows:
@@ -199,6 +202,7 @@ def _speed(rows: list[Row]) -> Any:
             f"{_milliseconds(row['p20_ms'])} - {_milliseconds(row['p80_ms'])}",
             *(_number(row[ratio], ".2f") for ratio in ratios),
             *(_graph(row) if graphs else ()),
+            *((_number(row["tflops"], ".0f"), _number(row["bound_ms"], ".2f")) if bounds else ()),
             _number(row["tokens_per_s"], ",.0f"),
             _number(row["peak_mib"], ",.1f"),
             row["setting"],

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from tinybert_fast.benchmarks.baselines.attention_scores import SUMS, official
+from tinybert_fast.benchmarks.baselines.attention_scores import SUMS, gram_sum, official
+from tinybert_fast.benchmarks.baselines.plain_bert import compile_once, encode, forms
 from tinybert_fast.benchmarks.batches import Batch, bucket_counts
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Outcome
 from tinybert_fast.benchmarks.training_step import Teacher, TrainingStep
 
 SCORES = "tinybert_official"  # the attention that hands out its scores, in Transformers' registry
@@ -106,6 +107,14 @@ class OfficialStep(DistillationBaseline):
         return scores, output.hidden_states
 
 
+class Lesson(NamedTuple):
+    """What the teacher says of a batch: states 0..M that are matched, of tokens (T, C), and of
+    matched layers queries and keys (B, N, C)."""
+
+    hidden: list[Tensor]
+    heads: list[tuple[Tensor, Tensor]]
+
+
 class Setting(NamedTuple):
     buckets: int
     form: str  # of the attention loss
@@ -130,49 +139,131 @@ class CarefulStep(DistillationBaseline):
     def prepare(self, batch: Batch, setting: Setting) -> list[Batch]:
         return batch.buckets(setting.buckets)
 
-    def backward(self, batch: list[Batch], dtype: str, setting: Setting) -> Tensor:
+    def backward(self, batch: list[Batch], dtype: str, setting: Any) -> Tensor:
         tokens = sum(part.tokens for part in batch)
         heads = self.student.config.num_attention_heads
         pairs = heads * sum(n * n for part in batch for n in part.lengths)
         entries = tokens * self.teacher.config.hidden_size
         total = torch.zeros((), device=self.device)
         for part in batch:
-            attention, hidden = self._sums(part, dtype, SUMS[setting.form])
+            attention, hidden = self.sums(part, dtype, setting)
             loss = attention / pairs + hidden / entries
             loss.backward()
             total += loss.detach()
         return total
 
-    def _sums(self, part: Batch, dtype: str, score_sum: Any) -> tuple[Tensor, Tensor]:
+    def sums(self, part: Batch, dtype: str, setting: Any) -> tuple[Tensor, Tensor]:
         """Squared differences summed over matched layers: of scores, of projected states."""
-        teacher, matched = self.taught_in(dtype), range(1, self.layers + 1)
+        matched = range(1, self.layers + 1)
         with self.autocast(dtype):
-            with (
-                torch.no_grad(),
-                queries_and_keys(teacher, [m * self.every for m in matched]) as theirs,
-            ):
-                taught = teacher(**part.inputs, output_hidden_states=True).hidden_states
+            lesson = self.lesson(part, dtype)
             with queries_and_keys(self.student, list(matched)) as ours:
                 states = self.student(**part.inputs, output_hidden_states=True).hidden_states
-            real = part.attention_mask.bool()
             hidden = torch.zeros((), device=self.device)
-            for m, state in enumerate(states):
-                error = self.project(state[real]).float() - taught[m * self.every][real].float()
+            for state, taught in zip(states, lesson.hidden, strict=True):
+                error = self.project(tokens_of(state, part)).float() - taught.float()
                 hidden = hidden + error.square().sum()
         # Outside autocast: the Gram form subtracts numbers of one size, too much for bf16.
         attention = torch.zeros((), device=self.device)
+        heads = self.student.config.num_attention_heads
+        score_sum, real = SUMS[setting.form], real_rows(part)
         for m in matched:
             attention = attention + score_sum(
-                *(
-                    _heads(x, model.config.num_attention_heads, real)
-                    for model, found in (
-                        (self.student, ours[m]),
-                        (teacher, theirs[m * self.every]),
-                    )
-                    for x in found
-                )
+                *(as_heads(x, heads, real) for x in ours[m]),
+                *(as_heads(x, heads, real) for x in lesson.heads[m - 1]),
             )
         return attention, hidden
+
+    @torch.no_grad()
+    def lesson(self, part: Batch, dtype: str) -> Lesson:
+        teacher = self.taught_in(dtype)
+        layers = [m * self.every for m in range(1, self.layers + 1)]
+        with queries_and_keys(teacher, layers) as theirs:
+            states = teacher(**part.inputs, output_hidden_states=True).hidden_states
+        hidden = [tokens_of(state, part) for state in states[:: self.every]]
+        return Lesson(hidden, [(theirs[m][0], theirs[m][1]) for m in layers])
+
+
+class Form(NamedTuple):
+    buckets: int
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"length buckets: {self.buckets}, gram{', compiled' if self.compiled else ''}"
+
+
+class PlainStep(CarefulStep):
+    """The careful step on plain_bert.py, with the Gram form: nothing waits for the device, so that
+    it can be captured; and compiled, but for the checks, whose dropout rate would be compiled for
+    once more."""
+
+    name = role = "careful plain"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.settings = tuple(Form(*form) for form in forms(self.batches["timed"]))
+        self.checking = False
+
+    def outcome(self, what: str, dtype: str) -> Outcome:
+        self.checking = True
+        try:
+            return super().outcome(what, dtype)
+        finally:
+            self.checking = False
+
+    def sums(self, part: Batch, dtype: str, setting: Form) -> tuple[Tensor, Tensor]:
+        compiled = setting.compiled and not self.checking
+        attention_term = compile_once(score_term) if compiled else score_term
+        hidden_term = compile_once(state_term) if compiled else state_term
+        with self.autocast(dtype):
+            lesson = self.lesson(part, dtype)
+            ours = encode(self.student, part.inputs, full=part.is_full, compiled=compiled)
+            hidden = [
+                hidden_term(tokens_of(state, part), taught, self.project.weight, self.project.bias)
+                for state, taught in zip(ours.hidden, lesson.hidden, strict=True)
+            ]
+        heads, real = self.student.config.num_attention_heads, real_rows(part)
+        attention = [
+            attention_term(q, k, *theirs, heads, real)
+            for q, k, theirs in zip(ours.queries, ours.keys, lesson.heads, strict=True)
+        ]
+        return torch.stack(attention).sum(), torch.stack(hidden).sum()
+
+    @torch.no_grad()
+    def lesson(self, part: Batch, dtype: str) -> Lesson:
+        compiled = self._setting(dtype).compiled and not self.checking
+        with self.autocast(dtype):
+            theirs = encode(
+                self.taught_in(dtype), part.inputs, full=part.is_full, compiled=compiled
+            )
+        every = self.every
+        heads = zip(theirs.queries[every - 1 :: every], theirs.keys[every - 1 :: every])
+        return Lesson([tokens_of(state, part) for state in theirs.hidden[::every]], list(heads))
+
+
+class KeptLessons:
+    """Mixed into a step: its teacher is asked about a batch once, before anything is timed."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._kept: dict[Any, Any] = {}
+
+    def lesson(self, part: Any, *how: Any) -> Any:
+        key = id(part), how[-1]  # the dtype
+        if key not in self._kept:
+            self._kept[key] = super().lesson(part, *how)  # type: ignore[misc]
+        return self._kept[key]
+
+
+def state_term(state: Tensor, taught: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (F.linear(state, weight, bias).float() - taught.float()).square().sum()
+
+
+def score_term(
+    q: Tensor, k: Tensor, p: Tensor, r: Tensor, heads: int, real: Tensor | None
+) -> Tensor:
+    """Of queries and keys (B, N, C) of the student, then of the teacher."""
+    return gram_sum(*(as_heads(x, heads, real) for x in (q, k, p, r)))
 
 
 @contextmanager
@@ -193,9 +284,19 @@ def queries_and_keys(model: Any, layers: list[int]) -> Iterator[dict[int, list[T
             hook.remove()
 
 
-def _heads(x: Tensor, heads: int, real: Tensor) -> Tensor:
+def tokens_of(x: Tensor, part: Batch) -> Tensor:
+    """(B, N, C) -> (T, C)."""
+    return x.flatten(0, 1) if part.is_full else x.flatten(0, 1).index_select(0, part.places)
+
+
+def real_rows(part: Batch) -> Tensor | None:
+    """(B, N, 1), or None where no position is padding."""
+    return None if part.is_full else part.attention_mask[..., None]
+
+
+def as_heads(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
     """(B, N, C) -> (B, H, N, D) in fp32, rows of padding zero."""
     x = x.float()
-    if not bool(real.all()):
-        x = x * real[..., None]
+    if real is not None:
+        x = x * real
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

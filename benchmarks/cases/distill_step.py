@@ -4,12 +4,17 @@ hidden-state and attention losses, backward, AdamW update of student and project
 The official formulas compare padding too, ours and the careful baseline's do not. So `careful` and
 `ours` are held to each other on the timed lengths, and to `official` where every position is real
 and the losses coincide.
+
+On a GPU the batches are larger, with every position real or lengths as drawn, and the steps are
+also replayed as CUDA graphs. Where the official N x N tensors of B = 256, N = 512 would not fit,
+`official` is left out and measured at B = 32 instead. `student_step`: the same without the teacher,
+whose answers are there before anything is timed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinybert_fast.benchmarks.baselines.distillation import CarefulStep, OfficialStep
+from tinybert_fast.benchmarks.baselines.distillation import (
+    CarefulStep,
+    KeptLessons,
+    OfficialStep,
+    PlainStep,
+)
 from tinybert_fast.benchmarks.batches import Batch, draw_batch, draw_lengths
-from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup
+from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup, Unavailable
 from tinybert_fast.benchmarks.cases.mlm_step import student_config
-from tinybert_fast.benchmarks.training_step import OPTIMIZER, Teacher, TrainingStep, sharing
+from tinybert_fast.benchmarks.step_work import distillation_work
+from tinybert_fast.benchmarks.training_step import (
+    OPTIMIZER,
+    GraphedStep,
+    Teacher,
+    TrainingStep,
+    one_line,
+    sharing,
+)
 from tinybert_fast.integrations import accelerate
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
@@ -33,6 +51,10 @@ from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.teacher import record
 
 SHAPES = ((16, 128), (4, 512))
+FULL_SHAPES, RAGGED_SHAPES = ((256, 128), (32, 512), (256, 512)), ((256, 128),)
+STUDENT_SHAPES = ((256, 128),)  # every position real
+CHECKED_TOKENS = 1 << 15  # of a full batch, on a GPU
+OFFICIAL_PAIRS = 1 << 23  # B N^2 that 80 GB hold: fp32 scores of 12 + 4 layers and their gradients
 SMOKE_BATCH, SMOKE_WIDTH = 4, 16
 RAGGED, FULL = "lengths as timed", "every position real"
 
@@ -53,8 +75,8 @@ class OurStep(TrainingStep):
         super().__init__(trained, batches, dropout)
         self.teacher, self.matches = Teacher(teacher), matches
 
-    def backward(self, batch: Batch, dtype: str, setting: Any) -> Tensor:
-        layout = SequenceLayout.from_mask(batch.attention_mask)
+    def backward(self, batch: Any, dtype: str, setting: Any) -> Tensor:
+        batch, layout = self.laid_out(batch)
         ours = self.matches.student_capture()
         student: Any = self.trained["student"]
         projection: Any = self.trained["projection"]
@@ -66,11 +88,44 @@ class OurStep(TrainingStep):
         loss.backward()
         return loss.detach()
 
+    def laid_out(self, batch: Any) -> tuple[Batch, SequenceLayout]:
+        return batch, SequenceLayout.from_mask(batch.attention_mask)
+
     @torch.no_grad()
     def lesson(self, batch: Batch, layout: SequenceLayout, dtype: str) -> Capture:
         theirs = self.matches.teacher_capture()
         record(self.teacher(dtype), batch.inputs, theirs, layout)
         return theirs
+
+
+class OnGpu:
+    """Mixed into our steps: the layout comes from lengths on the host, as the collator gives them,
+    so nothing waits for the device."""
+
+    device: torch.device
+
+    def prepare(self, batch: Batch, setting: Any) -> tuple[Batch, SequenceLayout]:
+        width = batch.input_ids.shape[1]
+        return batch, SequenceLayout.from_lengths(batch.lengths, width, self.device)
+
+    def laid_out(self, batch: Any) -> tuple[Batch, SequenceLayout]:
+        return batch
+
+
+class OurGpuStep(OnGpu, OurStep):
+    """`OurStep` without a read of the device."""
+
+
+class OurStudentStep(KeptLessons, OurGpuStep):
+    """Of the student alone."""
+
+
+class CarefulStudentStep(KeptLessons, CarefulStep):
+    """Of the student alone."""
+
+
+class PlainStudentStep(KeptLessons, PlainStep):
+    """Of the student alone."""
 
 
 class Numbers:
@@ -118,10 +173,31 @@ class CachedStep(OurStep):
         return LessonCache.build(folder, teach, rows, collate, {}, batch_size=len(lengths))
 
 
-def cases(setup: Setup, *, batch: int, width: int) -> Iterator[Case]:
+class CachedGpuStep(OnGpu, CachedStep):
+    role = CachedStep.name
+
+    def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
+        """Writes the lessons, for which there may be no room."""
+        try:
+            self._gradients("timed", dtype)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise Unavailable(one_line(error)) from error
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+def cases(
+    setup: Setup,
+    *,
+    name: str,
+    batch: int,
+    width: int,
+    every_position: bool = False,
+    student_alone: bool = False,
+) -> Iterator[Case]:
     from transformers import BertConfig, BertModel
 
-    name = f"distill_step_b{batch}_n{width}"
+    pairs = batch * width**2
     if setup.smoke:
         batch, width = SMOKE_BATCH, SMOKE_WIDTH
     generator = setup.generator()
@@ -135,17 +211,51 @@ def cases(setup: Setup, *, batch: int, width: int) -> Iterator[Case]:
         "intermediate_size": 96,
     }
     teacher_config = BertConfig(**(tiny if setup.smoke else {}))  # BERT-base by default
-    student = BertModel(config, add_pooling_layer=False).to(setup.device)
-    teacher = BertModel(teacher_config, add_pooling_layer=False).to(setup.device)
+    with setup.device:
+        student = BertModel(config, add_pooling_layer=False)
+        teacher = BertModel(teacher_config, add_pooling_layer=False)
+        projection = HiddenProjection(config.hidden_size, teacher_config.hidden_size)
     matches = LayerMatches.uniform(config.num_hidden_layers, teacher_config.num_hidden_layers)
-    projection = HiddenProjection(config.hidden_size, teacher_config.hidden_size).to(setup.device)
 
     def draw(lengths: list[int]) -> Batch:
         return draw_batch(lengths, width, config.vocab_size, generator, setup.device)
 
-    drawn = draw(draw_lengths(batch, width, generator))
-    batches = {"timed": drawn, RAGGED: drawn, FULL: draw([width] * batch)}
-    common = batches, setup.dropout
+    drawn = draw([width] * batch if every_position else draw_lengths(batch, width, generator))
+    full = drawn if every_position else draw([width] * batch)
+    if setup.on_gpu:  # in fp32 the largest batch of the baselines would not fit
+        full = full.rows(list(range(max(1, min(batch, CHECKED_TOKENS // width)))))
+    batches = {"timed": drawn, FULL: full} | ({} if every_position else {RAGGED: drawn})
+
+    def plain(step: Any) -> Any:
+        return step(_both(student, projection), sharing(teacher), batches, setup.dropout)
+
+    def fast(step: Any) -> Any:
+        trained = _both(accelerate(copy.deepcopy(student)), projection)
+        return step(trained, accelerate(sharing(teacher)), matches, batches, setup.dropout)
+
+    if student_alone:
+        providers = [
+            plain(CarefulStudentStep),
+            GraphedStep("careful graph", plain(PlainStudentStep)),
+            fast(OurStudentStep),
+            GraphedStep("ours graph", fast(OurStudentStep)),
+        ]
+    elif setup.on_gpu:
+        providers = [
+            *([plain(OfficialStep)] if pairs <= OFFICIAL_PAIRS else []),
+            plain(CarefulStep),
+            GraphedStep("careful graph", plain(PlainStep)),
+            fast(OurGpuStep),
+            GraphedStep("ours graph", fast(OurGpuStep)),
+            *([] if every_position else [fast(CachedGpuStep)]),
+        ]
+    else:
+        providers = [plain(OfficialStep), plain(CarefulStep), fast(OurStep), fast(CachedStep)]
+    names = [provider.name for provider in providers]
+    checks = [Check(FULL, names[0], tuple(names[1:]))]
+    if not every_position:
+        careful = names.index(CarefulStep.name)
+        checks.append(Check(RAGGED, CarefulStep.name, tuple(names[careful + 1 :])))
     yield Case(
         name=name,
         batch=batch,
@@ -153,23 +263,9 @@ def cases(setup: Setup, *, batch: int, width: int) -> Iterator[Case]:
         valid_tokens=drawn.tokens,
         dropout=setup.dropout,
         optimizer=OPTIMIZER,
-        providers=[
-            OfficialStep(_both(student, projection), sharing(teacher), *common),
-            CarefulStep(_both(student, projection), sharing(teacher), *common),
-            *(
-                step(
-                    _both(accelerate(copy.deepcopy(student)), projection),
-                    accelerate(sharing(teacher)),
-                    matches,
-                    *common,
-                )
-                for step in (OurStep, CachedStep)
-            ),
-        ],
-        checks=(
-            Check(FULL, "official", ("careful", OurStep.name, CachedStep.name)),
-            Check(RAGGED, "careful", (OurStep.name, CachedStep.name)),
-        ),
+        providers=providers,
+        checks=tuple(checks),
+        work=partial(distillation_work, config, teacher_config, drawn.lengths, not student_alone),
     )
 
 
@@ -179,7 +275,17 @@ def _both(student: nn.Module, projection: nn.Module) -> nn.ModuleDict:
     return nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
 
 
-CASES: Cases = {
-    f"distill_step_b{batch}_n{width}": partial(cases, batch=batch, width=width)
-    for batch, width in SHAPES
+def _named(shapes: Iterable[tuple[int, int]], step: str, end: str = "", **how: Any) -> Cases:
+    return {
+        name: partial(cases, name=name, batch=batch, width=width, **how)
+        for batch, width in shapes
+        for name in (f"{step}_b{batch}_n{width}{end}",)
+    }
+
+
+CASES = _named(SHAPES, "distill_step")
+GPU_CASES = {
+    **_named(RAGGED_SHAPES, "distill_step"),
+    **_named(FULL_SHAPES, "distill_step", "_full", every_position=True),
+    **_named(STUDENT_SHAPES, "student_step", "_full", every_position=True, student_alone=True),
 }

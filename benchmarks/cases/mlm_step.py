@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinybert_fast.benchmarks.baselines.masked_lm import CarefulStep, TransformersStep
-from tinybert_fast.benchmarks.batches import Batch, draw_batch, draw_lengths
+from tinybert_fast.benchmarks.baselines.masked_lm import CarefulStep, PlainStep, TransformersStep
+from tinybert_fast.benchmarks.batches import IGNORED, Batch, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup
-from tinybert_fast.benchmarks.training_step import OPTIMIZER, TrainingStep
+from tinybert_fast.benchmarks.step_work import masked_lm_work
+from tinybert_fast.benchmarks.training_step import OPTIMIZER, GraphedStep, TrainingStep
 from tinybert_fast.integrations import TinyBertConfig, accelerate
+from tinybert_fast.modules.heads import vocabulary_loss
+from tinybert_fast.ops.layout import SequenceLayout
 
 BATCH, WIDTH = 32, 128
+GPU_SHAPES = ((256, 128), (64, 512))
 SMOKE_BATCH, SMOKE_WIDTH = 4, 16
 RAGGED = "lengths as timed"
 
@@ -35,29 +40,77 @@ class OurStep(TrainingStep):
         return loss.detach()
 
 
-def cases(setup: Setup) -> Iterator[Case]:
+class Packed(NamedTuple):
+    """A batch with what a collator knows of it."""
+
+    batch: Batch
+    layout: SequenceLayout
+    read: Tensor  # int64 (R,): packed rows of the labelled tokens
+    labels: Tensor  # int64 (R,)
+
+
+class OurGpuStep(TrainingStep):
+    """What PreTraining runs: the layout comes from lengths on the host and the head is told which
+    rows it reads, so nothing waits for the device."""
+
+    name, role = "ours", OURS
+
+    def prepare(self, batch: Batch, setting: Any) -> Packed:
+        layout = SequenceLayout.from_lengths(batch.lengths, batch.input_ids.shape[1], self.device)
+        labels = layout.pack(batch.labels)
+        read = (labels != IGNORED).nonzero().squeeze(1)
+        return Packed(batch, layout, read, labels.index_select(0, read))
+
+    def backward(self, batch: Packed, dtype: str, setting: Any) -> Tensor:
+        model: Any = self.trained
+        with self.autocast(dtype):
+            found = model.encode_packed(layout=batch.layout, read=batch.read, **batch.batch.inputs)
+            loss = vocabulary_loss(
+                model.cls.predictions, found.rows, batch.labels, impl=model.fast_impl
+            )
+        loss.backward()
+        return loss.detach()
+
+
+def cases(setup: Setup, *, name: str, batch: int, width: int) -> Iterator[Case]:
     from transformers import BertForMaskedLM
 
-    batch, width = (SMOKE_BATCH, SMOKE_WIDTH) if setup.smoke else (BATCH, WIDTH)
+    if setup.smoke:
+        batch, width = SMOKE_BATCH, SMOKE_WIDTH
     generator = setup.generator()
     torch.manual_seed(setup.seed)
-    model = BertForMaskedLM(student_config(setup)).to(setup.device)
+    with setup.device:
+        model = BertForMaskedLM(student_config(setup))
     lengths = draw_lengths(batch, width, generator)
     drawn = draw_batch(lengths, width, model.config.vocab_size, generator, setup.device)
-    batches = {"timed": drawn, RAGGED: drawn}
+    common = {"timed": drawn, RAGGED: drawn}, setup.dropout
+
+    def fast() -> Any:
+        return accelerate(copy.deepcopy(model))
+
+    providers: list[Any] = [
+        TransformersStep(copy.deepcopy(model), *common),
+        CarefulStep(copy.deepcopy(model), *common),
+    ]
+    if setup.on_gpu:
+        providers += [
+            PlainStep(copy.deepcopy(model), *common, compiled_alone=True),
+            GraphedStep("careful graph", PlainStep(copy.deepcopy(model), *common)),
+            OurGpuStep(fast(), *common),
+            GraphedStep("ours graph", OurGpuStep(fast(), *common)),
+        ]
+    else:
+        providers.append(OurStep(fast(), *common))
     yield Case(
-        name="mlm_step",
+        name=name,
         batch=batch,
         width=width,
         valid_tokens=drawn.tokens,
         dropout=setup.dropout,
         optimizer=OPTIMIZER,
-        providers=[
-            TransformersStep(copy.deepcopy(model), batches, setup.dropout),
-            CarefulStep(copy.deepcopy(model), batches, setup.dropout),
-            OurStep(accelerate(copy.deepcopy(model)), batches, setup.dropout),
-        ],
-        checks=(Check(RAGGED, "transformers", ("careful", "ours")),),
+        providers=providers,
+        checks=(Check(RAGGED, "transformers", tuple(one.name for one in providers[1:])),),
+        work=partial(masked_lm_work, model.config, drawn.lengths, len(drawn.labelled)),
     )
 
 
@@ -77,4 +130,9 @@ def student_config(setup: Setup) -> Any:
     return TinyBertConfig.tiny_4l_312(**dropout, **(tiny if setup.smoke else {}))
 
 
-CASES: Cases = {"mlm_step": cases}
+CASES: Cases = {"mlm_step": partial(cases, name="mlm_step", batch=BATCH, width=WIDTH)}
+GPU_CASES: Cases = {
+    name: partial(cases, name=name, batch=batch, width=width)
+    for batch, width in GPU_SHAPES
+    for name in (f"mlm_step_b{batch}_n{width}",)
+}

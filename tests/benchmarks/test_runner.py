@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tinybert_fast import ops
-from tinybert_fast.benchmarks import op_call, runner, table
-from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown
-from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup, Work
+from tinybert_fast.benchmarks import op_call, runner, step_work, table, training_step
+from tinybert_fast.benchmarks.baselines import plain_bert
+from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown, show
+from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup, Unavailable, Work
 from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
     distill_step,
@@ -216,6 +217,161 @@ def test_tuning_leaves_the_weights_alone():
     assert all(p.grad is None for p in careful.trained.parameters())
 
 
+# ---- training steps as on a GPU -----------------------------------------------------------------
+
+
+class Again:
+    """In the place of a CUDA graph: a replay calls once more."""
+
+    def __init__(self, call):
+        call()
+        self.call = call
+
+    def run(self, dtype):
+        self.call()
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """The cases of a GPU, on a CPU and without a code generator."""
+    monkeypatch.setattr(Setup, "on_gpu", True)
+    monkeypatch.setattr(training_step, "Replay", Again)
+    monkeypatch.setattr(plain_bert, "BACKEND", "eager")
+    plain_bert.compile_once.cache_clear()
+    yield
+    plain_bert.compile_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "providers"),
+    [
+        ("mlm_step_b64_n512", "transformers, careful, careful compile, careful graph, ours, "
+         "ours graph"),
+        ("distill_step_b256_n128", "official, careful, careful graph, ours, ours graph, "
+         "ours cached"),
+        ("distill_step_b256_n512_full", "careful, careful graph, ours, ours graph"),
+        ("student_step_b256_n128_full", "careful, careful graph, ours, ours graph"),
+    ],
+)  # fmt: skip
+def test_steps_of_a_gpu_agree(as_on_gpu, capsys, name, providers):
+    (case,) = runner.load_cases("step", on_gpu=True)[name](SMOKE)
+    rows = runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+    assert not capsys.readouterr().err  # nobody was left out
+    assert ", ".join(row["provider"] for row in rows) == providers
+    roles = {row["provider"]: row["role"] for row in rows}
+    named = {"transformers": "a", "official": "a", "careful": "b", "ours": "ours"}
+    assert roles == {provider: named.get(provider, provider) for provider in roles}
+    assert all(row["tflops"] > 0 for row in rows)
+    by_name = {row["provider"]: row for row in rows}
+    assert by_name["careful"]["speedup_b"] == 1.0
+    assert by_name["ours graph"]["speedup_b"] > 0
+
+
+def test_a_graph_is_captured_before_the_checks_and_leaves_the_weights_alone(as_on_gpu):
+    (case,) = runner.load_cases("step", on_gpu=True)["mlm_step_b256_n128"](SMOKE)
+    graph = next(one for one in case.providers if one.name == "careful graph")
+    before = [p.clone() for p in graph.step.trained.parameters()]
+    taken = iter([3.0, 1.0, 2.0])
+    graph.tune("fp32", lambda call: next(taken))
+    assert graph.setting("fp32") == "length buckets: 2, compiled"
+    assert all(torch.equal(*two) for two in zip(before, graph.step.trained.parameters()))
+    graph.run("fp32")
+    assert not all(torch.equal(*two) for two in zip(before, graph.step.trained.parameters()))
+
+
+def test_who_cannot_run_is_left_out_aloud(as_on_gpu, capsys, monkeypatch):
+    (case,) = runner.load_cases("step", on_gpu=True)["student_step_b256_n128_full"](SMOKE)
+
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(training_step, "Replay", refuse)
+    rows = runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+    assert [row["provider"] for row in rows] == ["careful", "ours"]
+    said = capsys.readouterr().err
+    assert "student_step_b256_n128_full N=16: no ours graph in fp32: capture: RuntimeError" in said
+    assert "no careful graph in fp32: length buckets: 1, gram, compiled: RuntimeError: op" in said
+
+
+def test_a_setting_too_large_for_the_memory_is_not_the_fastest(capsys):
+    (case,) = mlm_step.CASES["mlm_step"](SMOKE)
+    careful = case.providers[1]
+
+    def seconds(call):
+        if careful.setting("fp32") != "length buckets: 2":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 1.0
+
+    careful.tune("fp32", seconds)
+    assert careful.setting("fp32") == "length buckets: 2"
+    assert "careful, 4: OutOfMemoryError: CUDA out of memory." in capsys.readouterr().err
+    careful.settings = (1, 4)
+    with pytest.raises(Unavailable, match="no setting fits"):
+        careful.tune("fp32", seconds)
+
+
+def test_without_its_reference_a_case_fails():
+    class Absent(Fake):
+        def tune(self, dtype, seconds):
+            raise Unavailable("too large")
+
+    case = fake_case(Absent("a", "a", []), Fake("o", "ours", []))
+    with pytest.raises(runner.Failed, match="'a', which others are held to, cannot run"):
+        runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1e-3, (50, 20)), (0.1, (15, 3)), (1, (10, 3))])
+def test_long_steps_take_fewer_rounds_on_a_gpu(seconds, expected):
+    lanes = [(Fake(name, "ours", []), "fp32") for name in "AB"]
+    assert runner.repetitions(lanes, lambda call: seconds, 1) == expected
+
+
+@pytest.mark.parametrize("lengths", [(16,) * 4, (16, 9, 3, 5)])
+def test_work_of_a_step_counts_its_matrix_products(lengths):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import BertModel
+
+    config = mlm_step.student_config(SMOKE)
+    bert = BertModel(config, add_pooling_layer=False).eval()
+    found = 0
+    for n in lengths:
+        ids = torch.ones(1, n, dtype=torch.long)
+        inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            plain_bert.encode(bert, inputs, full=True, compiled=False)
+        found += counter.get_total_flops()
+    assert step_work.forward_flops(config, lengths) == found
+    assert step_work.parameters(config) == sum(p.numel() for p in bert.parameters())
+
+
+def test_kernels_are_shown_beside_the_time_without_any(capsys):
+    from rich.console import Console
+
+    kernels = [{"name": "k" * 200, "ms": 3.0, "calls": 2}]
+    found = {"operators": kernels, "products_ms": 1.0, "products_gflop": 1.0}
+    show(found | {"kernels": kernels, "busy_ms": 3.0, "wall_ms": 4.0}, "ours", 1.0, Console())
+    printed = capsys.readouterr().out
+    assert "ours: kernels" in printed
+    assert "Kernels take 3.00 ms of a step of 4.00 ms; the GPU waits for 25% of it." in " ".join(
+        printed.split()
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU is waited for")
+@pytest.mark.parametrize("name", ["mlm_step_b256_n128", "distill_step_b256_n128"])
+def test_our_steps_wait_for_no_gpu(name):
+    cases = runner.load_cases("step", on_gpu=True)
+    (case,) = cases[name](Setup(torch.device("cuda"), smoke=True))
+    ours = next(one for one in case.providers if one.name == "ours")
+    ours.run("bf16")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours.run("bf16")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- suites, files, exit codes -------------------------------------------------------------------
 
 
@@ -342,7 +498,9 @@ def test_a_failed_case_leaves_the_others(tmp_path, monkeypatch):
     def wrong(setup):
         yield fake_case(Fake("a", "a", []), Fake("o", "ours", [], loss=3.0))
 
-    monkeypatch.setattr(runner, "load_cases", lambda suite: {"wrong": wrong, "right": right})
+    monkeypatch.setattr(
+        runner, "load_cases", lambda suite, on_gpu: {"wrong": wrong, "right": right}
+    )
     target = tmp_path / "rows.csv"
     with pytest.raises(runner.Disagreement, match="fake in fp32"):
         runner.run_suite("ops", smoke=True, rounds=1, csv_path=target)

@@ -155,6 +155,33 @@ def test_step_in_a_cuda_graph():
     torch.testing.assert_close(replayed, eager)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
+def test_every_replay_drops_other_cells():
+    """The seed is drawn on the device, from the generator that a graph advances at each replay."""
+    distillation, *inputs = parts(2)
+    assert distillation.student.training
+
+    def loss():
+        return torch.stack(list(distillation(*inputs).values())).sum()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            loss().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    distillation.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = loss()
+        kept.backward()
+    found = []
+    for _ in range(3):
+        graph.replay()
+        found.append(float(kept))
+    assert len(set(found)) == 3, found
+
+
 def test_student_and_losses_compile_whole():
     """One graph from the token ids to the sum of all terms, with dropout and its gradients."""
     distillation, batch, lesson, layout = parts(2)
