@@ -201,7 +201,8 @@ class PlainStep(CarefulStep):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.settings = tuple(Form(*form) for form in forms(self.batches["timed"]))
+        chosen_from: Any = tuple(Form(*form) for form in forms(self.batches["timed"]))
+        self.settings = chosen_from
         self.checking = False
 
     def outcome(self, what: str, dtype: str) -> Outcome:
