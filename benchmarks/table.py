@@ -46,7 +46,7 @@ COLUMNS = {
     "bound_ms": "predicted least time: at matmul_gflops or at copy_gbytes, whichever takes longer",
     "peak_mib": "largest memory alive during one run beyond what was alive before it",
     "growth": "exponent of peak_mib in N over this provider's three longest N",
-    "loss_error": "largest relative difference from the check's reference at dropout 0",
+    "loss_error": "largest relative difference from the check's reference at dropout 0, of the result",
     "gradient_error": "the same, of any parameter's gradient",
     "device": "where it ran",
     "cpu": "model",

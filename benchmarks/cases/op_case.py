@@ -1,0 +1,94 @@
+"""What the cases of single ops share: sizes, passes, work, torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinybert_fast.benchmarks.case import DTYPES, Case, Check, Setup, Work
+from tinybert_fast.benchmarks.op_call import passes
+
+PHASES = ("forward", "backward", "both")
+GPU_CALLS = 10  # in a row, for one measurement: a launch takes longer than many a kernel
+SAME = "the inputs that are timed"
+
+WorkOf = Callable[[str, int], Work]  # of a pass, with numbers of so many bytes
+
+
+def op_case(
+    name: str,
+    setup: Setup,
+    batch: int,
+    width: int,
+    providers: list[Any],
+    work: WorkOf,
+    *,
+    valid_tokens: int | None = None,
+    dropout: float = 0.0,
+    what: str = SAME,
+    optional: tuple[str, ...] = (),
+    phases: tuple[str, ...] = PHASES,
+    cpu_calls: int = 1,
+) -> Iterator[Case]:
+    """One case per pass. Every provider is held to the first one. ``phases`` are those of a CPU: a
+    GPU has all three."""
+    first, *others = (provider.name for provider in providers)
+    calls = GPU_CALLS if setup.on_gpu else cpu_calls
+    case = Case(
+        name=name,
+        batch=batch,
+        width=width,
+        valid_tokens=batch * width if valid_tokens is None else valid_tokens,
+        dropout=dropout,
+        optimizer="none",
+        providers=providers,
+        checks=(Check(what, first, tuple(others)),),
+        calls=1 if setup.smoke else calls,
+        captured=True,
+        optional=optional,
+    )
+    for one in passes(case, *(PHASES if setup.on_gpu else phases)):
+        yield replace(one, work=partial(_by_dtype, work, one.phase))
+
+
+def _by_dtype(work: WorkOf, phase: str, dtype: str) -> Work:
+    return work(phase, DTYPES[dtype].itemsize)
+
+
+def sum_of(phase: str, forward: Work, backward: Work) -> Work:
+    """Of an op whose two passes are apart: other ops run between them."""
+    both = Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    return {"forward": forward, "backward": backward, "both": both}[phase]
+
+
+def loss_work(phase: str, flops: tuple[float, float], read: float, written: float) -> Work:
+    """Of a loss, which may compute its gradients at once: ``both`` reads its operands once.
+    ``flops`` of forward and backward; bytes of operands and gradients."""
+    alone = {"forward": flops[0], "backward": flops[1], "both": sum(flops)}
+    return Work(alone[phase], read + (0 if phase == "forward" else written))
+
+
+def normal(setup: Setup) -> Callable[..., Tensor]:
+    """``draw(*shape)``: seeded normal numbers, drawn where they are used."""
+    generator = torch.Generator(setup.device).manual_seed(setup.seed)
+    return lambda *shape: torch.randn(shape, generator=generator, device=setup.device)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile, at the first call, for each shape anew."""
+    # What earlier cases compiled counts towards the limit above which Dynamo runs eagerly.
+    torch._dynamo.reset()
+    # A backward that is timed by itself runs again and again on what one forward saved.
+    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    return torch.compile(function, dynamic=False)
+
+
+def has_kernels(setup: Setup, package: str) -> bool:
+    """Whether a package of GPU kernels is here and has a GPU to run on."""
+    return setup.on_gpu and find_spec(package) is not None
