@@ -11,9 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinybert_fast.benchmarks.case import DTYPES, Case, Check, Setup, Work
-from tinybert_fast.benchmarks.op_call import passes
+from tinybert_fast.benchmarks.case import (
+    BASELINE,
+    CAREFUL,
+    DTYPES,
+    OURS,
+    Case,
+    Check,
+    Setup,
+    Work,
+)
+from tinybert_fast.benchmarks.op_call import OpCall, passes
 
+TOKENS, GPU_TOKENS, SMOKE_TOKENS = 4096, 65536, 64  # of ops on rows: B N
+WIDTH, SMOKE_WIDTH = 128, 16
+CPU_CALLS = 5  # of ops that take about a millisecond there
 PHASES = ("forward", "backward", "both")
 GPU_CALLS = 10  # in a row, for one measurement: a launch takes longer than many a kernel
 SAME = "the inputs that are timed"
@@ -55,6 +67,49 @@ def op_case(
     )
     for one in passes(case, *(PHASES if setup.on_gpu else phases)):
         yield replace(one, work=partial(_by_dtype, work, one.phase))
+
+
+def row_case(
+    name: str,
+    setup: Setup,
+    eager: Callable[..., Tensor],
+    ours: Callable[..., Tensor],
+    operands: tuple[Tensor, ...],
+    trained: int,
+    work: WorkOf,
+    *,
+    dropout: float | None = None,
+    others: dict[str, Callable[..., Tensor]] | None = None,
+) -> Iterator[Case]:
+    """An op on rows: eager PyTorch (a), the same compiled (b), ``others`` by name, and ours."""
+    batch, width = batch_of(setup)
+    calls: dict[str, tuple[str, Callable[..., Tensor]]] = {"eager": (BASELINE, eager)}
+    if not setup.smoke:
+        calls["compile"] = (CAREFUL, compiled(eager))
+    calls |= {other: (other, op) for other, op in (others or {}).items()}
+    optional = tuple(calls)[1:]
+    calls["ours"] = (OURS, ours)
+    yield from op_case(
+        name,
+        setup,
+        batch,
+        width,
+        [
+            OpCall(provider, role, op, operands, trained, dropout)
+            for provider, (role, op) in calls.items()
+        ],
+        work,
+        dropout=dropout or 0.0,
+        optional=optional,
+        cpu_calls=CPU_CALLS,
+    )
+
+
+def batch_of(setup: Setup) -> tuple[int, int]:
+    """B, N."""
+    if setup.smoke:
+        return SMOKE_TOKENS // SMOKE_WIDTH, SMOKE_WIDTH
+    return (GPU_TOKENS if setup.on_gpu else TOKENS) // WIDTH, WIDTH
 
 
 def _by_dtype(work: WorkOf, phase: str, dtype: str) -> Work:
