@@ -103,9 +103,7 @@ class OpCall:
                 drawn = self.incoming
                 if drawn is None:
                     generator = torch.Generator(result.device).manual_seed(SEED)
-                    drawn = torch.randn(
-                        result.shape, generator=generator, device=result.device
-                    )
+                    drawn = torch.randn(result.shape, generator=generator, device=result.device)
                 self._incoming[dtype] = drawn.to(result.dtype)
             incoming = self._incoming[dtype]
         return torch.autograd.grad(
@@ -138,6 +136,8 @@ class Fastest:
             self._call(dtype).tune(dtype, seconds)
 
         fastest(self, dtype, tuple(self.calls), choose, seconds)
+        for call in self.calls.values():
+            call._result = None  # and what it has saved for its backward
 
     def setting(self, dtype: str) -> str:
         chosen = self._call(dtype)

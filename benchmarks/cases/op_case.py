@@ -48,8 +48,7 @@ def op_case(
     phases: tuple[str, ...] = PHASES,
     cpu_calls: int = 1,
 ) -> Iterator[Case]:
-    """One case per pass. Every provider is held to the first one. ``phases`` are those of a CPU: a
-    GPU has all three."""
+    """One case per pass. Every provider is held to the first one."""
     first, *others = (provider.name for provider in providers)
     calls = GPU_CALLS if setup.on_gpu else cpu_calls
     case = Case(
@@ -65,7 +64,7 @@ def op_case(
         captured=True,
         optional=optional,
     )
-    for one in passes(case, *(PHASES if setup.on_gpu else phases)):
+    for one in passes(case, *phases):
         yield replace(one, work=partial(_by_dtype, work, one.phase))
 
 
@@ -116,6 +115,11 @@ def _by_dtype(work: WorkOf, phase: str, dtype: str) -> Work:
     return work(phase, DTYPES[dtype].itemsize)
 
 
+def loss_phases(setup: Setup) -> tuple[str, ...]:
+    """Who computes gradients in the forward, as a loss may, has no backward worth a CPU's time."""
+    return PHASES if setup.on_gpu else ("both",)
+
+
 def sum_of(phase: str, forward: Work, backward: Work) -> Work:
     """Of an op whose two passes are apart: other ops run between them."""
     both = Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
@@ -137,10 +141,13 @@ def normal(setup: Setup) -> Callable[..., Tensor]:
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.compile, at the first call, for each shape anew."""
+    import torch._dynamo
+    import torch._functorch.config
+
     # What earlier cases compiled counts towards the limit above which Dynamo runs eagerly.
     torch._dynamo.reset()
     # A backward that is timed by itself runs again and again on what one forward saved.
-    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    torch._functorch.config.donated_buffer = False
     return torch.compile(function, dynamic=False)
 
 
