@@ -286,7 +286,8 @@ def measure(
             errors[name, dtype] = error
     for (name, dtype), why in left_out.items():
         reason = why.partition("\n")[0]
-        warnings.warn(f"{case.title}: {name!r} is left out in {dtype}: {reason}", stacklevel=2)
+        where = f"{case.name} N={case.width}"  # once for all passes
+        warnings.warn(f"{where}: {name!r} is left out in {dtype}: {reason}", stacklevel=2)
     lanes = [
         (provider, dtype)
         for dtype in dtypes

@@ -17,6 +17,7 @@ from tinybert_fast import ops
 from tinybert_fast.benchmarks.baselines.attention_scores import scores
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Setup, Work
 from tinybert_fast.benchmarks.cases.op_case import (
+    FEW_CALLS,
     compiled,
     loss_phases,
     loss_work,
@@ -77,6 +78,7 @@ def cases(setup: Setup, *, name: str, kind: str) -> Iterator[Case]:
             what=FULL,
             optional=("compile",),
             phases=loss_phases(setup),
+            gpu_calls=FEW_CALLS,
         )
 
 

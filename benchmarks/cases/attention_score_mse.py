@@ -18,6 +18,7 @@ from tinybert_fast import ops
 from tinybert_fast.benchmarks.baselines.attention_scores import gram_sum, official, scores
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Setup, Work
 from tinybert_fast.benchmarks.cases.op_case import (
+    FEW_CALLS,
     compiled,
     loss_phases,
     loss_work,
@@ -96,6 +97,7 @@ def case_of(
         ],
         partial(work_of, batch, length, heads, width, TEACHER_WIDTH),
         what=FULL,
+        gpu_calls=FEW_CALLS,
         **options,
     )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from tinybert_fast import ops
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Setup, Work
 from tinybert_fast.benchmarks.cases.op_case import (
+    FEW_CALLS,
     compiled,
     has_kernels,
     loss_phases,
@@ -99,6 +100,7 @@ def cases(setup: Setup, *, name: str, columns: int) -> Iterator[Case]:
         what=SAME,
         optional=tuple(packages),
         phases=loss_phases(setup),
+        gpu_calls=FEW_CALLS,
     )
 
 

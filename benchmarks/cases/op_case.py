@@ -28,6 +28,7 @@ WIDTH, SMOKE_WIDTH = 128, 16
 CPU_CALLS = 5  # of ops that take about a millisecond there
 PHASES = ("forward", "backward", "both")
 GPU_CALLS = 10  # in a row, for one measurement: a launch takes longer than many a kernel
+FEW_CALLS = 3  # where plain PyTorch takes 10 ms and more
 SAME = "the inputs that are timed"
 
 WorkOf = Callable[[str, int], Work]  # of a pass, with numbers of so many bytes
@@ -47,10 +48,11 @@ def op_case(
     optional: tuple[str, ...] = (),
     phases: tuple[str, ...] = PHASES,
     cpu_calls: int = 1,
+    gpu_calls: int = GPU_CALLS,
 ) -> Iterator[Case]:
     """One case per pass. Every provider is held to the first one."""
     first, *others = (provider.name for provider in providers)
-    calls = GPU_CALLS if setup.on_gpu else cpu_calls
+    calls = gpu_calls if setup.on_gpu else cpu_calls
     case = Case(
         name=name,
         batch=batch,
