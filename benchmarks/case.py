@@ -33,9 +33,10 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a provider computed at dropout 0, to be compared with the others."""
+    """What a provider computed at dropout 0, to be compared with the others. ``loss``: or the
+    result of what is none."""
 
-    loss: float
+    loss: float | Tensor
     gradients: dict[str, Tensor]
 
 
@@ -105,6 +106,9 @@ class Case:
     phase: str = "both"  # what of it is timed: "forward", "backward", "both"
     work: Callable[[str], Work] | None = None  # of what is timed, by dtype
     captured: bool = False  # on a GPU also timed as a CUDA graph of those calls
+    # Providers that are left out, with a warning, where they cannot serve a dtype or disagree:
+    # other people's code, which must not take ours off the table.
+    optional: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +22,9 @@ class OpCall:
     gradients; all that are floating point are cast to the dtype at hand.
 
     An op with dropout is also given ``dropout_p=``: ``dropout`` while timed, 0 when its values are
-    checked. The gradient that comes in is 1 for a scalar, normal numbers for any other result.
+    checked. The gradient that comes in is 1 for a scalar, ``incoming`` or else normal numbers for
+    any other result. ``compared`` brings result and gradients into the form that all providers of
+    a case share.
     """
 
     def __init__(
@@ -31,10 +35,14 @@ class OpCall:
         operands: tuple[Tensor, ...],
         trained: int,
         dropout: float | None = None,
+        *,
+        incoming: Tensor | None = None,
+        compared: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self.name, self.role, self.phase = name, role, "both"
         self.ops = ops if isinstance(ops, dict) else {"": ops}
         self.operands, self.trained, self.dropout = operands, trained, dropout
+        self.incoming, self.compared = incoming, compared
         self._cast: dict[str, list[Tensor]] = {}
         self._chosen: dict[str, str] = {}
         self._incoming: dict[str, Tensor] = {}
@@ -42,22 +50,24 @@ class OpCall:
 
     def of(self, phase: str) -> OpCall:
         """The same op on the same operands, for another pass."""
-        other = OpCall(self.name, self.role, self.ops, self.operands, self.trained, self.dropout)
-        other.phase, other._cast, other._incoming = phase, self._cast, self._incoming
+        other = copy(self)  # the operands that are cast already included
+        other.phase, other._chosen, other._result = phase, {}, None
         return other
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
         if len(self.ops) == 1:
             return
-        times = {}
-        for setting in self.ops:
+
+        def choose(setting: str) -> None:
             self._chosen[dtype] = setting
-            self.run(dtype)
-            times[setting] = seconds(lambda: self.run(dtype))
-        self._chosen[dtype] = min(times, key=times.__getitem__)
+
+        fastest(self, dtype, tuple(self.ops), choose, seconds)
         self._result = None
 
     def setting(self, dtype: str) -> str:
+        return self._setting(dtype)
+
+    def _setting(self, dtype: str) -> str:
         return self._chosen.get(dtype, next(iter(self.ops)))
 
     def run(self, dtype: str) -> None:
@@ -65,7 +75,7 @@ class OpCall:
         if self.phase != "backward":
             result = self._call(dtype, self.dropout)
         else:
-            key = f"{dtype} {self.setting(dtype)}"
+            key = f"{dtype} {self._setting(dtype)}"
             if self._result is None or self._result[0] != key:
                 self._result = key, self._call(dtype, self.dropout)
             result = self._result[1]
@@ -75,16 +85,14 @@ class OpCall:
     def outcome(self, what: str, dtype: str) -> Outcome:
         operands = self._operands(dtype)
         result = self._call(dtype, 0.0)
-        found = dict(enumerate(self._gradients(dtype, result, operands)))
-        loss = result.detach()
-        if loss.dim():
-            found[-1] = loss
-            loss = torch.linalg.vector_norm(loss.double())
-        return Outcome(float(loss), {str(i): x for i, x in found.items()})
+        gradients = self._gradients(dtype, result, operands)
+        found = {str(i): self.compared(x) for i, x in enumerate(gradients)}
+        result = result.detach()
+        return Outcome(self.compared(result) if result.dim() else float(result), found)
 
     def _call(self, dtype: str, dropout: float | None) -> Tensor:
         options = {} if self.dropout is None else {"dropout_p": dropout}
-        return self.ops[self.setting(dtype)](*self._operands(dtype), **options)
+        return self.ops[self._setting(dtype)](*self._operands(dtype), **options)
 
     def _gradients(
         self, dtype: str, result: Tensor, operands: list[Tensor], *, retain_graph: bool = False
@@ -92,9 +100,11 @@ class OpCall:
         incoming = None
         if result.dim():
             if dtype not in self._incoming:
-                generator = torch.Generator().manual_seed(SEED)
-                drawn = torch.randn(result.shape, generator=generator)
-                self._incoming[dtype] = drawn.to(result.device, result.dtype)
+                drawn = self.incoming
+                if drawn is None:
+                    generator = torch.Generator(result.device).manual_seed(SEED)
+                    drawn = torch.randn(result.shape, generator=generator, device=result.device)
+                self._incoming[dtype] = drawn.to(result.dtype)
             incoming = self._incoming[dtype]
         return torch.autograd.grad(
             result, operands[: self.trained], incoming, retain_graph=retain_graph
@@ -108,6 +118,71 @@ class OpCall:
             for x in self._cast[dtype][: self.trained]:
                 x.requires_grad_()
         return self._cast[dtype]
+
+
+class Fastest:
+    """The fastest of several calls, by their names; each has operands of its own."""
+
+    def __init__(self, name: str, role: str, calls: dict[str, OpCall]) -> None:
+        self.name, self.role, self.calls = name, role, calls
+        self._chosen: dict[str, str] = {}
+
+    def of(self, phase: str) -> Fastest:
+        return Fastest(self.name, self.role, {n: call.of(phase) for n, call in self.calls.items()})
+
+    def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
+        def choose(name: str) -> None:
+            self._chosen[dtype] = name
+            self._call(dtype).tune(dtype, seconds)
+
+        fastest(self, dtype, tuple(self.calls), choose, seconds)
+        for call in self.calls.values():
+            call._result = None  # and what it has saved for its backward
+
+    def setting(self, dtype: str) -> str:
+        chosen = self._call(dtype)
+        return ", ".join(filter(None, (self._name(dtype), chosen.setting(dtype))))
+
+    def run(self, dtype: str) -> None:
+        self._call(dtype).run(dtype)
+
+    def outcome(self, what: str, dtype: str) -> Outcome:
+        return self._call(dtype).outcome(what, dtype)
+
+    def _name(self, dtype: str) -> str:
+        return self._chosen.get(dtype, next(iter(self.calls)))
+
+    def _call(self, dtype: str) -> OpCall:
+        return self.calls[self._name(dtype)]
+
+
+def fastest(
+    provider: OpCall | Fastest,
+    dtype: str,
+    settings: tuple[str, ...],
+    choose: Callable[[str], None],
+    seconds: Callable[[Callable[[], Any]], float],
+) -> None:
+    """Choose the setting that runs in the least time, of those that PyTorch runs at all.
+
+    Raises:
+        RuntimeError: it runs none; the last one's reason.
+    """
+    times: dict[str, float] = {}
+    refusal: RuntimeError | None = None
+    for setting in settings:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # why a fused kernel does not serve
+                choose(setting)
+                provider.run(dtype)
+                times[setting] = seconds(lambda: provider.run(dtype))
+        except RuntimeError as error:
+            refusal = error
+    if not times:
+        assert refusal is not None
+        raise refusal
+    choose(min(times, key=times.__getitem__))
 
 
 def passes(case: Case, *phases: str) -> Iterator[Case]:

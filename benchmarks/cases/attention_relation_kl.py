@@ -1,5 +1,8 @@
 """MiniLM's loss of one relation, forward and backward, against the length N: queries and keys, or
 values with themselves, 12 relation heads of a 312 wide student under a 768 wide teacher.
+
+Work: the scores of both models and the gradients through them; operands read once, gradients
+written once.
 """
 
 from __future__ import annotations
@@ -7,17 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast import ops
 from tinybert_fast.benchmarks.baselines.attention_scores import scores
-from tinybert_fast.benchmarks.case import BASELINE, OURS, Case, Cases, Check, Setup
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Setup, Work
+from tinybert_fast.benchmarks.cases.op_case import (
+    FEW_CALLS,
+    compiled,
+    loss_phases,
+    loss_work,
+    normal,
+    op_case,
+)
 from tinybert_fast.benchmarks.op_call import OpCall
 
 BATCH, HEADS, WIDTH, TEACHER_WIDTH = 8, 12, 26, 64
-LENGTHS = (128, 512)
+LENGTHS, GPU_TOKENS = (128, 512), 65536
 SMOKE_LENGTHS = (64,)
 KINDS = ("qk", "vv")
 FULL = "every position real"
@@ -36,27 +46,39 @@ def ours(kind: str, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return ops.attention_relation_kl(*operands, relation_heads=a.shape[2])
 
 
+def work_of(batch: int, length: int, heads: int, kind: str, phase: str, size: int) -> Work:
+    rows, tensors = batch * length * heads, 2 if kind == "qk" else 1
+    flops = 2 * rows * length * (WIDTH + TEACHER_WIDTH), 4 * rows * length * WIDTH
+    read, written = rows * tensors * (WIDTH + TEACHER_WIDTH) * size, rows * tensors * WIDTH * size
+    return loss_work(phase, flops, read, written)
+
+
 def cases(setup: Setup, *, name: str, kind: str) -> Iterator[Case]:
-    batch, heads = (2, 2) if setup.smoke else (BATCH, HEADS)
     for length in SMOKE_LENGTHS if setup.smoke else LENGTHS:
-        generator = setup.generator()
+        batch, heads = GPU_TOKENS // length if setup.on_gpu else BATCH, HEADS
+        if setup.smoke:
+            batch, heads = 2, 2
+        draw = normal(setup)
         operands = tuple(
-            torch.randn(batch, length, heads, width, generator=generator).to(setup.device)
+            draw(batch, length, heads, width)
             for width in (WIDTH, WIDTH, TEACHER_WIDTH, TEACHER_WIDTH)
         )
-        trained = 2 if kind == "qk" else 1
-        yield Case(
-            name=name,
-            batch=batch,
-            width=length,
-            valid_tokens=batch * length,
-            dropout=0.0,
-            optimizer="none",
-            providers=[
-                OpCall("autograd", BASELINE, partial(autograd, kind), operands, trained),
-                OpCall("ours", OURS, partial(ours, kind), operands, trained),
-            ],
-            checks=(Check(FULL, "autograd", ("ours",)),),
+        trained, eager = 2 if kind == "qk" else 1, partial(autograd, kind)
+        providers = [OpCall("autograd", BASELINE, eager, operands, trained)]
+        if setup.on_gpu:
+            providers.append(OpCall("compile", CAREFUL, compiled(eager), operands, trained))
+        providers.append(OpCall("ours", OURS, partial(ours, kind), operands, trained))
+        yield from op_case(
+            name,
+            setup,
+            batch,
+            length,
+            providers,
+            partial(work_of, batch, length, heads, kind),
+            what=FULL,
+            optional=("compile",),
+            phases=loss_phases(setup),
+            gpu_calls=FEW_CALLS,
         )
 
 

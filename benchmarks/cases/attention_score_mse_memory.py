@@ -23,7 +23,7 @@ def cases(setup: Setup, *, name: str, fixed_tokens: bool) -> Iterator[Case]:
     tokens = SMOKE_TOKENS if setup.smoke else TOKENS
     for length in SMOKE_LENGTHS if setup.smoke else LENGTHS:
         batch = tokens // length if fixed_tokens else SMOKE_BATCH if setup.smoke else BATCH
-        yield case_of(name, setup, batch, length, STUDENT_WIDTH, as_released)
+        yield from case_of(name, setup, batch, length, STUDENT_WIDTH, as_released, phases=("both",))
 
 
 CASES: Cases = {

@@ -27,7 +27,7 @@ def bench(
     suite: Annotated[
         str,
         typer.Option(
-            help="step: one training step; ops: losses by themselves; memory: the attention loss "
+            help="step: one training step; ops: each op by itself; memory: the attention loss "
             "against length; masking: of masked-LM batches."
         ),
     ] = "step",

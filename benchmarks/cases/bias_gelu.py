@@ -1,0 +1,47 @@
+"""Linear bias + erf GELU of rows 1,200 (TinyBERT-4) and 3,072 wide: F.gelu(x + bias), compiled and
+not, and ours.
+
+Work: x read and y written forward; dy and x read and dx written backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinybert_fast import ops
+from tinybert_fast.benchmarks.case import Case, Cases, Setup, Work
+from tinybert_fast.benchmarks.cases.op_case import batch_of, normal, row_case, sum_of
+
+COLUMNS = (1200, 3072)
+
+
+def eager(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
+
+
+def ours(x: Tensor, bias: Tensor) -> Tensor:
+    return ops.bias_gelu(x, bias)
+
+
+def work_of(rows: int, columns: int, phase: str, size: int) -> Work:
+    row = columns * size
+    return sum_of(phase, Work(0, (2 * rows + 1) * row), Work(0, (3 * rows + 2) * row))
+
+
+def cases(setup: Setup, *, name: str, columns: int) -> Iterator[Case]:
+    batch, width = batch_of(setup)
+    draw, rows = normal(setup), batch * width
+    operands = (draw(rows, columns), draw(columns))
+    work = partial(work_of, rows, columns)
+    yield from row_case(name, setup, eager, ours, operands, 2, work)
+
+
+CASES: Cases = {
+    name: partial(cases, name=name, columns=columns)
+    for columns in COLUMNS
+    for name in (f"bias_gelu_d{columns}",)
+}
