@@ -94,9 +94,11 @@ def validate(
     device: torch.device | str = "cpu",
     dtypes: Collection[torch.dtype] = DTYPES,
     impls: Collection[str] = dispatch.FASTEST_FIRST,
+    calls: Collection[str] | None = None,
 ) -> Iterator[Finding]:
     """A finding per op, implementation, dtype and call, as they are made.
 
+    ``calls`` keeps those with such a label, of an op on numbers.
     ``torch`` draws other cells than the reference, so it is held against it without dropout alone.
 
     Raises:
@@ -114,6 +116,8 @@ def validate(
             for dtype in dtypes:
                 if impl in impls and serves(op, impl, dtype, device):
                     for label, make in CALLS[op]().items():
+                        if calls is not None and label not in calls:
+                            continue
                         case = make(dtype=dtype, device=device)
                         if impl != "torch" or "dropout_p" not in case.options:
                             hold = partial(verdicts, case, impl)
