@@ -238,11 +238,8 @@ class Workers:
     @classmethod
     @contextmanager
     def of(cls, device: torch.device) -> Iterator[Workers]:
-        from triton.runtime import driver
-
-        with torch.cuda.device(device):
-            arch = driver.active.get_current_target().arch
-        workers = cls(max(len(os.sched_getaffinity(0)) - LEFT_ALONE, 1), arch)
+        major, minor = torch.cuda.get_device_capability(device)
+        workers = cls(max(len(os.sched_getaffinity(0)) - LEFT_ALONE, 1), 10 * major + minor)
         try:
             yield workers
         finally:
