@@ -47,6 +47,7 @@ from triton.runtime.jit import JITFunction
 import tinybert_fast
 from tinybert_fast.benchmarks.hardware import facts
 from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.kernels.settings import Table
 from tinybert_fast.ops.block_mask import SIDES, BlockMask
 from tinybert_fast.ops.layout import SequenceLayout
 
@@ -142,14 +143,20 @@ class _Target:
 
 
 @contextmanager
-def compiling_for(arch: int) -> Iterator[list[Compiled]]:
-    """Inside, launches compile for sm_``arch`` instead, and are listed."""
+def compiling_for(
+    arch: int, table: Table | None = None, only: str | None = None
+) -> Iterator[list[Compiled]]:
+    """Inside, launches compile for sm_``arch`` instead, with the settings of ``table`` (by default
+    the built-in ones), and are listed; ``only``: of the kernel of that name.
+    """
     from tinybert_fast.kernels import configs
 
     found: list[Compiled] = []
     run, programs, active = JITFunction.run, configs.row_programs, driver._active
 
     def compile_only(self, *args, grid, warmup, **constants):
+        if only not in (None, self.__name__):
+            return None
         self.device_caches.clear()  # their keys do not name the architecture
         code = run(self, *args, grid=grid, warmup=True, **constants)
         op = self.fn.__module__.removeprefix("tinybert_fast.kernels.").partition(".")[0]
@@ -161,7 +168,7 @@ def compiling_for(arch: int) -> Iterator[list[Compiled]]:
     configs.row_programs = lambda device: 1  # an argument, which no code depends on
     driver.set_active(_Target(arch))
     try:
-        with configs.forced(configs.FAMILIES[arch]):
+        with configs.forced(configs.FAMILIES[arch] if table is None else table):
             yield found
     finally:
         JITFunction.run, configs.row_programs = run, programs

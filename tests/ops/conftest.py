@@ -34,16 +34,20 @@ def pytest_generate_tests(metafunc):
     """Parameters of a test of one op, each a name for ``impl=``.
 
     fast: each fast implementation of the file's op; impl: the reference too; exact: those of them
-    that take fp64; counted: kernels, which drop the reference's cells (torch draws its own).
+    that take fp64; counted: kernels, which drop the reference's cells (torch draws its own);
+    on_cpu: those that take CPU tensors, whatever device there is, for what stops a GPU.
     """
     op = op_of(metafunc.module)
     if op not in dispatch.OPS:
         return
     fast = implementations(op)
+    dtypes = dispatch.OPS[op].reference.dtypes
+    on_cpu = torch.float32 if torch.float32 in dtypes else dtypes[0]
     named = {
         "fast": fast,
         "impl": [*fast, "reference"],
         "exact": [i for i in (*fast, "reference") if serves(op, i, torch.float64, DEVICE)],
+        "on_cpu": [i for i in (*fast, "reference") if serves(op, i, on_cpu, "cpu")],
         # Absent ones are left out below: no parameter at all would be a skipped test.
         "counted": [i for i in ("triton", "native") if getattr(dispatch.OPS[op], i) is not None],
     }

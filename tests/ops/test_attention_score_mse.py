@@ -158,7 +158,7 @@ def test_lengths_of_texts(length, form, widths, dtype, fast, device):
 
 # rho = |S - T|^2 / (|S|^2 + |T|^2) -> largest relative error of (the loss, the gradients).
 PROMISED = {
-    "gram": {0.3: (1e-3, 1e-3), 1e-3: (1e-3, 1e-3), 3e-5: (0.1, 1e-3)},
+    "gram": {0.3: (1e-3, 1e-3), 1e-3: (2e-3, 1e-3), 3e-5: (0.1, 1e-3)},
     "direct": {0.3: (1e-5, 1e-5), 1e-3: (1e-5, 1e-5), 3e-5: (1e-5, 1e-4)},
 }
 
@@ -232,11 +232,11 @@ def test_auto_takes_the_cheaper_form(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_gram_of_nearly_equal_scores(seed, fast):
+def test_gram_of_nearly_equal_scores(seed, fast, device):
     """What is left of three large numbers is not negative, and its gradients are small."""
-    q, k = leaves((50, 2, 8), (50, 2, 8), seed=seed)
-    teacher = (x.detach() * (1 + 1e-5 * normal(x.shape, 7)) for x in (q, k))
-    layout = ops.SequenceLayout.from_lengths((50,))
+    q, k = leaves((50, 2, 8), (50, 2, 8), seed=seed, device=device)
+    teacher = (x.detach() * (1 + 1e-5 * normal(x.shape, 7, device=device)) for x in (q, k))
+    layout = ops.SequenceLayout.from_lengths((50,), device=device)
     loss = ops.attention_score_mse(q, k, *teacher, layout=layout, form="gram", impl=fast)
     dq, dk = torch.autograd.grad(loss, (q, k))
     assert 0.0 <= loss.item() < 1e-5

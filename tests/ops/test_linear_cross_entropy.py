@@ -90,15 +90,16 @@ def test_reference_is_the_definition():
     torch.testing.assert_close(got, want)
 
 
-def test_no_labelled_row(impl):
-    found = linear_cross_entropy(9, 0).run(impl)
+def test_no_labelled_row(impl, device):
+    found = linear_cross_entropy(9, 0, device=device).run(impl)
     assert all(x.count_nonzero() == 0 for x in found.values())
 
 
-def test_large_logits(impl):
+def test_large_logits(impl, device):
     """Logits of +-1e4: the softmax is shifted by its maximum."""
-    hidden = torch.tensor([[1e4]], requires_grad=True)
-    weight, index = torch.tensor([[1.0], [-1.0]]), torch.tensor([0])
+    hidden = torch.tensor([[1e4]], device=device, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], device=device)
+    index = torch.tensor([0], device=device)
     loss = ops.linear_cross_entropy(hidden, weight, None, index, index + 1, impl=impl)
     loss.backward()
     assert loss.item() == 2e4
@@ -176,7 +177,7 @@ def test_label_that_a_kernel_cannot_refuse(label, counted, device):
     assert losses.isnan().tolist() == [False, True, False, False, False]
 
 
-def test_row_out_of_range(impl):
+def test_row_out_of_range(on_cpu):
     hidden, index = normal((2, 5), 0), torch.tensor([2])
     with pytest.raises((IndexError, RuntimeError)):
-        ops.linear_cross_entropy(hidden, normal((7, 5), 1), None, index, index, impl=impl)
+        ops.linear_cross_entropy(hidden, normal((7, 5), 1), None, index, index, impl=on_cpu)

@@ -119,7 +119,7 @@ def test_invariants(call, in_place):
     given_ids = ids.clone()
     got = mlm_mask(given_ids, made, **options, in_place=in_place)
     assert torch.equal(given_ids, got.input_ids if in_place else ids)
-    if int(got.offsets[-1]):
+    if int(got.offsets[-1]) and DEVICE == "cpu":  # a GPU would stop: test_device_stops.py
         short = {**options, "capacity": int(got.offsets[-1]) - 1}
         kept = ids.clone()
         with pytest.raises(ValueError, match="tokens are masked and capacity is"):
@@ -342,7 +342,7 @@ def strange_id(ids, draw):
 
 
 WRONG = {
-    "id": strange_id,
+    **({"id": strange_id} if DEVICE == "cpu" else {}),  # a GPU would stop: test_device_stops.py
     "ids": lambda ids, draw: {
         "input_ids": draw(st.sampled_from([ids.int(), ids[0], ids[None], ids.mT, ids[:, ::2]]))
     },

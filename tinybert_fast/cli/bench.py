@@ -52,7 +52,8 @@ def bench(
         ),
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option(help="After which no further case begins.")
+        float | None,
+        typer.Option(help="After which no further case, or with --tune width of heads, begins."),
     ] = None,
     tune: Annotated[
         bool,
@@ -81,7 +82,7 @@ def bench(
             raise ValueError(
                 "--tune writes settings and no rows: leave --csv, --plots, --case, --profile"
             )
-        _tune(head or (), json_file)
+        _tune(head or (), minutes, json_file)
         return
     if head:
         raise ValueError("--head chooses what --tune tunes; give --tune too")
@@ -110,7 +111,7 @@ def bench(
         raise typer.Exit(1) from None
 
 
-def _tune(heads: Collection[int], json_file: Path | None) -> None:
+def _tune(heads: Collection[int], minutes: float | None, json_file: Path | None) -> None:
     from rich.console import Console
 
     from tinybert_fast.ops.dispatch import INTERPRETED, UNAVAILABLE
@@ -122,7 +123,7 @@ def _tune(heads: Collection[int], json_file: Path | None) -> None:
 
     try:
         with Console(stderr=True).status("tuning") as status:
-            file, rows = tune_this_gpu(heads, status.update)
+            file, rows = tune_this_gpu(heads, minutes, status.update)
     except Invalid as error:
         output.say(f"nothing is written: {error}")
         raise typer.Exit(1) from None

@@ -80,10 +80,10 @@ class _Losses(torch.autograd.Function):
         if len(upstream):
             largest = upstream.abs().amax().clamp_min(torch.finfo(upstream.dtype).tiny)
         _, *gradients = _forward(*operands, upstream / largest, True, ctx.impl)
-        gradients += [None] * (len(needs) - len(gradients))
+        rest = [None] * (len(needs) - len(gradients))
         return None, *(
             (g * largest).to(x.dtype) if need else None
-            for g, x, need in zip(gradients, operands, needs, strict=True)
+            for g, x, need in zip((*gradients, *rest), operands, needs, strict=True)
         )
 
 

@@ -41,6 +41,11 @@ class Case:
         return list(inspect.signature(self.op).parameters)[: len(self.operands)]
 
     @property
+    def served(self) -> str:
+        """The public op behind ``op``, which may be a form of its call."""
+        return getattr(self.op, "form_of", self.op.__name__)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The narrowest float dtype among the operands."""
         kinds = {x.dtype for x in self.operands if is_float(x)}
@@ -237,6 +242,9 @@ def with_itself(case: Case) -> Case:
 
 def _relation_with_itself(a_student: Tensor, a_teacher: Tensor, **options: Any) -> Tensor:
     return ops.attention_relation_kl(a_student, a_student, a_teacher, a_teacher, **options)
+
+
+_relation_with_itself.form_of = "attention_relation_kl"  # type: ignore[attr-defined]
 
 
 def layer_norm(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -89,6 +91,39 @@ def prove_pair(case: Case, impl: str) -> None:
     paired, fast, reference = (case.run(i) for i in ((impl, "reference"), impl, "reference"))
     want = {**reference, "value": fast["value"]}
     torch.testing.assert_close(paired, want, rtol=0.0, atol=0.0)
+
+
+STOPPED = 3  # how such a process ends
+_CALL = f"""
+import ctypes, os, sys
+import torch
+from tinybert_fast import ops
+from tinybert_fast.testing import operands
+try:
+    exec(sys.argv[1])
+except RuntimeError as error:  # of whoever meets the stopped device first
+    print(error)
+try:
+    torch.cuda.synchronize()
+except torch.AcceleratorError as error:
+    print(error, flush=True)
+    ctypes.CDLL(None).fflush(None)  # what the device printed; the context's end may abort
+    os._exit({STOPPED})
+"""
+
+
+def prove_stops_the_device(call: str, message: str) -> None:
+    """Code that launches on a GPU what traps or asserts there: it prints ``message``, and CUDA
+    reports an error. In a process of its own, since it can use the GPU no more.
+    """
+    command = [sys.executable, "-P", "-c", _CALL, call]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    said = ended.stdout + ended.stderr
+    if ended.returncode != STOPPED or message not in said:
+        raise AssertionError(
+            f"{call} ended with {ended.returncode}; expected {STOPPED}, a CUDA error, and "
+            f"{message!r} in what it says:\n{said}"
+        )
 
 
 class LiveBytes(TorchDispatchMode):
