@@ -41,6 +41,7 @@ from tinybert_fast.kernels.attention.tiles import (
 
 SEQUENCES = tl.constexpr(256)  # whose lengths are read at a time
 SMALLEST = tl.constexpr(1e-30)  # error of a score that is not taken for none
+WIDEST_BYTES = 16  # of a load
 COUNTED = 64  # queries and keys of a tile whose pairs are counted: the smallest block of a mask
 
 
@@ -92,15 +93,68 @@ def _weight(cu_seqlens, pairs_ptr, sequences, heads):
     return 1.0 / (tl.maximum(pairs, 1).to(tl.float32) * heads)
 
 
+@triton.jit
+def _load_pair(
+    x, y, x_ptr, y_ptr, first, length, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE_T: tl.constexpr, BLOCK_DT: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_T: tl.constexpr,
+):  # fmt: skip
+    """Rows of a student's head and of its teacher's, as wide as the strides allow: beyond the head
+    is whatever stands in memory.
+    """
+    x_tile = load_tile(x_ptr, x.row, first, length, WIDE, BLOCK_M, BLOCK_D, ALIGN)
+    y_tile = load_tile(y_ptr, y.row, first, length, WIDE_T, BLOCK_M, BLOCK_DT, ALIGN_T)
+    return x_tile, y_tile
+
+
+@triton.jit
+def _within(matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``matrix`` with 0 outside its first ROWS and COLUMNS."""
+    if matrix.shape[0] > ROWS:
+        matrix = tl.where(tl.arange(0, matrix.shape[0])[:, None] < ROWS, matrix, 0.0)
+    if matrix.shape[1] > COLUMNS:
+        matrix = tl.where(tl.arange(0, matrix.shape[1])[None, :] < COLUMNS, matrix, 0.0)
+    return matrix
+
+
+@triton.jit
+def _add_products(x, y, xx, yx, yy, LOSS: tl.constexpr):
+    """Three Gram matrices with the rows of one more tile."""
+    xx = _product(tl.trans(x), x, xx)
+    yx = _product(tl.trans(y), x, yx)
+    if LOSS == "full":
+        yy = _product(tl.trans(y), y, yy)
+    return xx, yx, yy
+
+
+@triton.jit
+def _split(matrix, factor, like):
+    """(hi, lo) of a matrix times ``factor``, in the dtype of ``like``; (itself, None) in fp32."""
+    matrix *= factor
+    high = matrix.to(like.dtype.element_ty)
+    return high, (matrix - high.to(tl.float32)).to(like.dtype.element_ty)
+
+
+@triton.jit
+def _gradient(x, y, xx, xx_low, yx, yx_low, D: tl.constexpr, DT: tl.constexpr):
+    """x @ (xx + xx_low) + y @ (yx + yx_low)."""
+    grad = tl.zeros((x.shape[0], xx.shape[1]), tl.float32)
+    x, y = _within(x, x.shape[0], D), _within(y, y.shape[0], DT)
+    if x.dtype != tl.float32:
+        grad = _product(y, yx_low, _product(x, xx_low, grad))
+    return _product(y, yx, _product(x, xx, grad))
+
+
 @triton.jit(do_not_specialize=["sequences"])
 def _gram_kernel(
     q, k, p, r, dq, dk, cu_seqlens, loss_ptr, sequences, a, b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
-    LOSS: tl.constexpr,
+    ALIGN_G: tl.constexpr, WIDE: tl.constexpr, WIDE_T: tl.constexpr, HEADS: tl.constexpr,
+    LOSS: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    weight = _weight(cu_seqlens, None, sequences, tl.num_programs(1))
+    # Heads of a sequence next to each other: what one leaves of a line, its neighbour reads.
+    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     start = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - start
     q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
@@ -111,43 +165,67 @@ def _gram_kernel(
     rk = tl.zeros((BLOCK_DT, BLOCK_D), tl.float32)
     pp = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
     rr = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
-    for first in range(0, length, BLOCK_M):  # two loops: half as many tiles in registers
-        q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
-        p_tile = load_tile(p_ptr, p.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
-        qq = _product(tl.trans(q_tile), q_tile, qq)
-        pq = _product(tl.trans(p_tile), q_tile, pq)
-        if LOSS == "full":
-            pp = _product(tl.trans(p_tile), p_tile, pp)
-    for first in range(0, length, BLOCK_M):
-        k_tile = load_tile(k_ptr, k.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
-        r_tile = load_tile(r_ptr, r.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
-        kk = _product(tl.trans(k_tile), k_tile, kk)
-        rk = _product(tl.trans(r_tile), k_tile, rk)
-        if LOSS == "full":
-            rr = _product(tl.trans(r_tile), r_tile, rr)
-    total = a * a * tl.sum(qq * kk) - 2.0 * a * b * tl.sum(pq * rk)
+    if ONE_TILE:
+        q_tile, p_tile = _load_pair(
+            q, p, q_ptr, p_ptr, 0, length, WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T
+        )
+        k_tile, r_tile = _load_pair(
+            k, r, k_ptr, r_ptr, 0, length, WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T
+        )
+        weight = _weight(cu_seqlens, None, sequences, HEADS)  # while the rows arrive
+        qq, pq, pp = _add_products(q_tile, p_tile, qq, pq, pp, LOSS)
+        kk, rk, rr = _add_products(k_tile, r_tile, kk, rk, rr, LOSS)
+    else:
+        for first in range(0, length, BLOCK_M):
+            q_tile, p_tile = _load_pair(
+                q, p, q_ptr, p_ptr, first, length,
+                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
+            )  # fmt: skip
+            k_tile, r_tile = _load_pair(
+                k, r, k_ptr, r_ptr, first, length,
+                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
+            )  # fmt: skip
+            qq, pq, pp = _add_products(q_tile, p_tile, qq, pq, pp, LOSS)
+            kk, rk, rr = _add_products(k_tile, r_tile, kk, rk, rr, LOSS)
+        weight = _weight(cu_seqlens, None, sequences, HEADS)
+    # What was loaded beyond a head reaches these rows and columns alone.
+    qq, kk = _within(qq, D, D), _within(kk, D, D)
+    pq, rk = _within(pq, DT, D), _within(rk, DT, D)
+    total = tl.sum(a * a * qq * kk) - 2.0 * a * b * tl.sum(pq * rk)
     if LOSS == "full":
+        pp, rr = _within(pp, DT, DT), _within(rr, DT, DT)
         total = tl.maximum(total + b * b * tl.sum(pp * rr), 0.0)
-    tl.store(loss_ptr + sequence * tl.num_programs(1) + head, total * weight)
+    tl.store(loss_ptr + tl.program_id(0), total * weight)
 
     # Divided by the largest, so that fp16 holds them; it comes back with the factor.
-    qq, kk, pq, rk = qq * a, kk * a, pq * -b, rk * -b
-    of_keys, of_queries = _largest(kk, rk), _largest(qq, pq)
-    kk, rk, qq, pq = kk / of_keys, rk / of_keys, qq / of_queries, pq / of_queries
-    factor = 2.0 * weight * a
-    dq_ptr, dk_ptr = _head(dq, start, head, 1), _head(dk, start, head, 1)
-    for first in range(0, length, BLOCK_M):
-        q_tile = load_tile(q_ptr, q.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
-        p_tile = load_tile(p_ptr, p.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
-        grad = _split_product(q_tile, kk, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
-        grad = _split_product(p_tile, rk, grad) * (factor * of_keys)
-        store_tile(dq_ptr, dq.row, first, length, grad, D, BLOCK_M, BLOCK_D, 1)
-    for first in range(0, length, BLOCK_M):
-        k_tile = load_tile(k_ptr, k.row, first, length, D, BLOCK_M, BLOCK_D, ALIGN)
-        r_tile = load_tile(r_ptr, r.row, first, length, DT, BLOCK_M, BLOCK_DT, ALIGN_T)
-        grad = _split_product(k_tile, qq, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
-        grad = _split_product(r_tile, pq, grad) * (factor * of_queries)
-        store_tile(dk_ptr, dk.row, first, length, grad, D, BLOCK_M, BLOCK_D, 1)
+    of_keys, of_queries = _largest(a * kk, b * rk), _largest(a * qq, b * pq)
+    kk, kk_low = _split(kk, a / of_keys, q.ptr)
+    rk, rk_low = _split(rk, -b / of_keys, q.ptr)
+    qq, qq_low = _split(qq, a / of_queries, q.ptr)
+    pq, pq_low = _split(pq, -b / of_queries, q.ptr)
+    of_keys, of_queries = 2.0 * weight * a * of_keys, 2.0 * weight * a * of_queries
+    dq_ptr, dk_ptr = _head(dq, start, head, ALIGN_G), _head(dk, start, head, ALIGN_G)
+    if ONE_TILE:
+        grad = _gradient(q_tile, p_tile, kk, kk_low, rk, rk_low, D, DT) * of_keys
+        store_tile(dq_ptr, dq.row, 0, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
+        grad = _gradient(k_tile, r_tile, qq, qq_low, pq, pq_low, D, DT) * of_queries
+        store_tile(dk_ptr, dk.row, 0, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
+    else:
+        blocks = tl.cdiv(length, BLOCK_M)
+        for step in range(blocks):
+            first = (blocks - 1 - step) * BLOCK_M  # what was read last is still in the cache
+            q_tile, p_tile = _load_pair(
+                q, p, q_ptr, p_ptr, first, length,
+                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
+            )  # fmt: skip
+            k_tile, r_tile = _load_pair(
+                k, r, k_ptr, r_ptr, first, length,
+                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
+            )  # fmt: skip
+            grad = _gradient(q_tile, p_tile, kk, kk_low, rk, rk_low, D, DT) * of_keys
+            store_tile(dq_ptr, dq.row, first, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
+            grad = _gradient(k_tile, r_tile, qq, qq_low, pq, pq_low, D, DT) * of_queries
+            store_tile(dk_ptr, dk.row, first, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
 
 
 @triton.jit
@@ -261,20 +339,29 @@ def _pairs_kernel(
     tl.store(pairs_ptr + tl.program_id(0), pairs)
 
 
+def _loaded(x, align: int) -> int:
+    """Numbers of a head's row that are loaded: whole loads of up to 16 bytes. One that is aligned
+    and begins in memory ends in memory.
+    """
+    width, unit = x.shape[-1], min(align, WIDEST_BYTES // x.element_size())
+    return min(triton.cdiv(width, unit) * unit, configs.head_block(width))
+
+
 def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
     """(T, H, D) student and (T, H, Dt) teacher -> loss, dq and dk in fp32."""
     k, p, r = (x.to(q.dtype) for x in (k, p, r))
     q, k, p, r = (as_addressable(x) for x in (q, k, p, r))
     heads, d, d_teacher = q.shape[1], q.shape[2], p.shape[2]
     sequences = len(cu_seqlens) - 1
-    dq, dk = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k))
+    kept = q.dtype if q.dtype == torch.bfloat16 else torch.float32
+    dq, dk = (torch.empty(x.shape, dtype=kept, device=x.device) for x in (q, k))
     if q.numel() == 0 or max_length == 0:
         return q.new_zeros((), dtype=torch.float32), dq, dk
     scales = d**-0.5, d_teacher**-0.5
     align, align_t = alignment(q, k), alignment(p, r)
     wider, its_align = (q, align) if d > d_teacher else (p, align_t)
     scores = configs.Scores.of(wider, its_align, max_length, 0.0, "both", block_mask)
-    wide = [Rows.of(x, 1) for x in (dq, dk)]
+    loaded = {"WIDE": _loaded(q, align), "WIDE_T": _loaded(p, align_t)}
     (q, k), (p, r) = [Rows.of(x, align) for x in (q, k)], [Rows.of(x, align_t) for x in (p, r)]
     constants = {
         "D": d,
@@ -287,9 +374,12 @@ def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
     if form == "gram":
         setting = configs.attention("gram", scores)
         losses = torch.empty(sequences, heads, dtype=torch.float32, device=dq.device)
-        _gram_kernel[sequences, heads](
-            q, k, p, r, *wide, cu_seqlens, losses, sequences, *scales, LOSS=loss, **constants,
-            **setting.launch(),
+        align_g = alignment(dq, dk)
+        of_gradients = [Rows.of(x, align_g) for x in (dq, dk)]
+        _gram_kernel[sequences * heads,](
+            q, k, p, r, *of_gradients, cu_seqlens, losses, sequences, *scales, LOSS=loss,
+            HEADS=heads, ALIGN_G=align_g, ONE_TILE=max_length <= setting.block_m, **loaded,
+            **constants, **setting.launch(),
         )  # fmt: skip
         return losses.sum(), dq, dk
     setting = configs.attention("direct", scores)
@@ -305,8 +395,8 @@ def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
     programs = sequences * triton.cdiv(max_length, setting.block_m)
     losses = torch.empty(programs, heads, dtype=torch.float32, device=dq.device)
     for operands, gradient, blocks, reported in (
-        ((q, k, p, r), wide[0], by_query, loss),
-        ((k, q, r, p), wide[1], BlockList.by_key(block_mask), "none"),
+        ((q, k, p, r), Rows.of(dq, 1), by_query, loss),
+        ((k, q, r, p), Rows.of(dk, 1), BlockList.by_key(block_mask), "none"),
     ):
         _direct_kernel[programs, heads](
             *operands, gradient, cu_seqlens, pairs, losses, blocks, sequences, max_length, *scales,

@@ -42,11 +42,18 @@ LIMITS = Limits(
 FORMS = ("auto", "direct", "gram")
 LOSSES = ("full", "student")
 
+
+def _gradient(x: Tensor, impl: str) -> Tensor:
+    """An uninitialised gradient; the kernels leave bf16's, which has the range of fp32, in bf16."""
+    return torch.empty_like(x) if (impl, x.dtype) == ("triton", torch.bfloat16) else in_fp32(x)
+
+
 _forward = define(
     "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens,"
     " SymInt max_length, str form, str loss, Tensor[] block_mask)"
     " -> (Tensor loss, Tensor dq, Tensor dk)",
-    fake=lambda q, k, *rest: (in_fp32(q, ()), in_fp32(q), in_fp32(k)),
+    fake=lambda q, k, *rest: (in_fp32(q, ()), *(_gradient(x, rest[-1]) for x in (q, k))),
+    fake_knows_impl=True,
     torch="tinybert_fast.tuned.attention_score_mse:forward",
     triton="tinybert_fast.kernels.attention_score_mse:forward",
 )

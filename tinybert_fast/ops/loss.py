@@ -56,7 +56,13 @@ class ScalarLoss(torch.autograd.Function):
         else:
             kept += [None] * (len(needs) - len(kept))
             gradients = tuple(
-                (g * upstream).to(dtype) if need else None
+                _times(g, upstream, dtype) if need else None
                 for g, need, dtype in zip(kept, needs, ctx.dtypes, strict=True)
             )
         return (None, None, None, *gradients)
+
+
+def _times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * upstream`` in fp32 or wider, rounded to ``dtype``, in one pass."""
+    upstream = upstream.reshape((1,) * gradient.dim())  # of no dimension it would take bf16
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
