@@ -94,55 +94,104 @@ def _weight(cu_seqlens, pairs_ptr, sequences, heads):
 
 
 @triton.jit
-def _load_pair(
-    x, y, x_ptr, y_ptr, first, length, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
-    WIDE_T: tl.constexpr, BLOCK_DT: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
-    ALIGN_T: tl.constexpr,
+def _load_head(
+    x_ptr, row, first, length, D: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a student's head and of its teacher's, as wide as the strides allow: beyond the head
-    is whatever stands in memory.
+    """As load_tile, as wide as the strides allow: what stands in memory behind a head is loaded
+    too, and set to 0.
     """
-    x_tile = load_tile(x_ptr, x.row, first, length, WIDE, BLOCK_M, BLOCK_D, ALIGN)
-    y_tile = load_tile(y_ptr, y.row, first, length, WIDE_T, BLOCK_M, BLOCK_DT, ALIGN_T)
-    return x_tile, y_tile
+    tile = load_tile(x_ptr, row, first, length, WIDE, BLOCK_M, BLOCK_D, ALIGN)
+    if WIDE > D:
+        tile = tl.where(tl.arange(0, BLOCK_D)[None, :] < D, tile, 0.0)
+    return tile
 
 
 @triton.jit
-def _within(matrix, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``matrix`` with 0 outside its first ROWS and COLUMNS."""
-    if matrix.shape[0] > ROWS:
-        matrix = tl.where(tl.arange(0, matrix.shape[0])[:, None] < ROWS, matrix, 0.0)
-    if matrix.shape[1] > COLUMNS:
-        matrix = tl.where(tl.arange(0, matrix.shape[1])[None, :] < COLUMNS, matrix, 0.0)
-    return matrix
+def _tall(x):
+    """Heads of 32 with as many zeros behind them: sm_90's and sm_100's products have 64 rows."""
+    if x.shape[1] == 32:
+        x = tl.permute(tl.join(x, tl.zeros_like(x)), (0, 2, 1)).reshape(x.shape[0], 64)
+    return x
 
 
 @triton.jit
-def _add_products(x, y, xx, yx, yy, LOSS: tl.constexpr):
-    """Three Gram matrices with the rows of one more tile."""
-    xx = _product(tl.trans(x), x, xx)
-    yx = _product(tl.trans(y), x, yx)
-    if LOSS == "full":
-        yy = _product(tl.trans(y), y, yy)
-    return xx, yx, yy
-
-
-@triton.jit
-def _split(matrix, factor, like):
-    """(hi, lo) of a matrix times ``factor``, in the dtype of ``like``; (itself, None) in fp32."""
+def _split_gram(matrix, factor, like):
+    """(hi, lo) of a matrix times ``factor``, in the dtype of ``like``."""
     matrix *= factor
     high = matrix.to(like.dtype.element_ty)
     return high, (matrix - high.to(tl.float32)).to(like.dtype.element_ty)
 
 
 @triton.jit
-def _gradient(x, y, xx, xx_low, yx, yx_low, D: tl.constexpr, DT: tl.constexpr):
-    """x @ (xx + xx_low) + y @ (yx + yx_low)."""
-    grad = tl.zeros((x.shape[0], xx.shape[1]), tl.float32)
-    x, y = _within(x, x.shape[0], D), _within(y, y.shape[0], DT)
+def _times_gram(x, high, low):
+    """x @ (high + low)."""
+    product = tl.zeros((x.shape[0], high.shape[1]), tl.float32)
     if x.dtype != tl.float32:
-        grad = _product(y, yx_low, _product(x, xx_low, grad))
-    return _product(y, yx, _product(x, xx, grad))
+        product = _product(x, low, product)
+    return _product(x, high, product)
+
+
+@triton.jit
+def _student_part(
+    x, y, u, v, dx, start, length, head, cu_seqlens, sequences, a, b,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
+    BLOCK_M: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr, ALIGN_G: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_T: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """dX = 2wa (a X (U^T U) - b Y (V^T U)), and w <a X, a X (U^T U) - 2b Y (V^T U)>."""
+    x_ptr, u_ptr = _head(x, start, head, ALIGN), _head(u, start, head, ALIGN)
+    y_ptr, v_ptr = _head(y, start, head, ALIGN_T), _head(v, start, head, ALIGN_T)
+    TALL: tl.constexpr = 64 if BLOCK_D == 32 else BLOCK_D
+    TALL_T: tl.constexpr = 64 if BLOCK_DT == 32 else BLOCK_DT
+    uu = tl.zeros((TALL, BLOCK_D), tl.float32)
+    vu = tl.zeros((TALL_T, BLOCK_D), tl.float32)
+    for first in range(0, length, BLOCK_M):
+        u_tile = _load_head(u_ptr, u.row, first, length, D, WIDE, BLOCK_D, BLOCK_M, ALIGN)
+        v_tile = _load_head(v_ptr, v.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
+        uu = _product(tl.trans(_tall(u_tile)), u_tile, uu)
+        vu = _product(tl.trans(_tall(v_tile)), u_tile, vu)
+    weight = _weight(cu_seqlens, None, sequences, HEADS)
+    # Divided by the largest, so that fp16 holds them; it comes back with the factor.
+    largest = _largest(a * uu, b * vu)
+    uu, uu_low = _split_gram(uu, a / largest, x.ptr)
+    vu, vu_low = _split_gram(vu, -b / largest, x.ptr)
+    factor = weight * a * largest
+    dx_ptr = _head(dx, start, head, ALIGN_G)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, length, BLOCK_M):
+        x_tile = _load_head(x_ptr, x.row, first, length, D, WIDE, BLOCK_D, BLOCK_M, ALIGN)
+        y_tile = _load_head(y_ptr, y.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
+        of_teacher = _times_gram(_tall(y_tile), vu, vu_low)
+        grad = _times_gram(_tall(x_tile), uu, uu_low) + of_teacher
+        sums += tl.sum(x_tile.to(tl.float32) * (grad + of_teacher), 1)
+        store_tile(
+            dx_ptr, dx.row, first, length, grad * (2.0 * factor), D, BLOCK_M, BLOCK_D, ALIGN_G
+        )
+    return tl.sum(sums) * factor
+
+
+@triton.jit
+def _teacher_part(
+    y, v, start, length, head, cu_seqlens, sequences, b,
+    DT: tl.constexpr, BLOCK_DT: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN_T: tl.constexpr,
+    WIDE_T: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """w <b Y, b Y (V^T V)>, rounded as the student's part is: what is near in both cancels."""
+    y_ptr, v_ptr = _head(y, start, head, ALIGN_T), _head(v, start, head, ALIGN_T)
+    TALL_T: tl.constexpr = 64 if BLOCK_DT == 32 else BLOCK_DT
+    vv = tl.zeros((TALL_T, BLOCK_DT), tl.float32)
+    for first in range(0, length, BLOCK_M):
+        v_tile = _load_head(v_ptr, v.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
+        vv = _product(tl.trans(_tall(v_tile)), v_tile, vv)
+    weight = _weight(cu_seqlens, None, sequences, HEADS)
+    largest = _largest(vv, vv)
+    vv, vv_low = _split_gram(vv, 1.0 / largest, y.ptr)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, length, BLOCK_M):
+        y_tile = _load_head(y_ptr, y.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
+        sums += tl.sum(y_tile.to(tl.float32) * _times_gram(_tall(y_tile), vv, vv_low), 1)
+    return tl.sum(sums) * (weight * b * b * largest)
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -151,81 +200,30 @@ def _gram_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
     ALIGN_G: tl.constexpr, WIDE: tl.constexpr, WIDE_T: tl.constexpr, HEADS: tl.constexpr,
-    LOSS: tl.constexpr, ONE_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    # Heads of a sequence next to each other: what one leaves of a line, its neighbour reads.
-    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    # Parts of a head side by side: what the one reads first the other reads last, from the cache.
+    part, program = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    sequence, head = program // HEADS, program % HEADS
     start = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - start
-    q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
-    p_ptr, r_ptr = _head(p, start, head, ALIGN_T), _head(r, start, head, ALIGN_T)
-    qq = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    kk = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
-    pq = tl.zeros((BLOCK_DT, BLOCK_D), tl.float32)
-    rk = tl.zeros((BLOCK_DT, BLOCK_D), tl.float32)
-    pp = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
-    rr = tl.zeros((BLOCK_DT, BLOCK_DT), tl.float32)
-    if ONE_TILE:
-        q_tile, p_tile = _load_pair(
-            q, p, q_ptr, p_ptr, 0, length, WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T
-        )
-        k_tile, r_tile = _load_pair(
-            k, r, k_ptr, r_ptr, 0, length, WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T
-        )
-        weight = _weight(cu_seqlens, None, sequences, HEADS)  # while the rows arrive
-        qq, pq, pp = _add_products(q_tile, p_tile, qq, pq, pp, LOSS)
-        kk, rk, rr = _add_products(k_tile, r_tile, kk, rk, rr, LOSS)
+    # Both of the student's parts find the same sum, from other roundings.
+    if part == 0:
+        total = 0.5 * _student_part(
+            q, p, k, r, dq, start, length, head, cu_seqlens, sequences, a, b, D, BLOCK_D, DT,
+            BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T, ALIGN_G, WIDE, WIDE_T, HEADS,
+        )  # fmt: skip
+    elif part == 1:
+        total = 0.5 * _student_part(
+            k, r, q, p, dk, start, length, head, cu_seqlens, sequences, a, b, D, BLOCK_D, DT,
+            BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T, ALIGN_G, WIDE, WIDE_T, HEADS,
+        )  # fmt: skip
     else:
-        for first in range(0, length, BLOCK_M):
-            q_tile, p_tile = _load_pair(
-                q, p, q_ptr, p_ptr, first, length,
-                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
-            )  # fmt: skip
-            k_tile, r_tile = _load_pair(
-                k, r, k_ptr, r_ptr, first, length,
-                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
-            )  # fmt: skip
-            qq, pq, pp = _add_products(q_tile, p_tile, qq, pq, pp, LOSS)
-            kk, rk, rr = _add_products(k_tile, r_tile, kk, rk, rr, LOSS)
-        weight = _weight(cu_seqlens, None, sequences, HEADS)
-    # What was loaded beyond a head reaches these rows and columns alone.
-    qq, kk = _within(qq, D, D), _within(kk, D, D)
-    pq, rk = _within(pq, DT, D), _within(rk, DT, D)
-    total = tl.sum(a * a * qq * kk) - 2.0 * a * b * tl.sum(pq * rk)
-    if LOSS == "full":
-        pp, rr = _within(pp, DT, DT), _within(rr, DT, DT)
-        total = tl.maximum(total + b * b * tl.sum(pp * rr), 0.0)
-    tl.store(loss_ptr + tl.program_id(0), total * weight)
-
-    # Divided by the largest, so that fp16 holds them; it comes back with the factor.
-    of_keys, of_queries = _largest(a * kk, b * rk), _largest(a * qq, b * pq)
-    kk, kk_low = _split(kk, a / of_keys, q.ptr)
-    rk, rk_low = _split(rk, -b / of_keys, q.ptr)
-    qq, qq_low = _split(qq, a / of_queries, q.ptr)
-    pq, pq_low = _split(pq, -b / of_queries, q.ptr)
-    of_keys, of_queries = 2.0 * weight * a * of_keys, 2.0 * weight * a * of_queries
-    dq_ptr, dk_ptr = _head(dq, start, head, ALIGN_G), _head(dk, start, head, ALIGN_G)
-    if ONE_TILE:
-        grad = _gradient(q_tile, p_tile, kk, kk_low, rk, rk_low, D, DT) * of_keys
-        store_tile(dq_ptr, dq.row, 0, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
-        grad = _gradient(k_tile, r_tile, qq, qq_low, pq, pq_low, D, DT) * of_queries
-        store_tile(dk_ptr, dk.row, 0, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
-    else:
-        blocks = tl.cdiv(length, BLOCK_M)
-        for step in range(blocks):
-            first = (blocks - 1 - step) * BLOCK_M  # what was read last is still in the cache
-            q_tile, p_tile = _load_pair(
-                q, p, q_ptr, p_ptr, first, length,
-                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
-            )  # fmt: skip
-            k_tile, r_tile = _load_pair(
-                k, r, k_ptr, r_ptr, first, length,
-                WIDE, BLOCK_D, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T,
-            )  # fmt: skip
-            grad = _gradient(q_tile, p_tile, kk, kk_low, rk, rk_low, D, DT) * of_keys
-            store_tile(dq_ptr, dq.row, first, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
-            grad = _gradient(k_tile, r_tile, qq, qq_low, pq, pq_low, D, DT) * of_queries
-            store_tile(dk_ptr, dk.row, first, length, grad, D, BLOCK_M, BLOCK_D, ALIGN_G)
+        total = _teacher_part(
+            p, r, start, length, head, cu_seqlens, sequences, b, DT, BLOCK_DT, BLOCK_M, ALIGN_T,
+            WIDE_T, HEADS,
+        )  # fmt: skip
+    tl.store(loss_ptr + tl.program_id(0), total)
 
 
 @triton.jit
@@ -373,15 +371,16 @@ def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
     }
     if form == "gram":
         setting = configs.attention("gram", scores)
-        losses = torch.empty(sequences, heads, dtype=torch.float32, device=dq.device)
+        parts = 3 if loss == "full" else 2  # dq, dk, and the teacher's own term
+        losses = torch.empty(sequences * heads * parts, dtype=torch.float32, device=dq.device)
         align_g = alignment(dq, dk)
         of_gradients = [Rows.of(x, align_g) for x in (dq, dk)]
-        _gram_kernel[sequences * heads,](
-            q, k, p, r, *of_gradients, cu_seqlens, losses, sequences, *scales, LOSS=loss,
-            HEADS=heads, ALIGN_G=align_g, ONE_TILE=max_length <= setting.block_m, **loaded,
-            **constants, **setting.launch(),
+        _gram_kernel[len(losses),](
+            q, k, p, r, *of_gradients, cu_seqlens, losses, sequences, *scales, PARTS=parts,
+            HEADS=heads, ALIGN_G=align_g, **loaded, **constants, **setting.launch(),
         )  # fmt: skip
-        return losses.sum(), dq, dk
+        total = losses.sum()
+        return total.clamp_min_(0.0) if loss == "full" else total, dq, dk
     setting = configs.attention("direct", scores)
     side, by_query = side_of(block_mask), BlockList.by_query(block_mask)
     pairs = None
