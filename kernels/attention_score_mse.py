@@ -1,10 +1,12 @@
 """w * sum((S - T)^2) with S = a Q K^T and T = b P R^T over the real pairs of each sequence, and its
 gradients of Q and K: TinyBERT's attention loss (Jiao et al. 2020, arXiv:1909.10351, equation 7).
 
-Gram form, one program for a (sequence, head), which reads every row twice:
+Gram form, one program for dQ of a (sequence, head), one for dK, which is the same with the operands
+exchanged, and one for the teacher's own term. Each sums Gram matrices over the rows of one side,
+then goes over those of the other:
 
-    sum = a^2 <Q^T Q, K^T K> - 2ab <P^T Q, R^T K> + b^2 <P^T P, R^T R>
-    dQ = 2wa (a Q (K^T K) - b P (R^T K)),   dK = 2wa (a K (Q^T Q) - b R (P^T Q))
+    dQ = 2wa (a Q (K^T K) - b P (R^T K))
+    sum = <a Q, a Q (K^T K) - 2b P (R^T K)> + <b P, b P (R^T R)>
 
 Direct form, one program for a block of queries, then one for a block of keys, which is the same
 with the operands exchanged; under a block mask, over the blocks that its lists name:
@@ -14,9 +16,9 @@ with the operands exchanged; under a block mask, over the blocks that its lists 
 Shapes: q, k, dq, dk (T, H, D); p, r (T, H, Dt). Products of the operands, in the dtype of q,
 accumulate in fp32 (fp32 operands: IEEE products, on no tensor core). What enters a second product,
 a Gram matrix or E, is split into two numbers of the operands' dtype, hi + lo, which keep 16 bits or
-more: rounded to one bf16, small differences of large Gram matrices would be lost. The gradients
-stay in fp32, since a mean's are below what fp16 holds. Each program writes its own rows and its own
-share of the loss: two runs give the same bits.
+more: rounded to one bf16, small differences of large Gram matrices would be lost. The gradients of
+bf16 are bf16; those of fp16 stay in fp32, since a mean's are below what fp16 holds. Each program
+writes its own rows and its own share of the loss: two runs give the same bits.
 """
 
 import torch
@@ -52,14 +54,11 @@ def _product(a, b, acc):
 
 @triton.jit
 def _split_product(a, b, acc):
-    """a @ b + acc, where one is fp32 and the other has the operands' dtype."""
-    if a.dtype == b.dtype:
+    """a @ b + acc, where a is fp32 and b has the operands' dtype."""
+    if b.dtype == tl.float32:
         return _product(a, b, acc)
-    if a.dtype == tl.float32:
-        high = a.to(b.dtype)
-        return _product(high, b, _product((a - high.to(tl.float32)).to(b.dtype), b, acc))
-    high = b.to(a.dtype)
-    return _product(a, high, _product(a, (b - high.to(tl.float32)).to(a.dtype), acc))
+    high = a.to(b.dtype)
+    return _product(high, b, _product((a - high.to(tl.float32)).to(b.dtype), b, acc))
 
 
 @triton.jit
@@ -200,8 +199,9 @@ def _gram_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
     ALIGN_G: tl.constexpr, WIDE: tl.constexpr, WIDE_T: tl.constexpr, HEADS: tl.constexpr,
-    PARTS: tl.constexpr,
+    LOSS: tl.constexpr,
 ):  # fmt: skip
+    PARTS: tl.constexpr = 3 if LOSS == "full" else 2
     # Parts of a head side by side: what the one reads first the other reads last, from the cache.
     part, program = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
     sequence, head = program // HEADS, program % HEADS
@@ -376,7 +376,7 @@ def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
         align_g = alignment(dq, dk)
         of_gradients = [Rows.of(x, align_g) for x in (dq, dk)]
         _gram_kernel[len(losses),](
-            q, k, p, r, *of_gradients, cu_seqlens, losses, sequences, *scales, PARTS=parts,
+            q, k, p, r, *of_gradients, cu_seqlens, losses, sequences, *scales, LOSS=loss,
             HEADS=heads, ALIGN_G=align_g, **loaded, **constants, **setting.launch(),
         )  # fmt: skip
         total = losses.sum()

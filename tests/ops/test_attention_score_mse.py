@@ -194,6 +194,10 @@ def test_precision_of_nearly_equal_scores(form, length, width, dtype, scale, fas
         squares = ops.attention_score_mse(*exact[:2], *(0 * x for x in exact[2:]), layout=layout)
         assert (want[0] / (2 * squares)).item() == pytest.approx(rho, rel=0.5)
         loss, *gradients = (((x - y).norm() / y.norm()).item() for x, y in zip(actual, want))
+        if form == "gram" and dtype != torch.float32:  # tensor cores cut off what they add up
+            of_loss = max(of_loss, 2e-3)
+        if actual[1].dtype == torch.bfloat16:  # as autograd hands them on
+            of_gradients += torch.finfo(torch.bfloat16).eps / 2
         assert loss <= of_loss
         assert max(gradients) <= of_gradients
 
