@@ -75,18 +75,25 @@ def _head(x, start, head, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _weight(cu_seqlens, pairs_ptr, sequences, heads):
+def _lengths(cu_seqlens, first, sequences):
+    """Of SEQUENCES sequences: (SEQUENCES,)."""
+    at = first + tl.arange(0, SEQUENCES)
+    live = at < sequences
+    stop = tl.load(cu_seqlens + at + 1, mask=live, other=0)
+    return stop - tl.load(cu_seqlens + at, mask=live, other=0)
+
+
+@triton.jit
+def _weight(cu_seqlens, lengths, pairs_ptr, sequences, heads):
     """w = 1 / (heads * pairs), of all sequences if ``pairs_ptr`` is None: known to the device, so
-    that nobody waits for it.
+    that nobody waits for it. ``lengths``: of the first sequences, loaded long before.
     """
     if pairs_ptr is None:
-        pairs = tl.zeros((), tl.int64)
-        for first in range(0, sequences, SEQUENCES):
-            at = first + tl.arange(0, SEQUENCES)
-            live = at < sequences
-            stop = tl.load(cu_seqlens + at + 1, mask=live, other=0)
-            length = (stop - tl.load(cu_seqlens + at, mask=live, other=0)).to(tl.int64)
-            pairs += tl.sum(length * length)
+        lengths = lengths.to(tl.int64)
+        pairs = tl.sum(lengths * lengths)
+        for first in range(SEQUENCES, sequences, SEQUENCES):
+            lengths = _lengths(cu_seqlens, first, sequences).to(tl.int64)
+            pairs += tl.sum(lengths * lengths)
     else:
         pairs = tl.load(pairs_ptr)
     return 1.0 / (tl.maximum(pairs, 1).to(tl.float32) * heads)
@@ -133,7 +140,7 @@ def _times_gram(x, high, low):
 
 @triton.jit
 def _student_part(
-    x, y, u, v, dx, start, length, head, cu_seqlens, sequences, a, b,
+    x, y, u, v, dx, start, length, head, cu_seqlens, lengths, sequences, a, b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
     BLOCK_M: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr, ALIGN_G: tl.constexpr,
     WIDE: tl.constexpr, WIDE_T: tl.constexpr, HEADS: tl.constexpr,
@@ -150,7 +157,7 @@ def _student_part(
         v_tile = _load_head(v_ptr, v.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
         uu = _product(tl.trans(_tall(u_tile)), u_tile, uu)
         vu = _product(tl.trans(_tall(v_tile)), u_tile, vu)
-    weight = _weight(cu_seqlens, None, sequences, HEADS)
+    weight = _weight(cu_seqlens, lengths, None, sequences, HEADS)
     # Divided by the largest, so that fp16 holds them; it comes back with the factor.
     largest = _largest(a * uu, b * vu)
     uu, uu_low = _split_gram(uu, a / largest, x.ptr)
@@ -172,7 +179,7 @@ def _student_part(
 
 @triton.jit
 def _teacher_part(
-    y, v, start, length, head, cu_seqlens, sequences, b,
+    y, v, start, length, head, cu_seqlens, lengths, sequences, b,
     DT: tl.constexpr, BLOCK_DT: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN_T: tl.constexpr,
     WIDE_T: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +190,7 @@ def _teacher_part(
     for first in range(0, length, BLOCK_M):
         v_tile = _load_head(v_ptr, v.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
         vv = _product(tl.trans(_tall(v_tile)), v_tile, vv)
-    weight = _weight(cu_seqlens, None, sequences, HEADS)
+    weight = _weight(cu_seqlens, lengths, None, sequences, HEADS)
     largest = _largest(vv, vv)
     vv, vv_low = _split_gram(vv, 1.0 / largest, y.ptr)
     sums = tl.zeros((BLOCK_M,), tl.float32)
@@ -207,21 +214,22 @@ def _gram_kernel(
     sequence, head = program // HEADS, program % HEADS
     start = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - start
+    lengths = _lengths(cu_seqlens, 0, sequences)
     # Both of the student's parts find the same sum, from other roundings.
     if part == 0:
         total = 0.5 * _student_part(
-            q, p, k, r, dq, start, length, head, cu_seqlens, sequences, a, b, D, BLOCK_D, DT,
-            BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T, ALIGN_G, WIDE, WIDE_T, HEADS,
+            q, p, k, r, dq, start, length, head, cu_seqlens, lengths, sequences, a, b, D, BLOCK_D,
+            DT, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T, ALIGN_G, WIDE, WIDE_T, HEADS,
         )  # fmt: skip
     elif part == 1:
         total = 0.5 * _student_part(
-            k, r, q, p, dk, start, length, head, cu_seqlens, sequences, a, b, D, BLOCK_D, DT,
-            BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T, ALIGN_G, WIDE, WIDE_T, HEADS,
+            k, r, q, p, dk, start, length, head, cu_seqlens, lengths, sequences, a, b, D, BLOCK_D,
+            DT, BLOCK_DT, BLOCK_M, ALIGN, ALIGN_T, ALIGN_G, WIDE, WIDE_T, HEADS,
         )  # fmt: skip
     else:
         total = _teacher_part(
-            p, r, start, length, head, cu_seqlens, sequences, b, DT, BLOCK_DT, BLOCK_M, ALIGN_T,
-            WIDE_T, HEADS,
+            p, r, start, length, head, cu_seqlens, lengths, sequences, b, DT, BLOCK_DT, BLOCK_M,
+            ALIGN_T, WIDE_T, HEADS,
         )  # fmt: skip
     tl.store(loss_ptr + tl.program_id(0), total)
 
@@ -275,7 +283,8 @@ def _direct_kernel(
     rows = tl.cdiv(max_length, BLOCK_M)
     sequence, head = tl.program_id(0) // rows, tl.program_id(1)
     first_m = tl.program_id(0) % rows * BLOCK_M
-    weight = _weight(cu_seqlens, pairs_ptr, sequences, tl.num_programs(1))
+    lengths = _lengths(cu_seqlens, 0, sequences)
+    weight = _weight(cu_seqlens, lengths, pairs_ptr, sequences, tl.num_programs(1))
     start = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - start
     total = 0.0
@@ -346,7 +355,7 @@ def _loaded(x, align: int) -> int:
 
 
 def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
-    """(T, H, D) student and (T, H, Dt) teacher -> loss, dq and dk in fp32."""
+    """(T, H, D) student and (T, H, Dt) teacher -> loss, dq and dk: fp32, but gradients of bf16."""
     k, p, r = (x.to(q.dtype) for x in (k, p, r))
     q, k, p, r = (as_addressable(x) for x in (q, k, p, r))
     heads, d, d_teacher = q.shape[1], q.shape[2], p.shape[2]
