@@ -45,7 +45,8 @@ LOSSES = ("full", "student")
 
 def _gradient(x: Tensor, impl: str) -> Tensor:
     """An uninitialised gradient; the kernels leave bf16's, which has the range of fp32, in bf16."""
-    return torch.empty_like(x) if (impl, x.dtype) == ("triton", torch.bfloat16) else in_fp32(x)
+    bf16 = (impl, x.dtype) == ("triton", torch.bfloat16)
+    return x.new_empty(x.shape) if bf16 else in_fp32(x)
 
 
 _forward = define(
