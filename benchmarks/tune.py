@@ -274,8 +274,10 @@ class Workers:
             for setting in candidates_of(base, group.key(kernel))
         ]
         listed += [("one_tile", setting) for setting in itertools.chain(*ONE_TILE.values())]
-        submit = partial(self._pool.submit, compile_one, self._arch, group)
-        return {candidate: submit(*candidate) for candidate in listed}
+        return {
+            (kernel, setting): self._pool.submit(compile_one, self._arch, group, kernel, setting)
+            for kernel, setting in listed
+        }
 
     def failed(self, found: Table, device: torch.device) -> list[Finding]:
         """What misses its budget under these settings, of the calls that they serve."""

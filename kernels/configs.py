@@ -64,7 +64,7 @@ class Family(NamedTuple):
 
 # Of the losses, whose head is the wider of student's and teacher's.
 LOSSES: Settings = {
-    "gram": _any({32: EIGHT, 64: EIGHT}),
+    "gram": _any({32: PIPELINED, 64: PIPELINED}),
     "direct": _any({32: PLAIN, 64: PLAIN}),
     "relation_one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "relation_statistics": _any(dict.fromkeys(HEADS, PLAIN)),
@@ -101,7 +101,6 @@ SM_80 = Family(
         "dq": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         **LOSSES,
-        "gram": _any(dict.fromkeys((32, 64), Setting(16, 64, 8, 1))),
         "direct": _any(dict.fromkeys((32, 64), NARROW._replace(num_warps=8))),
         "relation_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
         "relation_statistics": _any({32: PLAIN, 64: PLAIN, 128: Setting(32, 32, 4, 1)}),
@@ -125,6 +124,7 @@ SM_100 = Family(
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
         **LOSSES,
+        "gram": _any({32: PLAIN, 64: PLAIN}),
         "relation_gradient": _any({32: NARROW, 64: NARROW, 128: EIGHT}),
     },
     direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},

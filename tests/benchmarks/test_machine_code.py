@@ -136,10 +136,7 @@ def test_attention_loss_has_tensor_cores(committed):
     kinds = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     for one in of_the_loss(committed):
         assert kinds[one["arch"]] in one["tensor_core_kind"].split("+"), one
-        # 16 rows in 8 warps, as Gram matrices on sm_80 have them, are 8 bytes for a thread.
-        narrow = one["pass"].startswith("gram") and one["arch"] == "sm_80"
-        widest = "8" if narrow else "16"
-        assert one["load_bytes"] == ("4" if one["head_dim"] == "26/64" else widest), one
+        assert one["load_bytes"] == ("4" if one["head_dim"] == "26/64" else "16"), one
 
 
 def test_few_instructions_for_a_score(committed):

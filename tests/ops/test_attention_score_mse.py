@@ -194,8 +194,29 @@ def test_precision_of_nearly_equal_scores(form, length, width, dtype, scale, fas
         squares = ops.attention_score_mse(*exact[:2], *(0 * x for x in exact[2:]), layout=layout)
         assert (want[0] / (2 * squares)).item() == pytest.approx(rho, rel=0.5)
         loss, *gradients = (((x - y).norm() / y.norm()).item() for x, y in zip(actual, want))
+        if form == "gram" and dtype != torch.float32:  # tensor cores cut off what they add up
+            of_loss = max(of_loss, 2e-3)
+        if actual[1].dtype == torch.bfloat16:  # as autograd hands them on
+            of_gradients += torch.finfo(torch.bfloat16).eps / 2
         assert loss <= of_loss
         assert max(gradients) <= of_gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_stands_behind_a_head_does_not_count(form, dtype, fast, device):
+    """Heads of 26 in rows of 32, as the encoder pads them: loads may be wider than a head."""
+    case = attention_score_mse((70, 3), 2, 26, 26, form=form, dtype=dtype, device=device)
+    stored = [torch.full((*x.shape[:2], 32), torch.nan).to(x) for x in case.operands]
+    for x, within in zip(case.operands, stored):
+        within[..., :26] = x
+    layout = case.options["layout"]
+    call = (layout.cu_seqlens, layout.max_length, form, "full", [], fast)
+    got, want = (
+        torch.ops.tinybert_fast.attention_score_mse_fwd(*operands, *call)
+        for operands in ([x[..., :26] for x in stored], case.operands)
+    )
+    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("form", FORMS)

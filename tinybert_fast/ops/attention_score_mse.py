@@ -25,7 +25,7 @@ from tinybert_fast.reference.attention_score_mse import attention_score_mse as r
 from tinybert_fast.reference.block_mask import allowed_pairs
 from tinybert_fast.tuned.attention_score_mse import crossover
 
-WIDEST_HEAD = 64  # of the Triton kernels: six Gram matrices of wider heads would not fit
+WIDEST_HEAD = 64  # of the Triton kernels: Gram matrices of wider heads would not fit
 
 
 def _refuses(width: int = 1, dense_mask: bool = False, **others: Any) -> str | None:
@@ -42,11 +42,19 @@ LIMITS = Limits(
 FORMS = ("auto", "direct", "gram")
 LOSSES = ("full", "student")
 
+
+def _gradient(x: Tensor, impl: str) -> Tensor:
+    """An uninitialised gradient; the kernels leave bf16's, which has the range of fp32, in bf16."""
+    bf16 = (impl, x.dtype) == ("triton", torch.bfloat16)
+    return x.new_empty(x.shape) if bf16 else in_fp32(x)
+
+
 _forward = define(
     "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens,"
     " SymInt max_length, str form, str loss, Tensor[] block_mask)"
     " -> (Tensor loss, Tensor dq, Tensor dk)",
-    fake=lambda q, k, *rest: (in_fp32(q, ()), in_fp32(q), in_fp32(k)),
+    fake=lambda q, k, *rest: (in_fp32(q, ()), *(_gradient(x, rest[-1]) for x in (q, k))),
+    fake_knows_impl=True,
     torch="tinybert_fast.tuned.attention_score_mse:forward",
     triton="tinybert_fast.kernels.attention_score_mse:forward",
 )
@@ -92,10 +100,10 @@ def attention_score_mse(
         count_padded_queries: the released code's semantics, padded operands only: padding keys
             contribute 0, padding queries count, and the mean is over B * H * N * N.
 
-    Precision, where rho = sum (S - T)^2 / sum (S^2 + T^2): Gram's gradients are within 1e-3 of
-    exact ones down to rho = 3e-5. Its full loss is within 2e-3 down to rho = 1e-3, since a tensor
-    core cuts its sums off, by 1e-6 of them at 512 tokens; below, it loses digits as 1 / rho grows,
-    and is never negative. The direct form loses none of them.
+    Precision, where rho = sum (S - T)^2 / sum (S^2 + T^2): Gram's gradients, before they are
+    rounded to the operands' dtype, are within 1e-3 of exact ones down to rho = 3e-5; its full loss
+    is within 1e-3, and 2e-3 in half precision, down to rho = 1e-3 (below, it loses digits as
+    1 / rho grows, and is never negative). The direct form loses none of them.
 
     Returns:
         Scalar, fp32 or wider: by default the mean over the H * sum(n^2) real (query, key) pairs

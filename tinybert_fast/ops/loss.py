@@ -2,8 +2,8 @@
 
 The upstream gradient of a scalar is a scalar, so the forward that has the loss's intermediates at
 hand also leaves the gradients, and the backward scales them (Hsu et al. 2024, arXiv:2410.10989).
-They are kept in fp32 or wider: a mean's gradients are below what fp16 holds until they are
-multiplied by the loss scale, which is in the upstream gradient.
+They are kept in fp32 or wider, or in bf16, which has fp32's range: a mean's gradients are below
+what fp16 holds until they are multiplied by the loss scale, which is in the upstream gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def in_fp32(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
 class ScalarLoss(torch.autograd.Function):
     """``forward_op(*operands, impl) -> loss, *gradients`` of the leading operands.
 
-    Loss and gradients are fp32 or wider; the gradient of an operand that is None is empty.
+    The loss is fp32 or wider, gradients are too or bf16; that of an operand that is None is empty.
     """
 
     @staticmethod
@@ -56,7 +56,13 @@ class ScalarLoss(torch.autograd.Function):
         else:
             kept += [None] * (len(needs) - len(kept))
             gradients = tuple(
-                (g * upstream).to(dtype) if need else None
+                _times(g, upstream, dtype) if need else None
                 for g, need, dtype in zip(kept, needs, ctx.dtypes, strict=True)
             )
         return (None, None, None, *gradients)
+
+
+def _times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * upstream`` in fp32 or wider, rounded to ``dtype``, in one pass."""
+    upstream = upstream.reshape((1,) * gradient.dim())  # of no dimension it would take bf16
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
