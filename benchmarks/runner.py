@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,11 @@ ROUNDS = {"cpu": 10, "cuda": 50}
 WARM_UP = {"cpu": 1, "cuda": 20}
 # A case of long steps takes fewer on a GPU: what fits into so many seconds, but not below these.
 SECONDS = {"rounds": 3.0, "warm-up": 0.5}
+SECONDS_OF_OPS = {"rounds": 0.4, "warm-up": 0.1}  # of which there are a hundred, and short
 LEAST_ROUNDS, LEAST_WARM_UP = 10, 3
 PROFILED = {"cpu": (OURS,), "cuda": (OURS, CAREFUL)}  # roles
 ROUNDS_SHORT = 3  # bf16 without instructions for it (slow, and nobody's figure), smoke runs
+ENTRIES = 6  # of the traceback of a case that failed, the last ones
 WIDTH = 120  # columns of the printed table
 
 Lane = tuple[Any, str]  # provider, dtype
@@ -135,6 +138,7 @@ def run_suite(
     suite: str = "step",
     *,
     cases: Collection[str] = (),
+    providers: Collection[str] = (),
     dtype: str = "fp32",
     rounds: int | None = None,
     threads: int | None = 2,
@@ -158,6 +162,7 @@ def run_suite(
             (attention loss against the length) or "masking" (mlm_mask and collators, of integers
             whatever the dtype).
         cases: names, or beginnings of names, of the cases to run; all by default.
+        providers: names of those to run, beside the one that others are held to; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
         rounds: repetitions; by default 10 on a CPU (3 where bf16 is emulated); on a GPU what fits
             into SECONDS, from 10 to 50.
@@ -215,6 +220,8 @@ def run_suite(
                 if deadline is not None and time.monotonic() > deadline:
                     failures.append(Failed(f"{case.title}: not begun after {minutes} minutes"))
                     continue
+                if providers:
+                    _keep(case, providers)
                 try:
                     with _progress(case.title) as say, _stream(setup.device):
                         found = measure(
@@ -224,6 +231,8 @@ def run_suite(
                             say("profile")
                             profiles += profile_ours(case, dtypes, setup.device)
                 except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler raises
+                    print(f"{case.title} has no rows:", file=sys.stderr)
+                    traceback.print_exception(error, limit=-ENTRIES)
                     _forget_locals(error)
                     failures.append(error)
                     continue
@@ -237,6 +246,8 @@ def run_suite(
                     write_json(Path(json_path), suite, rows, profiles)
                 if file is not None:
                     file.write(rows)
+            if setup.on_gpu:
+                torch.compiler.reset()  # of code compiled for this case's shapes
     finally:
         torch.set_num_threads(before)
     if rows:
@@ -284,11 +295,9 @@ def _forget_locals(error: BaseException | None) -> None:
 
 
 def _free(device: torch.device) -> None:
-    """What the last case had, for the next: memory, graphs, and code compiled for its shapes."""
+    """What the last case had, for the next: memory and graphs."""
     gc.collect()
     if device.type == "cuda":
-        torch.compiler.reset()
-        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -334,7 +343,8 @@ def measure(
         if (provider.name, dtype) not in left_out
     ]
     if rounds is None or warm_up is None:
-        fitting = repetitions(lanes, clock, case.calls)
+        given = SECONDS_OF_OPS if case.captured else SECONDS
+        fitting = repetitions(lanes, clock, case.calls, given)
         rounds, warm_up = rounds or fitting[0], warm_up or fitting[1]
     times = interleave(lanes, rounds, warm_up, clock, say, case.calls)
     graphs = replays(lanes, case, rounds, clock, say) if case.captured else {}
@@ -435,15 +445,18 @@ def replays(
 
 
 def repetitions(
-    lanes: list[Lane], clock: Callable[[Callable[[], Any]], float], calls: int
+    lanes: list[Lane],
+    clock: Callable[[Callable[[], Any]], float],
+    calls: int,
+    given: dict[str, float],
 ) -> tuple[int, int]:
-    """Rounds and warm-ups on a GPU, by the second run of each lane: see SECONDS."""
+    """Rounds and warm-ups on a GPU, by the second run of each lane, within ``given`` seconds."""
     one = 0.0
     for lane in lanes:
         call = partial(_several, *lane, calls)
         call()
         one += clock(call)
-    rounds, warm_up = (int(seconds / one) for seconds in SECONDS.values())
+    rounds, warm_up = (int(seconds / one) for seconds in given.values())
     return (
         min(ROUNDS["cuda"], max(LEAST_ROUNDS, rounds)),
         min(WARM_UP["cuda"], max(LEAST_WARM_UP, warm_up)),
@@ -481,14 +494,19 @@ def interleave(
 ) -> dict[Lane, list[float]]:
     """Seconds of every lane in every round: A B C, A B C, ...; the mean of ``calls`` in a row."""
     times: dict[Lane, list[float]] = {lane: [] for lane in lanes}
-    for number in range(-warm_up, rounds):
-        say("warm-up" if number < 0 else f"round {number + 1} of {rounds}")
-        gc.collect()  # rather now than inside somebody's time
-        for lane in lanes:
-            provider, dtype = lane
-            seconds = clock(partial(_several, provider, dtype, calls))
-            if number >= 0:
-                times[lane].append(seconds / calls)
+    gc.collect()
+    gc.freeze()  # what is there by now need not be looked through in each round
+    try:
+        for number in range(-warm_up, rounds):
+            say("warm-up" if number < 0 else f"round {number + 1} of {rounds}")
+            gc.collect()  # rather now than inside somebody's time
+            for lane in lanes:
+                provider, dtype = lane
+                seconds = clock(partial(_several, provider, dtype, calls))
+                if number >= 0:
+                    times[lane].append(seconds / calls)
+    finally:
+        gc.unfreeze()
     return times
 
 
@@ -568,6 +586,16 @@ def errors_between(exact: Outcome, other: Outcome) -> tuple[tuple[float, float],
 
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.double()))
+
+
+def _keep(case: Case, names: Collection[str]) -> None:
+    """Leave these providers in a case, and those that its checks refer to."""
+    kept = {*names, *(check.reference for check in case.checks)}
+    case.providers = [p for p in case.providers if p.name in kept]
+    case.checks = tuple(
+        replace(check, others=tuple(name for name in check.others if name in kept))
+        for check in case.checks
+    )
 
 
 def _selected(builders: Cases, wanted: Collection[str]) -> Cases:

@@ -25,9 +25,22 @@ PEAK = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))  # phi(0)
 
 
 @triton.jit
-def _normal_distribution(u):
-    """Phi(u)."""
-    return 0.5 + 0.5 * tl.erf(u * SQRT_HALF)
+def _normal_distribution(u, HALF: tl.constexpr):
+    """Phi(u). For operands in half precision by log2 Phi(-z), which is nearly a parabola: a
+    polynomial fitted on 0 <= z <= 6 gives Phi(-z) to 8e-6 of itself, a hundredth of their rounding,
+    in a third of erf's instructions. Beyond it falls to 0 faster than Phi(-z), which is below 1e-9.
+    """
+    if not HALF:
+        return 0.5 + 0.5 * tl.erf(u * SQRT_HALF)
+    z = tl.abs(u)
+    log = 6.159835e-5 + z * -1.8348145e-6
+    log = -9.305253e-4 + z * log
+    log = 8.507892e-3 + z * log
+    log = -5.3960074e-2 + z * log
+    log = -4.5846438e-1 + z * log
+    log = -1.1512511 + z * log
+    below = tl.exp2(-0.9999953 + z * log)
+    return tl.where(u > 0.0, 1.0 - below, below)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -41,7 +54,8 @@ def _forward_kernel(
     at = offs_m[:, None] * C + offs_n[None, :]
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32)[None, :]
     u = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias
-    tl.store(y_ptr + at, u * _normal_distribution(u), mask=live)
+    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    tl.store(y_ptr + at, u * _normal_distribution(u, HALF), mask=live)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -52,6 +66,7 @@ def _backward_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32)[None, :]
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     step = tl.num_programs(0) * BLOCK_M
     for first in tl.range(tl.program_id(0) * BLOCK_M, rows, step, num_stages=STAGES):
         offs_m = first + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -60,7 +75,7 @@ def _backward_kernel(
         u = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias
         grad = tl.load(grad_ptr + at, mask=live, other=0.0).to(tl.float32)
         density = tl.exp2(u * u * MINUS_HALF_LOG2_E) * PEAK
-        dx = grad * (_normal_distribution(u) + u * density)
+        dx = grad * (_normal_distribution(u, HALF) + u * density)
         tl.store(dx_ptr + at, dx, mask=live)
         dbias += dx
     columns_ptr = partial_ptr + tl.program_id(0) * C

@@ -1,7 +1,8 @@
 """Launch settings: tile sizes, warps and pipeline stages of every kernel.
 
-Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16) and not yet by a
-GPU's clock. A file of one's own, which `tinybert-fast bench --tune` writes, goes before these.
+Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16); on sm_90 those of
+attention without direction or block mask, and of the Gram form, by an H200's clock. A file of one's
+own, which `tinybert-fast bench --tune` writes, goes before these.
 """
 
 from collections.abc import Iterator
@@ -27,20 +28,27 @@ KERNELS = (  # for every length
 Settings = dict[str, dict[int, dict[int, Setting]]]
 
 
-def _spread(settings: Settings, dtypes: tuple[torch.dtype, ...], *patterns: str) -> Table:
+def _spread(
+    settings: Settings,
+    dtypes: tuple[torch.dtype, ...],
+    *patterns: str,
+    dropout: tuple[bool, ...] = (False, True),
+) -> Table:
     """The same for each dtype and pattern, with dropout and without."""
     return {
-        Key(kernel, head, dtype, dropout, pattern): by_length
+        Key(kernel, head, dtype, drops, pattern): by_length
         for kernel, heads in settings.items()
         for head, by_length in heads.items()
         for dtype in dtypes
-        for dropout in (False, True)
+        for drops in dropout
         for pattern in patterns
     }
 
 
-def _everywhere(by_length: dict[int, Setting], *kernels: str) -> Settings:
-    return {kernel: dict.fromkeys(HEADS, by_length) for kernel in kernels}
+def _everywhere(
+    by_length: dict[int, Setting], *kernels: str, heads: tuple[int, ...] = HEADS
+) -> Settings:
+    return {kernel: dict.fromkeys(heads, by_length) for kernel in kernels}
 
 
 PIPELINED, PLAIN = Setting(64, 64, 4, 2), Setting(64, 64, 4, 1)
@@ -146,6 +154,22 @@ FAMILIES: dict[int, Table] = {
     }
     for number, family in ((80, SM_80), (90, SM_90), (100, SM_100))
 }
+# What `bench --tune` found on an H200, at 65,536 tokens in sequences of 64, 128 and 512.
+DEEP = PIPELINED._replace(num_stages=3)
+FAMILIES[90] |= {
+    **_spread(
+        _everywhere({ANY: DEEP}, "forward", "dq", "dkdv", heads=(32, 64)),
+        HALF, "all", dropout=(False,),
+    ),
+    **_spread(
+        {
+            "forward": {32: {ANY: DEEP}, 64: {128: NARROW_PIPELINED, ANY: PLAIN}},
+            "dq": _any({32: DEEP, 64: NARROW}),
+        },
+        HALF, "all", dropout=(True,),
+    ),
+    **_spread(_everywhere({128: PLAIN, ANY: DEEP}, "gram", heads=(32, 64)), HALF, "all"),
+}  # fmt: skip
 # Small, so that short sequences have several blocks.
 SMALL = Setting(32, 32, 1, 1)
 SEVERAL = {256: SMALL, ANY: Setting(64, 64, 1, 1)}

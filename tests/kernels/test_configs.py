@@ -62,7 +62,7 @@ def test_an_entry_is_of_one_kernel_head_dtype_and_dropout():
 
 def test_narrow_loads_have_no_pipeline():
     with configs.forced(configs.FAMILIES[90]):
-        assert configs.attention("forward", scores()).num_stages == 2
+        assert configs.attention("forward", scores()).num_stages > 1
         assert configs.attention("forward", scores(load_bytes=4)).num_stages == 1
 
 

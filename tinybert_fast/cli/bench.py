@@ -35,6 +35,12 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME", help="Only cases whose name begins so; may be repeated."),
     ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Only this one, beside what it is held to; may be repeated."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
     rounds: Annotated[int | None, typer.Option(help="Repetitions; by device by default.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -93,6 +99,7 @@ def bench(
         run_suite(
             suite,
             cases=case or (),
+            providers=provider or (),
             dtype=dtype,
             rounds=rounds,
             threads=threads,

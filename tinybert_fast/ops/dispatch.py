@@ -136,7 +136,9 @@ class Limits:
             return f"{self.op} has no {impl} implementation"
         if UNAVAILABLE[impl] is not None:
             return UNAVAILABLE[impl]
-        if impl == "native" and tensor.is_cuda and "cuda" in limit.devices:
+        # While torch.compile traces, nobody looks at a GPU; a module built for others fails aloud.
+        asked = tensor.is_cuda and "cuda" in limit.devices and not torch.compiler.is_compiling()
+        if impl == "native" and asked:
             reason = _not_built_for(tensor.device)
             if reason is not None:
                 return reason

@@ -13,7 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import reference_gradient
+from tinybert_fast.ops.dispatch import define, reference_gradient
+
+_scaled = define(
+    "scaled_gradient(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
+    fake=lambda gradient, upstream, dtype: gradient.new_empty(gradient.shape, dtype=dtype),
+    torch="tinybert_fast.tuned.scaled_gradient:forward",
+    triton="tinybert_fast.kernels.scaled_gradient:forward",
+)
 
 
 def in_fp32(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -31,7 +38,7 @@ class ScalarLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward_op: Callable, reference: Callable, impls, *operands) -> Tensor:
         loss, *gradients = forward_op(*operands, impls[0])
-        ctx.reference = reference if impls[1] == "reference" else None
+        ctx.reference, ctx.impl = reference if impls[1] == "reference" else None, impls[1]
         tensors = gradients
         if ctx.reference is not None:
             # Copies of constants: autograd refuses to keep what a teacher made in inference mode.
@@ -56,13 +63,7 @@ class ScalarLoss(torch.autograd.Function):
         else:
             kept += [None] * (len(needs) - len(kept))
             gradients = tuple(
-                _times(g, upstream, dtype) if need else None
+                _scaled(g, upstream, dtype, ctx.impl) if need else None
                 for g, need, dtype in zip(kept, needs, ctx.dtypes, strict=True)
             )
         return (None, None, None, *gradients)
-
-
-def _times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * upstream`` in fp32 or wider, rounded to ``dtype``, in one pass."""
-    upstream = upstream.reshape((1,) * gradient.dim())  # of no dimension it would take bf16
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
