@@ -79,6 +79,7 @@ PASSES = {
     "_pairs_kernel": "direct, pairs of a mask",
     "_error_kernel": "errors",
     "_loss_kernel": "loss and gradient of logits",
+    "_scale_kernel": "gradient, scaled",
 }
 
 # Of one SM: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -237,7 +238,7 @@ def attention_loss_kernels(arch: int, heads: tuple[int, int], dtype: torch.dtype
 
 def row_loss_kernels(arch: int, dtype: torch.dtype) -> list[Compiled]:
     """hidden_mse with a projection and without, linear_cross_entropy; products are cuBLAS's."""
-    from tinybert_fast.kernels import hidden_mse, linear_cross_entropy
+    from tinybert_fast.kernels import hidden_mse, linear_cross_entropy, scaled_gradient
 
     student, teacher = (torch.zeros(ROWS, width, dtype=dtype) for width in (312, 768))
     weight, words = torch.zeros(768, 312), torch.zeros(WORDS, 312)
@@ -246,6 +247,7 @@ def row_loss_kernels(arch: int, dtype: torch.dtype) -> list[Compiled]:
     with compiling_for(arch) as found:
         hidden_mse.forward(student, weight, weight[:, 0], teacher)
         hidden_mse.forward(teacher, None, None, teacher)
+        scaled_gradient.forward(student, weight[0, :1], dtype)
         for upstream in (None, torch.ones(ROWS)):
             linear_cross_entropy.forward(
                 student, words, words[:, 0], rows, rows, *options, upstream, True

@@ -351,7 +351,7 @@ def _loaded(x, align: int) -> int:
     and begins in memory ends in memory.
     """
     width, unit = x.shape[-1], min(align, WIDEST_BYTES // x.element_size())
-    return min(triton.cdiv(width, unit) * unit, configs.head_block(width))
+    return min(configs.cdiv(width, unit) * unit, configs.head_block(width))
 
 
 def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
@@ -394,13 +394,13 @@ def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
     side, by_query = side_of(block_mask), BlockList.by_query(block_mask)
     pairs = None
     if side:
-        counted = sequences * triton.cdiv(max_length, COUNTED)
+        counted = sequences * configs.cdiv(max_length, COUNTED)
         of_blocks = torch.empty(counted, dtype=torch.int64, device=dq.device)
         _pairs_kernel[counted,](
             cu_seqlens, of_blocks, by_query, max_length, BLOCK=COUNTED, SIDE=side
         )
         pairs = of_blocks.sum()
-    programs = sequences * triton.cdiv(max_length, setting.block_m)
+    programs = sequences * configs.cdiv(max_length, setting.block_m)
     losses = torch.empty(programs, heads, dtype=torch.float32, device=dq.device)
     for operands, gradient, blocks, reported in (
         ((q, k, p, r), Rows.of(dq, 1), by_query, loss),

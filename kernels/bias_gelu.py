@@ -88,7 +88,7 @@ def forward(x, bias):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() > 0:
         setting = configs.ELEMENTWISE
-        blocks = triton.cdiv(columns, setting.block_n), triton.cdiv(rows, setting.block_m)
+        blocks = configs.cdiv(columns, setting.block_n), configs.cdiv(rows, setting.block_m)
         _forward_kernel[blocks](
             x.contiguous(), bias.contiguous(), y, rows, C=columns, **setting.launch()
         )
@@ -100,9 +100,9 @@ def backward(grad, x, bias):
     rows, columns = x.shape
     dx, dbias = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
     setting = configs.ELEMENTWISE
-    across = triton.cdiv(columns, setting.block_n)
-    blocks = triton.cdiv(rows, setting.block_m)
-    programs = min(blocks, triton.cdiv(configs.row_programs(x.device), max(across, 1)))
+    across = configs.cdiv(columns, setting.block_n)
+    blocks = configs.cdiv(rows, setting.block_m)
+    programs = min(blocks, configs.cdiv(configs.row_programs(x.device), max(across, 1)))
     partial = torch.empty((1, programs, columns), dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         _backward_kernel[programs, across](

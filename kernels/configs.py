@@ -220,9 +220,20 @@ def _table(device: torch.device) -> Table:
     return {**FAMILIES[newest], **own(torch.cuda.get_device_name(device))}
 
 
+# Triton's own take 10 microseconds on the host: its compiler can call them too.
+def cdiv(n: int, size: int) -> int:
+    """Blocks of ``size`` that cover n."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least one that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def head_block(width: int) -> int:
     """The width of a tile that holds a head: a power of 2."""
-    return max(triton.next_power_of_2(width), SMALLEST_DOT)
+    return max(power_of_2(width), SMALLEST_DOT)
 
 
 class Scores(NamedTuple):
@@ -298,16 +309,17 @@ PROGRAMS_PER_SM = 8
 PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
 
 
+@cache
 def rows(kernel: str, columns: int) -> RowSetting:
     """The setting of one layer-norm kernel for rows of ``columns`` numbers."""
-    whole = triton.next_power_of_2(columns)
+    whole = power_of_2(columns)
     num_warps = 1 if columns <= ONE_WARP else whole // COLUMNS_OF_A_WARP
     widths = [num_warps * width for width in TILE_WIDTHS[kernel]]
     # The least padding; of equals the widest. A row that fits the narrowest is one tile.
-    block_n = min(widths, key=lambda width: (triton.cdiv(columns, width) * width, -width))
+    block_n = min(widths, key=lambda width: (cdiv(columns, width) * width, -width))
     block_n = max(min(block_n, whole), LOADED)
     block_m = max(num_warps * WARP // block_n, 1)  # each thread in one row
-    numbers = triton.cdiv(columns, block_n) * LOADED
+    numbers = cdiv(columns, block_n) * LOADED
     while numbers * 2 <= NUMBERS_OF_A_THREAD[kernel]:
         block_m, numbers = block_m * 2, numbers * 2
     block_m = ROWS_INTERPRETED if INTERPRETED else min(block_m, MOST_ROWS)

@@ -112,7 +112,7 @@ def forward(
         setting = configs.rows("forward", columns)
         vectors = (None if v is None else v.contiguous() for v in (bias, weight, ln_bias))
         bias, weight, ln_bias = vectors
-        _forward_kernel[(triton.cdiv(rows, setting.block_m),)](
+        _forward_kernel[(configs.cdiv(rows, setting.block_m),)](
             x.contiguous(), bias, residual.contiguous(), weight, ln_bias, y, total, mean, rstd,
             rows, eps, Dropout.of(dropout_p, seed), site, sequences, positions,
             C=columns, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0.0, KEEP=keep,

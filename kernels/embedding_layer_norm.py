@@ -141,7 +141,7 @@ def forward(
         _check_on_cpu(its_ids, table)
     if rows > 0:
         setting = configs.rows("forward", columns)
-        _forward_kernel[(triton.cdiv(rows, setting.block_m),)](
+        _forward_kernel[(configs.cdiv(rows, setting.block_m),)](
             *tables, weight.contiguous(), bias.contiguous(), *ids, y, total, mean, rstd,
             rows, *map(len, tables), eps, Dropout.of(dropout_p, seed), site, sequences, positions,
             C=columns, DROPOUT=dropout_p > 0.0, **setting.launch(),

@@ -77,7 +77,7 @@ def forward(x, weight, bias, eps):
     mean, rstd = (torch.empty(rows, 1, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows > 0:
         setting = configs.rows("forward", columns)
-        _forward_kernel[(triton.cdiv(rows, setting.block_m),)](
+        _forward_kernel[(configs.cdiv(rows, setting.block_m),)](
             x.contiguous(), weight.contiguous(), bias.contiguous(), y, mean, rstd, rows, eps,
             C=columns, **setting.launch(),
         )  # fmt: skip

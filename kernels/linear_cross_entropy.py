@@ -83,7 +83,7 @@ def forward(
         dbias = losses.new_zeros(0 if bias is None else words)
     if upstream is not None:
         upstream = upstream.float().contiguous()
-    width = triton.cdiv(words, ALIGN) * ALIGN
+    width = configs.cdiv(words, ALIGN) * ALIGN
     padded_bias = losses.new_full((width,), -torch.inf)
     padded_bias[:words] = 0.0 if bias is None else bias
     size = max(1, min(count, configs.L2_BYTES // (width * hidden.element_size())))

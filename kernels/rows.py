@@ -223,14 +223,14 @@ def add_partials(partial: Tensor, *sums: Tensor) -> None:
     and the results are tensors apart, as the outputs of a registered operator must be.
     """
     _, programs, columns = partial.shape
-    _add_kernel[triton.cdiv(columns, SUMMED_COLUMNS), len(sums)](
+    _add_kernel[configs.cdiv(columns, SUMMED_COLUMNS), len(sums)](
         partial, sums, programs, C=columns, BLOCK_M=SUMMED_ROWS, BLOCK_N=SUMMED_COLUMNS
     )
 
 
 def partials(sums: int, rows: int, setting: configs.RowSetting, like: Tensor) -> Tensor:
     """Room for the ``sums`` of each program of a backward kernel over the rows of ``like``."""
-    blocks = triton.cdiv(rows, setting.block_m)
+    blocks = configs.cdiv(rows, setting.block_m)
     programs = min(blocks, configs.row_programs(like.device))
     shape = (sums, programs, like.shape[-1])
     return torch.empty(shape, dtype=torch.float32, device=like.device)

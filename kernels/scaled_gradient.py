@@ -26,7 +26,7 @@ def forward(gradient, upstream, dtype):
     size, tile = gradient.numel(), configs.ELEMENTWISE
     block = tile.block_m * tile.block_n
     if size > 0:
-        _scale_kernel[(triton.cdiv(size, block),)](
+        _scale_kernel[(configs.cdiv(size, block),)](
             gradient.contiguous(), upstream, y, size, BLOCK=block, num_warps=tile.num_warps
         )
     return y

@@ -214,6 +214,7 @@ def test_faster_implementations_keep_the_word():
         "philox",
         "random",
         "rows",
+        "scaled_gradient",
         "settings",
     }  # what several ops of a folder use
     for folder in (f"{PACKAGE}/tuned", "kernels"):

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinybert_fast.kernels import configs
+
 LOG2_E = math.log2(math.e)
 WIDEST_TILE = 128  # rows
 WIDEST_LOAD = 16  # numbers; 16 bytes are 8 in half precision, 4 in single
@@ -90,7 +92,7 @@ def fresh_like(q: Tensor) -> Tensor:
 
 def grid(work: Tensor, max_length: int, block: int, heads: int) -> tuple[int, int]:
     """One program per (sequence, block of its rows) and head; the longest sequences first."""
-    return len(work) * triton.cdiv(max_length, block), heads
+    return len(work) * configs.cdiv(max_length, block), heads
 
 
 @triton.jit

@@ -270,8 +270,14 @@ def without_autocast(function: Callable, *operands: Any) -> Any:
     device = operands[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return function(*operands)
-    with torch.autocast(device, enabled=False):
+    if torch.compiler.is_compiling():
+        with torch.autocast(device, enabled=False):
+            return function(*operands)
+    torch.set_autocast_enabled(device, False)  # the context manager takes longer than a launch
+    try:
         return function(*operands)
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def autocast(x: Tensor) -> Tensor:
