@@ -11,6 +11,10 @@
 #include "parallel.h"
 #include "philox.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace tbf {
 namespace {
 

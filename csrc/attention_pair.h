@@ -119,25 +119,33 @@ void scatter(const float* in, const Pair& at, int64_t first, int64_t count, cons
 
 // The random bytes of 2 bands of 16 queries and a tile of kDrawn keys, a word for two neighbouring
 // keys: words (2, kDrawn / 2, 16 queries), with the byte of the first key in bits 0 to 7 and that of
-// the second in bits 16 to 23. The 16 bytes of a call are those of queries i and i + 8.
+// the second in bits 16 to 23. The 16 bytes of a call are those of queries i and i + 8; 8 of them
+// and 4 groups of keys make a band's 32 calls.
 inline void draw(const Key& key, const Pair& at, int64_t query, int64_t first_key,
                  uint32_t* words) {
+  constexpr int kCalls = 32, kOfVector = kWide / 2, kVectors = TBF_LANES == 16 ? 4 : 2;
+  Longs order;
+  for (int lane = 0; lane < kOfVector; ++lane) order[lane] = uint64_t(lane);
   for (int64_t band = 0; band < kQueries / 16; ++band) {
-    for (int64_t group = 0; group < 4; group += 2) {
-      Lanes x;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        x.put(lane, {uint32_t(first_key / 8 + group + lane / 8),
-                     uint32_t(query / 2 + band * 8 + lane % 8), uint32_t(at.head),
-                     uint32_t(at.sequence)});
+    uint64_t drawn[4][kCalls];
+    for (int call = 0; call < kCalls; call += kVectors * kOfVector) {
+      Longs c[4][kVectors];
+      for (int n = 0; n < kVectors; ++n) {
+        const int first = call + n * kOfVector;
+        c[0][n] = Longs{} + uint64_t(first_key / 8 + first / 8);
+        c[1][n] = order + uint64_t(query / 2 + band * 8 + first % 8);
+        c[2][n] = Longs{} + uint64_t(at.head);
+        c[3][n] = Longs{} + uint64_t(at.sequence);
       }
-      x.philox(key);
-      const uint32_t* const drawn[] = {x.c0, x.c1, x.c2, x.c3};
-      for (int64_t word = 0; word < 4; ++word) {
+      philox(key, c[0], c[1], c[2], c[3]);
+      for (int word = 0; word < 4; ++word) std::memcpy(drawn[word] + call, c[word], sizeof c[word]);
+    }
+    for (int64_t word = 0; word < 4; ++word) {
+      for (int64_t group = 0; group < 4; ++group) {
         uint32_t* const out = words + (band * (kDrawn / 2) + 4 * word + group) * 16;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const int64_t i = lane / 8 * 16 + lane % 8;
-          out[i] = drawn[word][lane];
-          out[i + 8] = drawn[word][lane] >> 8;
+        for (int i = 0; i < 8; ++i) {
+          out[i] = uint32_t(drawn[word][group * 8 + i]);
+          out[i + 8] = out[i] >> 8;
         }
       }
     }
