@@ -194,8 +194,9 @@ inline Seen seen(int direction, int64_t first, int64_t length) {
           direction == kCausal ? end : length};
 }
 
-// Scores of one block -> probabilities times the sum so far's scale, dropped cells 0; `most` and
-// `sum` (kQueries,) go on, and what was summed under another `most` is scaled: out (padded, kQueries).
+// Scores of one block -> e^(score - most), dropped cells 0. The largest score and the sum (kQueries,)
+// go on from block to block; what was summed under a smaller `most`, `sum` and out (width, kQueries),
+// is scaled down.
 template <bool kDrop>
 void softmax(const Attention& call, const Pair& at, const Key& key, int64_t first,
              int64_t first_key, int64_t keys, int64_t width, float* scores, float* most_at,
@@ -266,11 +267,11 @@ void forward_as(const Attention& call, const Pair& at, const Key& key, const Wor
       product<1>(D, kQueries, w.v_rows + block * size.padded, size.padded, w.scores, kQueries, some,
                  w.out_columns, kQueries, true);
     }
-    for (int n_part = 0; n_part < kParts; ++n_part) {
-      const Floats total = load(sum + n_part * kWide);
+    for (int part = 0; part < kParts; ++part) {
+      const Floats total = load(sum + part * kWide);
       const Floats factor = total == 0.0f ? Floats{} : size.keep_scale / total;
       for (int64_t d = 0; d < D; ++d) {
-        float* const own = w.out_columns + d * kQueries + n_part * kWide;
+        float* const own = w.out_columns + d * kQueries + part * kWide;
         store(own, load(own) * factor);
       }
     }

@@ -41,7 +41,7 @@ def _refuses(
 LIMITS = Limits(
     "attention",
     torch=Limit(FLOATS_AND_DOUBLE),
-    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # PyTorch with the reference's dropout
+    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # of masks and fp64: PyTorch, the same dropout
     triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
 )
 DIRECTIONS = ("both", "causal", "anti_causal")

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: equal lengths run as one batch, no padding, no mask.
+"""Attention over packed sequences in PyTorch: equal lengths run as one batch, no padding, no mask.
 
 Without dropout each batch is one fused scaled-dot-product attention. With dropout PyTorch would
 fall to a path that holds the N x N tensors of the whole batch, so scores are computed in blocks of
@@ -10,7 +10,8 @@ at most SCRATCH cells, in the forward and again in the backward, and none outliv
 with M = keep / keep_rate; the factor is applied to V and dO, which are smaller than P. Under a
 BlockMask the queries of one row of its blocks meet the keys of the blocks that it lists, and no
 others are computed. On a GPU in fp16 and bf16, FlashAttention-2 in its varlen form serves calls
-without a block mask, head dims padded to a multiple of 8.
+without a block mask, head dims padded to a multiple of 8. ``native``, on a CPU, is the compiled
+module's attention, and this one with the reference's dropout where there are masks, or fp64.
 """
 
 from __future__ import annotations
