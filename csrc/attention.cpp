@@ -22,6 +22,7 @@ constexpr int64_t kQueries = 32;  // of a tile: two bands of 16, as dropout is d
 constexpr int64_t kKeys = 128;    // of a block: 16 KB of scores
 constexpr int64_t kDrawn = 32;    // keys whose dropout is drawn at a time
 constexpr int64_t kSpare = 16;    // rows beyond a matrix that a product may touch
+constexpr int64_t kTurns = 4;     // of a thread, at least, where there are enough pairs
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
@@ -103,13 +104,18 @@ void each_pair(const Attention& call, bool gradient, int threads, const Body& bo
   }
   const int64_t pairs = longest > 0 ? call.sequences * call.heads : 0;
   const Key key = site_key(call.site.seed0, call.site.seed1, call.site.site);
+  // Heads of a sequence share cache lines, so one thread takes several; but not too many at a time.
+  const int64_t several =
+      std::max<int64_t>(1, std::min(call.heads, pairs / (kTurns * std::max(threads, 1))));
   std::atomic<int64_t> next{0};
   run_parts(int(std::min<int64_t>(threads, pairs)), [&](int) {
     Arrays arrays;
     const Workspace w = workspace(call, longest, gradient, arrays);
-    for (int64_t n = next++; n < pairs; n = next++) {
-      const int64_t b = n / call.heads, first = call.cu_seqlens[b];
-      body(Pair{first, call.cu_seqlens[b + 1] - first, b, n % call.heads}, key, w);
+    for (int64_t from = next.fetch_add(several); from < pairs; from = next.fetch_add(several)) {
+      for (int64_t n = from; n < std::min(from + several, pairs); ++n) {
+        const int64_t b = n / call.heads, first = call.cu_seqlens[b];
+        body(Pair{first, call.cu_seqlens[b + 1] - first, b, n % call.heads}, key, w);
+      }
     }
   });
 }

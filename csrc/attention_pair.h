@@ -124,7 +124,7 @@ void scatter(const float* in, const Pair& at, int64_t first, int64_t count, cons
 inline void draw(const Key& key, const Pair& at, int64_t query, int64_t first_key,
                  uint32_t* words) {
   constexpr int kCalls = 32, kOfVector = kWide / 2, kVectors = TBF_LANES == 16 ? 4 : 2;
-  Longs order;
+  Longs order{};
   for (int lane = 0; lane < kOfVector; ++lane) order[lane] = uint64_t(lane);
   for (int64_t band = 0; band < kQueries / 16; ++band) {
     uint64_t drawn[4][kCalls];
@@ -166,7 +166,7 @@ inline Floats kept(Floats x, Uints words, uint32_t threshold) {
 
 // scores of `keys` keys: -infinity where the direction forbids the pair.
 inline void forbid(int direction, int64_t first, int64_t first_key, int64_t keys, float* scores) {
-  Ints order;
+  Ints order{};
   for (int lane = 0; lane < kWide; ++lane) order[lane] = lane;
   for (int64_t j = 0; j < keys; ++j) {
     for (int n = 0; n < kParts; ++n) {
