@@ -5,8 +5,8 @@
 
 constexpr int kParts = kQueries / kWide;  // vectors of a row of scores
 
-// Rows of a product that stay in registers. A product of other heights fills up its last block: what
-// lies beyond a matrix may be read and written, and means nothing.
+// Rows of a product that stay in registers. A product of other heights fills up its last block:
+// what lies beyond a matrix may be read and written, and means nothing.
 #if TBF_LANES == 16
 constexpr int kTallest = 13, kTall = 11, kMiddle = 8, kShort = 4;
 #else
@@ -63,7 +63,8 @@ inline void rows_product(int64_t rows, int64_t columns, const float* a, int64_t 
   }
 }
 
-// c (rows, columns) (+)= A B; `columns` is a multiple of kWide, A (rows, steps) as block_product says.
+// c (rows, columns) (+)= A B; `columns` is a multiple of kWide, A (rows, steps) as block_product
+// says.
 template <int kRow>
 __attribute__((noinline)) void product(int64_t rows, int64_t columns, const float* a,
                                        int64_t a_step, const float* b, int64_t b_step,
@@ -118,9 +119,9 @@ void scatter(const float* in, const Pair& at, int64_t first, int64_t count, cons
 }
 
 // The random bytes of 2 bands of 16 queries and a tile of kDrawn keys, a word for two neighbouring
-// keys: words (2, kDrawn / 2, 16 queries), with the byte of the first key in bits 0 to 7 and that of
-// the second in bits 16 to 23. The 16 bytes of a call are those of queries i and i + 8; 8 of them
-// and 4 groups of keys make a band's 32 calls.
+// keys: words (2, kDrawn / 2, 16 queries), with the byte of the first key in bits 0 to 7 and that
+// of the second in bits 16 to 23. The 16 bytes of a call are those of queries i and i + 8; 8 of
+// them and 4 groups of keys make a band's 32 calls.
 inline void draw(const Key& key, const Pair& at, int64_t query, int64_t first_key,
                  uint32_t* words) {
   constexpr int kCalls = 32, kOfVector = kWide / 2, kVectors = TBF_LANES == 16 ? 4 : 2;
@@ -194,9 +195,9 @@ inline Seen seen(int direction, int64_t first, int64_t length) {
           direction == kCausal ? end : length};
 }
 
-// Scores of one block -> e^(score - most), dropped cells 0. The largest score and the sum (kQueries,)
-// go on from block to block; what was summed under a smaller `most`, `sum` and out (width, kQueries),
-// is scaled down.
+// Scores of one block -> e^(score - most), dropped cells 0. The largest score and the sum, each
+// (kQueries,), go on from block to block; what was summed under a smaller `most`, `sum` and out
+// (width, kQueries), is scaled down.
 template <bool kDrop>
 void softmax(const Attention& call, const Pair& at, const Key& key, int64_t first,
              int64_t first_key, int64_t keys, int64_t width, float* scores, float* most_at,

@@ -1,6 +1,6 @@
-// Vectors of TBF_LANES fp32 numbers. Included once for each instruction set, inside its namespace and
-// under its target (each_isa.h), hence no include guard: a 64-byte vector in a function that was
-// compiled for less would be taken apart before the function is inlined anywhere.
+// Vectors of TBF_LANES fp32 numbers. Included once for each instruction set, inside its namespace
+// and under its target (each_isa.h), hence no include guard: a 64-byte vector in a function compiled
+// for less would be taken apart before the function is inlined anywhere.
 
 constexpr int kWide = TBF_LANES;
 typedef float Floats __attribute__((vector_size(4 * TBF_LANES)));
@@ -53,9 +53,10 @@ inline Floats exponential(Floats x) {
   return x < -86.0f ? Floats{} : y;
 }
 
-// 64-bit products of the low words of x, whatever the high words are, and y.
+// 64-bit products of the low words of x, whatever the high words are, and y. One instruction on
+// x86, which GCC does not find in the general form.
 inline Longs low_product(Longs x, uint32_t y) {
-#if defined(__SSE2__) && TBF_LANES == 16  // compilers make more of the general form: three times as slow
+#if defined(__SSE2__) && TBF_LANES == 16
   return Longs(_mm512_maskz_mul_epu32(0xFF, __m512i(x), _mm512_set1_epi64(int64_t(y))));
 #elif defined(__SSE2__) && TBF_LANES == 8
   return Longs(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi64x(int64_t(y))));
@@ -74,7 +75,8 @@ inline void philox(Key key, Longs (&c0)[kVectors], Longs (&c1)[kVectors], Longs 
   for (int round = 0; round < kRounds; ++round) {
     TBF_UNROLL
     for (int n = 0; n < kVectors; ++n) {
-      const Longs first = low_product(c0[n], kMultiplier0), second = low_product(c2[n], kMultiplier1);
+      const Longs first = low_product(c0[n], kMultiplier0);
+      const Longs second = low_product(c2[n], kMultiplier1);
       c0[n] = second >> 32 ^ c1[n] ^ uint64_t(key.k0);
       c1[n] = second;
       c2[n] = first >> 32 ^ c3[n] ^ uint64_t(key.k1);
