@@ -2,6 +2,7 @@
 // knows torch. tinybert_fast/ops/native.py, the one caller, has checked devices, types and sizes.
 #include <pybind11/pybind11.h>
 
+#include "attention.h"
 #include "block_mask.h"
 #include "dropout_mask.h"
 #include "entries.h"
@@ -21,6 +22,18 @@ using Address = uintptr_t;
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+tbf::Heads heads(Address address, int64_t row, int64_t head) {
+  return {at<const void>(address), row, head};
+}
+
+tbf::Attention attention(tbf::Heads q, tbf::Heads k, tbf::Heads v, Address cu_seqlens,
+                         int64_t sequences, int64_t heads, int64_t width, bool bf16, float scale,
+                         int direction, uint64_t seed0, uint64_t seed1, uint32_t site,
+                         int threshold) {
+  return {q,     k,    v,     at<const int32_t>(cu_seqlens), sequences,           heads,
+          width, bf16, scale, direction,                     {seed0, seed1, site}, threshold};
 }
 
 tbf::MlmMask mlm_mask(Address ids, int64_t batch, int64_t width, Address special,
@@ -113,6 +126,32 @@ PYBIND11_MODULE(_native, m) {
       [](const py::object& rows, int64_t count, int64_t width, int64_t parts, int64_t fill,
          Address out) { tbf::pad_lists(rows, count, width, parts, fill, at<int64_t>(out)); },
       "rows"_a, "count"_a, "width"_a, "parts"_a, "fill"_a, "out"_a);
+
+  py::class_<tbf::Heads>(m, "Heads").def(py::init(&heads), "at"_a, "row"_a, "head"_a);
+  py::class_<tbf::Attention>(m, "Attention")
+      .def(py::init(&attention), py::kw_only(), "q"_a, "k"_a, "v"_a, "cu_seqlens"_a, "sequences"_a,
+           "heads"_a, "width"_a, "bf16"_a, "scale"_a, "direction"_a, "seed0"_a, "seed1"_a,
+           "site"_a, "threshold"_a);
+  m.def(
+      "attention_forward_cpu",
+      [](const tbf::Attention& call, Address out, Address lse, int threads) {
+        tbf::attention_forward_cpu(call, at<void>(out), at<float>(lse), threads);
+      },
+      "call"_a, "out"_a, "lse"_a, "threads"_a, unlocked);
+  m.def(
+      "attention_backward_cpu",
+      [](const tbf::Attention& call, const tbf::Heads& grad, Address out, Address lse, Address dq,
+         Address dk, Address dv, int threads) {
+        tbf::attention_backward_cpu(call, grad, at<const void>(out), at<const float>(lse),
+                                    at<void>(dq), at<void>(dk), at<void>(dv), threads);
+      },
+      "call"_a, "grad"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a, unlocked);
+  m.def(
+      "exponential_cpu",
+      [](Address x, int64_t count, Address out) {
+        tbf::exponential_cpu(at<const float>(x), count, at<float>(out));
+      },
+      "x"_a, "count"_a, "out"_a, "e^x as attention computes it. For tests.", unlocked);
 
   py::class_<tbf::MlmMask>(m, "MlmMask")
       .def(py::init(&mlm_mask), py::kw_only(), "ids"_a, "batch"_a, "width"_a, "special"_a,

@@ -8,13 +8,15 @@ namespace tbf {
 static int detect() {
 #if defined(__GNUC__) && defined(__x86_64__)
   __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return 2;
   }
-  if (__builtin_cpu_supports("avx2")) return 1;
-#endif
+  return 1;
+#else
   return 0;
+#endif
 }
 
 static const int detected = detect();

@@ -32,7 +32,7 @@
 
 namespace tbf {
 
-// 2: AVX-512 (F, BW, DQ, VL), 1: AVX2, 0: what every CPU of this architecture has.
+// 2: AVX-512 (F, BW, DQ, VL), 1: AVX2 and FMA, 0: what every CPU of this architecture has.
 int widest_isa();
 
 // At most `isa` from now on; -1: what the CPU has. For tests, which compare them.

@@ -41,7 +41,7 @@ def _refuses(
 LIMITS = Limits(
     "attention",
     torch=Limit(FLOATS_AND_DOUBLE),
-    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # PyTorch with the reference's dropout
+    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # of masks and fp64: PyTorch, the same dropout
     triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
 )
 DIRECTIONS = ("both", "causal", "anti_causal")
@@ -64,7 +64,7 @@ _forward = define(
         q.new_empty(2, dtype=torch.int64),
     ),
     torch="tinybert_fast.tuned.attention:forward",
-    native="tinybert_fast.tuned.attention:forward_philox",
+    native="tinybert_fast.tuned.attention:forward_native",
     triton="tinybert_fast.kernels.attention:forward",
 )
 _backward = define(
@@ -72,7 +72,7 @@ _backward = define(
     f" {_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)",
     fake=lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     torch="tinybert_fast.tuned.attention:backward",
-    native="tinybert_fast.tuned.attention:backward_philox",
+    native="tinybert_fast.tuned.attention:backward_native",
     triton="tinybert_fast.kernels.attention:backward",
 )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 TILE = 32  # columns of csrc/dropout_mask.cpp's kTile
+DIRECTIONS = ("both", "causal", "anti_causal")  # csrc/attention.h's enum Direction
 UNITS = ("token", "word", "span")  # csrc/mlm_mask.h's enum Unit
 
 
@@ -135,6 +136,55 @@ def sequence_layout(real: Tensor, cu_seqlens: Tensor, total: int) -> tuple[Tenso
 
 def _padding(real: Tensor) -> Any:
     return module().Padding(real=_at(real), batch=real.shape[0], width=real.shape[1])
+
+
+def attention_forward(
+    q, k, v, cu_seqlens, scale, direction, threshold, seed, site
+) -> tuple[Tensor, Tensor]:
+    """fp32 or bf16 (T, H, D) on the CPU, whose heads lie together -> out (T, H, D), lse (T, H)."""
+    out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device="cpu")
+    call = _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site)
+    _run("attention_forward", q.device, call, _at(out), _at(lse))
+    return out, lse
+
+
+def attention_backward(
+    grad, q, k, v, out, lse, cu_seqlens, scale, direction, threshold, seed, site
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv (T, H, D)."""
+    grads = tuple(torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(3))
+    call = _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site)
+    results = (_at(x) for x in grads)
+    _run("attention_backward", q.device, call, _heads(grad), _at(out), _at(lse), *results)
+    return grads
+
+
+def _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site) -> Any:
+    first, second = (number & (2**64 - 1) for number in seed.tolist()) if threshold else (0, 0)
+    return module().Attention(
+        q=_heads(q),
+        k=_heads(k),
+        v=_heads(v),
+        cu_seqlens=_at(cu_seqlens),
+        sequences=len(cu_seqlens) - 1,
+        heads=q.shape[1],
+        width=q.shape[2],
+        bf16=q.dtype == torch.bfloat16,
+        scale=scale,
+        direction=DIRECTIONS.index(direction),
+        seed0=first,
+        seed1=second,
+        site=site,
+        threshold=threshold,
+    )
+
+
+def _heads(x: Tensor) -> Any:
+    """Address and strides of (T, H, D), whose heads lie together."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"the compiled module got heads of stride {x.stride(-1)}, not 1")
+    return module().Heads(x.data_ptr(), x.stride(0), x.stride(1))
 
 
 def attention_keep(

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: equal lengths run as one batch, no padding, no mask.
+"""Attention over packed sequences in PyTorch: equal lengths run as one batch, no padding, no mask.
 
 Without dropout each batch is one fused scaled-dot-product attention. With dropout PyTorch would
 fall to a path that holds the N x N tensors of the whole batch, so scores are computed in blocks of
@@ -10,7 +10,8 @@ at most SCRATCH cells, in the forward and again in the backward, and none outliv
 with M = keep / keep_rate; the factor is applied to V and dO, which are smaller than P. Under a
 BlockMask the queries of one row of its blocks meet the keys of the blocks that it lists, and no
 others are computed. On a GPU in fp16 and bf16, FlashAttention-2 in its varlen form serves calls
-without a block mask, head dims padded to a multiple of 8.
+without a block mask, head dims padded to a multiple of 8. ``native``, on a CPU, is the compiled
+module's attention, and this one with the reference's dropout where there are masks, or fp64.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinybert_fast.ops import native
 from tinybert_fast.reference.block_mask import tiles_of
-from tinybert_fast.reference.philox import keep_scale
+from tinybert_fast.reference.philox import keep_scale, threshold
 from tinybert_fast.tuned import philox, random
 
 SCRATCH = 1 << 20  # scores alive at a time: 4 MB in fp32, inside an L2 + L3 share
@@ -119,9 +121,44 @@ def _backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# The implementations: dropout of torch's own generator, and on a CPU that of the reference.
-forward, forward_philox = (partial(_forward, cells) for cells in (random.Cells, philox.Cells))
-backward, backward_philox = (partial(_backward, cells) for cells in (random.Cells, philox.Cells))
+forward, backward = (partial(f, random.Cells) for f in (_forward, _backward))
+
+
+def forward_native(
+    q, k, v, cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, masks
+):
+    """``forward`` with the dropout of the reference, and in the compiled module where that can."""
+    call = (cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, masks)
+    if not _compiled(q, masks):
+        return _forward(philox.Cells, q, k, v, *call)
+    operands = (_rows_together(_widened(x)) for x in (q, k, v))
+    bound = threshold(dropout_p) if dropout_p > 0.0 else 0
+    out, lse = native.attention_forward(*operands, cu_seqlens, scale, direction, bound, seed, site)
+    return out.to(q.dtype), lse, torch.zeros(2, dtype=torch.int64, device=q.device)
+
+
+def backward_native(
+    grad, q, k, v, out, lse, rng, cu_seqlens, work, max_length, scale, direction, dropout_p, seed,
+    site, masks,
+):  # fmt: skip
+    call = (cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, masks)
+    if not _compiled(q, masks):
+        return _backward(philox.Cells, grad, q, k, v, out, lse, rng, *call)
+    operands = (_rows_together(_widened(x)) for x in (grad, q, k, v, out))
+    bound = threshold(dropout_p) if dropout_p > 0.0 else 0
+    grads = native.attention_backward(
+        *operands, lse, cu_seqlens, scale, direction, bound, seed, site
+    )
+    return tuple(x.to(q.dtype) for x in grads)
+
+
+def _compiled(q: Tensor, masks: list[Tensor]) -> bool:
+    """Whether csrc/attention.cpp serves the call: it knows no masks, and fp32 at most."""
+    return not masks and q.dtype != torch.float64
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 else x  # csrc reads fp32 and bf16
 
 
 def parts(
