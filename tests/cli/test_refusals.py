@@ -1,11 +1,13 @@
 """Bad input: one line on stderr, exit code 2, nothing left behind."""
 
 import re
+import resource
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tinybert_fast.testing.tiny_models import WORDS, tiny_classifier, tiny_encoder
 
@@ -304,3 +306,25 @@ def test_a_bug_is_not_bad_input(cli, files, teacher, monkeypatch):
     monkeypatch.setattr("tinybert_fast.training.evaluate.predict", broken)
     with pytest.raises(TypeError, match="a bug"):
         cli("evaluate", teacher, files / "dev.csv")
+
+
+def save_safely(tensors, path):
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_safely])
+def test_a_disk_that_fills_up_under_a_checkpoint(cli, tmp_path, monkeypatch, save):
+    """Said in a line, though neither writer raises an OSError."""
+
+    def command(args):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            save({"x": torch.ones(1_000_000)}, tmp_path / "checkpoint")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr("tinybert_fast.cli.app.app", command)
+    assert "is the disk full?" in cli("pretrain").line

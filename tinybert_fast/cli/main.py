@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ EXTRA = {
 }  # fmt: skip
 OPTIONAL = {"jieba"}  # whose absence says by itself how to install it
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What safetensors and torch.save say of a full disk, in exceptions that are no OSError.
+SAY_FULL = re.compile(rf"\(os error ({'|'.join(map(str, DISK_FULL))})\)|unexpected pos \d+ vs \d+")
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 
 
@@ -39,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         where = f": {error.filename}" if error.filename else ""
         _stop(f"{error.strerror}{where}")
+    except Exception as error:
+        if not SAY_FULL.search(str(error)):
+            raise
+        _stop(
+            "a checkpoint or model could not be written whole: is the disk full? Make room; where "
+            "there is a checkpoint, --resume goes on from the last whole one"
+        )
 
 
 def _stop(message: str, code: int = 2) -> None:
