@@ -153,11 +153,11 @@ def attention_backward(
     grad, q, k, v, out, lse, cu_seqlens, scale, direction, threshold, seed, site
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv (T, H, D)."""
-    grads = tuple(torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(3))
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(3))
     call = _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site)
-    results = (_at(x) for x in grads)
+    results = (_at(x) for x in (dq, dk, dv))
     _run("attention_backward", q.device, call, _heads(grad), _at(out), _at(lse), *results)
-    return grads
+    return dq, dk, dv
 
 
 def _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site) -> Any:

@@ -131,10 +131,10 @@ def forward_native(
     call = (cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, masks)
     if not _compiled(q, masks):
         return _forward(philox.Cells, q, k, v, *call)
-    operands = (_rows_together(_widened(x)) for x in (q, k, v))
-    bound = threshold(dropout_p) if dropout_p > 0.0 else 0
-    out, lse = native.attention_forward(*operands, cu_seqlens, scale, direction, bound, seed, site)
-    return out.to(q.dtype), lse, torch.zeros(2, dtype=torch.int64, device=q.device)
+    dtype, bound = q.dtype, threshold(dropout_p) if dropout_p > 0.0 else 0
+    q, k, v = (_rows_together(_widened(x)) for x in (q, k, v))
+    out, lse = native.attention_forward(q, k, v, cu_seqlens, scale, direction, bound, seed, site)
+    return out.to(dtype), lse, torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
 def backward_native(
@@ -144,12 +144,12 @@ def backward_native(
     call = (cu_seqlens, work, max_length, scale, direction, dropout_p, seed, site, masks)
     if not _compiled(q, masks):
         return _backward(philox.Cells, grad, q, k, v, out, lse, rng, *call)
-    operands = (_rows_together(_widened(x)) for x in (grad, q, k, v, out))
-    bound = threshold(dropout_p) if dropout_p > 0.0 else 0
+    dtype, bound = q.dtype, threshold(dropout_p) if dropout_p > 0.0 else 0
+    grad, q, k, v, out = (_rows_together(_widened(x)) for x in (grad, q, k, v, out))
     grads = native.attention_backward(
-        *operands, lse, cu_seqlens, scale, direction, bound, seed, site
+        grad, q, k, v, out, lse, cu_seqlens, scale, direction, bound, seed, site
     )
-    return tuple(x.to(q.dtype) for x in grads)
+    return tuple(x.to(dtype) for x in grads)
 
 
 def _compiled(q: Tensor, masks: list[Tensor]) -> bool:
