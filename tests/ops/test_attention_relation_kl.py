@@ -236,10 +236,10 @@ def test_refuses():
         with pytest.raises(ValueError, match=match):
             ops.attention_relation_kl(*operands, relation_heads=heads, **options)
 
-    refuses(r"sides of a relation must agree.*b_student \(4, 4, 13\)", a, b[:4], c, d)
-    refuses("sides of a relation must agree", a, b, c, d[:4], layout=layout)
-    refuses("sides of a relation must agree", *padded[:2], c, d, layout=layout)
-    refuses("sides of a relation must agree", a[0], b[0], c[0], d[0], layout=layout)
+    refuses(r"operands of either model must agree.*b_student \(4, 4, 13\)", a, b[:4], c, d)
+    refuses("operands of either model must agree", a, b, c, d[:4], layout=layout)
+    refuses("operands of either model must agree", *padded[:2], c, d, layout=layout)
+    refuses("operands of either model must agree", a[0], b[0], c[0], d[0], layout=layout)
     refuses("must see the same tokens", a, b, c[:4], d[:4], layout=layout)
     refuses("need layout=", a, b, c, d)
     refuses(r"leading sizes \(5,\)", *(x[:4] for x in (a, b, c, d)), layout=layout)

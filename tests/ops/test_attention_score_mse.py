@@ -377,10 +377,17 @@ def test_refuses():
         with pytest.raises(ValueError, match=match):
             ops.attention_score_mse(*operands, **options)
 
-    refuses(r"queries and keys must agree.*k_student \(4, 2, 26\)", q, k[:4], p, r, layout=layout)
-    refuses("queries and keys must agree", q, k, p, r[:4], layout=layout)
-    refuses("queries and keys must agree", *padded[:2], p, r, layout=layout)
-    refuses("queries and keys must agree", q[0], k[0], p[0], r[0], layout=layout)
+    refuses(
+        r"operands of either model must agree.*k_student \(4, 2, 26\)",
+        q,
+        k[:4],
+        p,
+        r,
+        layout=layout,
+    )
+    refuses("operands of either model must agree", q, k, p, r[:4], layout=layout)
+    refuses("operands of either model must agree", *padded[:2], p, r, layout=layout)
+    refuses("operands of either model must agree", q[0], k[0], p[0], r[0], layout=layout)
     three = normal((5, 3, 64), 0)
     refuses(r"2 heads and the teacher 3;.*num_attention_heads=3", q, k, three, three, layout=layout)
     refuses("must see the same tokens", q, k, p[:4], r[:4], layout=layout)

@@ -19,7 +19,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.loss import ScalarLoss, check_sides, in_fp32
 from tinybert_fast.reference.attention_relation_kl import attention_relation_kl as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
@@ -96,30 +96,9 @@ def attention_relation_kl(
 
 
 def _check(operands, layout, relation_heads) -> None:
-    a, b, c, d = operands
-
-    def shapes() -> str:  # built on refusal alone: Dynamo cannot trace the join
-        names = ("a_student", "b_student", "a_teacher", "b_teacher")
-        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(names, operands, strict=True))
-
-    if a.dim() not in (3, 4) or a.shape != b.shape or c.shape != d.shape or a.dim() != c.dim():
-        raise ValueError(
-            "attention_relation_kl: the two sides of a relation must agree, packed (T, H, D) or "
-            f"padded (B, N, H, D); got {shapes()}"
-        )
-    if a.shape[:-2] != c.shape[:-2]:
-        raise ValueError(
-            f"attention_relation_kl: student and teacher must see the same tokens; got {shapes()}"
-        )
-    if a.dim() == 3 and layout is None:
-        raise ValueError("attention_relation_kl: packed (T, H, D) operands need layout=")
-    if layout is not None:
-        expected = (layout.total,) if a.dim() == 3 else (layout.batch_size, layout.width)
-        if tuple(a.shape[: len(expected)]) != expected:
-            raise ValueError(
-                f"attention_relation_kl: the layout has leading sizes {expected}; got {shapes()}"
-            )
-    widths = [x.shape[-2] * x.shape[-1] for x in (a, c)]
+    names = ("a_student", "b_student", "a_teacher", "b_teacher")
+    check_sides("attention_relation_kl", names, operands, layout)
+    widths = [x.shape[-2] * x.shape[-1] for x in operands[::2]]
     if relation_heads < 1 or any(width % relation_heads for width in widths):
         raise ValueError(
             f"attention_relation_kl: relation_heads={relation_heads} must divide the student's "

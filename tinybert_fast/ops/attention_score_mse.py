@@ -20,7 +20,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.loss import ScalarLoss, check_sides, in_fp32
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 from tinybert_fast.reference.block_mask import allowed_pairs
 from tinybert_fast.tuned.attention_score_mse import crossover
@@ -138,35 +138,15 @@ def attention_score_mse(
 
 
 def _check(operands, layout, form, loss, block_mask, count_padded_queries) -> None:
-    q, k, p, r = operands
-
-    def shapes() -> str:  # built on refusal alone: Dynamo cannot trace the join
-        names = ("q_student", "k_student", "q_teacher", "k_teacher")
-        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(names, operands, strict=True))
-
-    if q.dim() not in (3, 4) or q.shape != k.shape or p.shape != r.shape or q.dim() != p.dim():
-        raise ValueError(
-            "attention_score_mse: queries and keys must agree, packed (T, H, D) or padded "
-            f"(B, N, H, D); got {shapes()}"
-        )
+    q, _, p, _ = operands
+    names = ("q_student", "k_student", "q_teacher", "k_teacher")
+    check_sides("attention_score_mse", names, operands, layout)
     if q.shape[-2] != p.shape[-2]:
         raise ValueError(
             f"attention_score_mse: the student has {q.shape[-2]} heads and the teacher "
             f"{p.shape[-2]}; scores are matched head by head, so give the student "
             f"{p.shape[-2]} heads (num_attention_heads={p.shape[-2]})"
         )
-    if q.shape[:-2] != p.shape[:-2]:
-        raise ValueError(
-            f"attention_score_mse: student and teacher must see the same tokens; got {shapes()}"
-        )
-    if q.dim() == 3 and layout is None:
-        raise ValueError("attention_score_mse: packed (T, H, D) operands need layout=")
-    if layout is not None:
-        expected = (layout.total,) if q.dim() == 3 else (layout.batch_size, layout.width)
-        if tuple(q.shape[: len(expected)]) != expected:
-            raise ValueError(
-                f"attention_score_mse: the layout has leading sizes {expected}; got {shapes()}"
-            )
     if form not in FORMS:
         raise ValueError(f"attention_score_mse: form={form!r} is not one of {FORMS}")
     if loss not in LOSSES:

@@ -1,4 +1,5 @@
-"""The autograd.Function of scalar losses whose gradients are computed in the forward.
+"""What the losses share: the autograd.Function of scalars whose gradients are computed in the forward,
+and a check of operands.
 
 The upstream gradient of a scalar is a scalar, so the forward that has the loss's intermediates at
 hand also leaves the gradients, and the backward scales them (Hsu et al. 2024, arXiv:2410.10989).
@@ -8,12 +9,13 @@ what fp16 holds until they are multiplied by the loss scale, which is in the ups
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import define, reference_gradient
+from tinybert_fast.ops.layout import SequenceLayout
 
 _scaled = define(
     "scaled_gradient(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
@@ -27,6 +29,32 @@ def in_fp32(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """An uninitialised loss (``shape=()``) or gradient of ``x``: fp32 or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape if shape is None else shape, dtype=dtype)
+
+
+def check_sides(
+    op: str, names: Sequence[str], operands: Sequence[Tensor], layout: SequenceLayout | None
+) -> None:
+    """ValueError unless two operands of the student and two of the teacher have heads of the same
+    tokens, packed as ``layout`` says or padded.
+    """
+    a, b, c, d = operands
+
+    def shapes() -> str:  # built on refusal alone: Dynamo cannot trace the join
+        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(names, operands, strict=True))
+
+    if a.dim() not in (3, 4) or a.shape != b.shape or c.shape != d.shape or a.dim() != c.dim():
+        raise ValueError(
+            f"{op}: the two operands of either model must agree, packed (T, H, D) or padded "
+            f"(B, N, H, D); got {shapes()}"
+        )
+    if a.shape[:-2] != c.shape[:-2]:
+        raise ValueError(f"{op}: student and teacher must see the same tokens; got {shapes()}")
+    if a.dim() == 3 and layout is None:
+        raise ValueError(f"{op}: packed (T, H, D) operands need layout=")
+    if layout is not None:
+        expected = (layout.total,) if a.dim() == 3 else (layout.batch_size, layout.width)
+        if tuple(a.shape[: len(expected)]) != expected:
+            raise ValueError(f"{op}: the layout has leading sizes {expected}; got {shapes()}")
 
 
 class ScalarLoss(torch.autograd.Function):
