@@ -1,5 +1,5 @@
-"""What the losses share: the autograd.Function of scalars whose gradients are computed in the forward,
-and a check of operands.
+"""What the losses share: the autograd.Function of scalars whose gradients are computed in the
+forward, and a check of operands.
 
 The upstream gradient of a scalar is a scalar, so the forward that has the loss's intermediates at
 hand also leaves the gradients, and the backward scales them (Hsu et al. 2024, arXiv:2410.10989).
