@@ -38,7 +38,9 @@ COLUMNS = {
     "speedup_a": "median over rounds of time(a) / time, same dtype",
     "speedup_b": "median over rounds of time(b) / time, same dtype",
     "speedup_a_fp32": "median over rounds of time(a in fp32) / time",
-    "graph_ms": "GPU: the same calls as one CUDA graph, which leaves out launches; median",
+    "graph_ms": "GPU: the same calls as one CUDA graph, which leaves out launches; median. Empty "
+    "where they cannot be captured, and for attention's backward alone: the random state of "
+    "PyTorch's fused forward is then on the host",
     "graph_speedup_a": "as speedup_a, of graph_ms",
     "graph_speedup_b": "as speedup_b, of graph_ms",
     "tflops": "needed operations / (graph_ms, or median_ms without it), 1e12/s",
