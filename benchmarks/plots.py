@@ -13,8 +13,6 @@ A figure for which there are no rows is not drawn.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
-from tinybert_fast.benchmarks.table import Row
+from tinybert_fast.benchmarks.table import Row, read
 
 DPI = 100
 BAR_INCHES = 0.22
@@ -215,31 +213,6 @@ def roofline(rows: list[Row]) -> Figure | None:
 def _titled(figure: Figure, title: str, rows: list[Row]) -> Figure:
     figure.suptitle(f"{title}\n{hardware(rows)}", fontsize="medium")
     return figure
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a .csv or .json file, numbers as numbers."""
-    if path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return rows if isinstance(rows, list) else [row for suite in rows.values() for row in suite]
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{k: _value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-WORDS = ("commit", "date", "torch", "triton")  # even where they look like a number
-
-
-def _value(column: str, cell: str) -> Any:
-    if cell == "":
-        return None
-    if column in WORDS:
-        return cell
-    for kind in (int, float):
-        try:
-            return kind(cell)
-        except ValueError:
-            continue
-    return cell
 
 
 def main() -> None:

@@ -72,6 +72,8 @@ COLUMNS = {
     "date": "UTC, when the run began",
 }
 
+WORDS = ("commit", "date", "torch", "triton")  # even where they look like a number
+
 
 def to_csv(rows: list[Row]) -> str:
     text = io.StringIO()
@@ -114,6 +116,28 @@ def write_json(
     if profiles:
         found["profiles"] = profiles
     atomic_write(path, json.dumps(found, indent=1) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a .csv or .json file, numbers as numbers."""
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return rows if isinstance(rows, list) else [row for suite in rows.values() for row in suite]
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{k: _value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(column: str, cell: str) -> Any:
+    if cell == "":
+        return None
+    if column in WORDS:
+        return cell
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
 
 
 def growth_exponents(rows: list[Row]) -> None:
