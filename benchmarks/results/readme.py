@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and benchmarks/RESULTS.md from the rows in this folder:
+"""Writes the tables of README.md and benchmarks/{RESULTS,BASELINES}.md from the rows beside it:
 
     python -P benchmarks/results/readme.py [--check]
 
@@ -26,7 +26,12 @@ from tinybert_fast.data.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "RESULTS.md",
+    ROOT / "benchmarks" / "BASELINES.md",
+)
+TERA = 1e4  # GFLOP/s from which they are said as TFLOP/s
 BLOCK = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 CPU, GPU = "epyc-avx512", "nvidia-h200"
 CASES = {
@@ -77,12 +82,15 @@ def is_ours(row: Row) -> bool:
 
 
 def groups(rows: Iterable[Row]) -> list[dict[str, Row]]:
-    """A case in one dtype each: its rows by role, and by provider."""
+    """A case in one dtype each: its rows by role, and by provider. ValueError if ours has none."""
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         group = found.setdefault((*case_of(row), row["dtype"], row["threads"]), {})
         for key in (row["role"], row["provider"]):
             group.setdefault(key, row)
+    for case, group in found.items():
+        if OURS not in group:
+            raise ValueError(f"{', '.join(map(str, case))}: rows of others and none of ours")
     return list(found.values())
 
 
@@ -154,7 +162,8 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of_dtype = [r["matmul_gflops"] for r in rows if r["dtype"] == dtype]
         if all(of_dtype):
-            rates.append(f"{between(of_dtype)} GFLOP/s in {dtype}")
+            unit, scale = ("TFLOP/s", 1e3) if min(of_dtype) > TERA else ("GFLOP/s", 1)
+            rates.append(f"{between(rate / scale for rate in of_dtype)} {unit} in {dtype}")
     said = [
         machine,
         versions.format(**first),
@@ -224,22 +233,27 @@ def memory_of(group: dict[str, Row]) -> str:
 
 def gpu_steps(rows: list[Row]) -> str:
     """In bf16, as every row of a GPU is."""
-    heads = (
-        "step|B, N|as it comes (a), ms|careful (b), ms|tinybert_fast, ms|as a CUDA graph, ms"
-        "|graph against (a)|graph, tokens/s|predicted least, ms|peak MiB, (a) or (b) to ours"
+    found = groups(rows)
+    captured = any("careful graph" in group for group in found)
+    heads = "step|B, N|as it comes (a), ms|careful (b), ms|"
+    heads += "(b) as a CUDA graph, ms|" if captured else ""
+    heads += (
+        "tinybert_fast, ms|as a CUDA graph, ms|graph against (a)|graph, tokens/s"
+        "|predicted least, ms|peak MiB, (a) or (b) to ours"
     )
 
     def beside(row: Row | None) -> str:
         return "" if row is None else f"{three(row['median_ms'])} ({times(row['speedup_b'])})"
 
     lines = []
-    for group in groups(rows):
+    for group in found:
         ours, graph = group["ours"], group.get("ours graph")
+        theirs = [beside(group.get("careful graph"))] if captured else []
         lines.append(
             [
                 name_of(ours), shape_of(ours),
                 cell(group.get(BASELINE), "median_ms"), cell(group.get(CAREFUL), "median_ms"),
-                beside(ours), beside(graph), cell(graph, "speedup_a", times),
+                *theirs, beside(ours), beside(graph), cell(graph, "speedup_a", times),
                 cell(graph, "tokens_per_s"), cell(ours, "bound_ms"), memory_of(group),
             ]
         )  # fmt: skip
@@ -402,6 +416,30 @@ def slower(page: Path) -> str:
     return f"{markdown(heads, 5, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
 
 
+def baselines(page: Path) -> str:
+    """Whoever is neither ours nor (a), with the setting that was fastest."""
+    lines, files = [], []
+    for machine in (CPU, GPU):
+        for suite in ("step", "ops"):
+            files.append(RESULTS / f"{suite}-{machine}.csv")
+            for group in groups(newest(read(files[-1]))):
+                for row in everyone(group):
+                    if row["role"] == BASELINE or is_ours(row):
+                        continue
+                    which = "" if row["pass"] == "both" else f", {row['pass']}"
+                    lines.append(
+                        [
+                            row["cpu"] if row["gpu"] == "none" else row["gpu"],
+                            f"`{row['case']}`{which}", row["dtype"], shape_of(row),
+                            row["provider"], row["setting"] or "", cell(row, "median_ms"),
+                            cell(row, "speedup_a", times), cell(row, "graph_ms"),
+                            cell(row, "graph_speedup_a", times),
+                        ]
+                    )  # fmt: skip
+    heads = "machine|case|dtype|B, N|provider|setting|ms|x (a)|graph ms|graph x (a)"
+    return f"{markdown(heads, 6, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+
+
 def gain(ours: Row, other: Row, column: str = "median_ms") -> Any:
     """Time of the other over ours: of the rounds where the row has that, else of the medians."""
     named = {BASELINE: "speedup_a", CAREFUL: "speedup_b"}.get(other["role"])
@@ -449,6 +487,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu-ops": partial(table_of, "ops", GPU, partial(providers, graphs=True)),
     "gpu-waiting": waiting,
     "slower": slower,
+    "baselines": baselines,
     "demo": demo,
 }
 

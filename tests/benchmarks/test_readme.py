@@ -1,4 +1,4 @@
-"""Tables of README.md and benchmarks/RESULTS.md: written from the newest of the committed rows."""
+"""Tables of README.md, RESULTS.md and BASELINES.md: written from the newest committed rows."""
 
 import importlib.util
 import subprocess
@@ -40,6 +40,23 @@ def test_the_newest_run_counts():
              ({"dtype": "bf16"}, {"threads": 1}, {"width": 8})]  # fmt: skip
     assert readme.newest([*alone, *new, *old, *apart]) == [*new, *apart]
     assert readme.newest(alone) == alone
+
+
+def test_a_case_without_ours_is_refused():
+    with pytest.raises(ValueError, match=r"mlm_step, 2, 4, both, fp32, 2: .*none of ours"):
+        readme.groups([row("2026-01-01", "slow", "a")])
+
+
+def test_the_graph_of_a_baseline_gets_a_column():
+    cells = {"median_ms": 10.0, "speedup_a": 2.0, "speedup_b": 1.5, "tokens_per_s": 9e5,
+             "bound_ms": 1.0, "peak_mib": 5.0}  # fmt: skip
+    rows = [row("2026-01-01", who, role, **cells) for who, role in
+            (("slow", "a"), ("careful", "b"), ("ours", "ours"))]  # fmt: skip
+    assert "(b) as a CUDA graph" not in readme.gpu_steps(rows)
+    graph = row("2026-01-01", "careful graph", "careful graph", **{**cells, "median_ms": 7.0})
+    head, _, line = readme.gpu_steps([*rows, graph]).splitlines()
+    at = head.split("|").index(" (b) as a CUDA graph, ms ")
+    assert line.split("|")[at] == " 7.00 (1.50x) "
 
 
 @pytest.mark.parametrize(
