@@ -1,8 +1,9 @@
 """Rows of the results table as figures, each with its hardware and date: `bench --plots DIR`, or
 
-    python benchmarks/plots.py ROWS.csv ... DIR
+    python -P benchmarks/plots.py ROWS.csv ... DIR [--machine NAME]
 
-bars.png        every case, pass and dtype: each provider's speed beside that of (a)
+bars.png        every case, pass and dtype: each provider's speed beside that of (a); where there is
+                none, of (b) or else the first
 memory.png      peak memory against the length
 roofline.png    rate against arithmetic intensity, under the ceilings measured in the same run
 
@@ -12,35 +13,45 @@ A figure for which there are no rows is not drawn.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
-from tinybert_fast.benchmarks.table import Row
+from tinybert_fast.benchmarks.table import Row, read
 
 DPI = 100
 BAR_INCHES = 0.22
-COLOURS = {BASELINE: "tab:gray", CAREFUL: "tab:orange", OURS: "tab:blue"}
+KEY_INCHES = 0.12  # of a line of the roofline's key
 MEANING = {BASELINE: "as it comes (a)", CAREFUL: "careful PyTorch (b)", OURS: "tinybert_fast"}
-MARKERS = {BASELINE: "x", CAREFUL: "s", OURS: "o"}
+COLOURS = {BASELINE: "tab:gray", CAREFUL: "tab:orange", OURS: "tab:blue"}
+# Of providers by name, before that of their role: ours in blue, shades of careful in orange.
+SHADES = {
+    "ours graph": "#08306b",
+    "ours cached": "#6baed6",
+    "ours weighted": "#6baed6",
+    "careful graph": "#8c3b00",
+    "careful compile": "#fdae6b",
+}
+OTHER = "tab:green"
+MARKERS = {BASELINE: "x", CAREFUL: "s", OURS: "o", "ours graph": "D", "careful graph": "d"}
 BY_LENGTH = "memory"  # the suite
 
 
-def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
-    """Writes the figures that the rows have numbers for; returns their files."""
+def draw(rows: Iterable[Row], folder: Path, machine: str = "") -> list[Path]:
+    """Writes the figures that the rows have numbers for; returns their files, whose names end in
+    ``-machine``."""
     rows = list(rows)
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, figure_of in (("bars", bars), ("memory", memory), ("roofline", roofline)):
         figure = figure_of(rows)
         if figure is not None:
-            made.append(folder / f"{name}.png")
+            made.append(folder / f"{name}{'-' * bool(machine)}{machine}.png")
             FigureCanvasAgg(figure)  # off screen, whatever backend the process has chosen
             with made[-1].open("wb") as file:
                 figure.savefig(file, format="png", dpi=DPI)
@@ -61,37 +72,60 @@ def hardware(rows: list[Row]) -> str:
     )
 
 
+def colour_of(row: Row) -> str:
+    return SHADES.get(row["provider"]) or COLOURS.get(row["role"], OTHER)
+
+
+def label_of(row: Row) -> str:
+    """What a legend calls it: by its role, but those that have a shade of their own by name."""
+    return row["provider"] if row["provider"] in SHADES else MEANING.get(row["role"], "others")
+
+
+def base_of(group: list[Row]) -> Row:
+    """Whom the others of a case are beside: (a), else (b), else the first."""
+    by_role = {row["role"]: row for row in reversed(group)}
+    return by_role.get(BASELINE) or by_role.get(CAREFUL) or group[0]
+
+
 def bars(rows: list[Row]) -> Figure | None:
-    """Speed over (a), as CUDA graphs where a case has them for all; the time behind each bar."""
+    """Speed over the base's, as CUDA graphs where a case has them for all; the time behind each."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["suite"] != BY_LENGTH:
             key = (row["suite"], row["case"], row["batch"], row["width"], row["pass"], row["dtype"])
             groups.setdefault(key, []).append(row)
-    shown: list[tuple[str, float, str, Any]] = []  # label, height, words, colour
+    shown: list[tuple[str, float, str, Row]] = []  # label, height, words
     for (_, case, batch, width, phase, dtype), group in groups.items():
         graphs = all(row["graph_ms"] for row in group)
-        time, gain = ("graph_ms", "graph_speedup_a") if graphs else ("median_ms", "speedup_a")
+        time, gain = ("graph_ms", "graph_speedup_") if graphs else ("median_ms", "speedup_")
+        base = base_of(group)
         which = "" if phase == "both" else f" {phase}"
+        beside = "" if base["role"] == BASELINE else f", against {base['provider']}"
         for at, row in enumerate(group):
-            title = f"{case} B={batch} N={width}{which} {dtype}: " if at == 0 else ""
-            words = f"{row[gain] or 0:.2f}x, {row[time]:.3g} ms{' (graph)' if graphs else ''}"
-            shown.append((title + row["provider"], row[gain] or 0, words, COLOURS.get(row["role"])))
+            title = f"{case} B={batch} N={width}{which} {dtype}{beside}: " if at == 0 else ""
+            ratio = row.get(gain + str(base["role"])) or base[time] / row[time]
+            words = f"{ratio:.2f}x, {row[time]:.3g} ms{' (graph)' if graphs else ''}"
+            shown.append((title + row["provider"], ratio, words, row))
     if not shown:
         return None
     figure = Figure(figsize=(12, 1.6 + BAR_INCHES * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(shown))
-    axes.barh(places, [s[1] for s in shown], color=[s[3] or "tab:green" for s in shown])
+    axes.barh(places, [s[1] for s in shown], color=[colour_of(s[3]) for s in shown])
     for place, (_, height, words, _) in enumerate(shown):
         axes.text(height, place, f" {words}", va="center", fontsize="x-small")
     axes.set_yticks(places, [s[0] for s in shown], fontsize="x-small")
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", linewidth=0.6)
     axes.margins(x=0.2, y=0.01)
-    axes.set_xlabel("times as fast as (a), median of the rounds' ratios")
-    axes.legend(
-        handles=[axes.barh([0], [0], color=c, label=MEANING[r]) for r, c in COLOURS.items()],
+    axes.set_xlabel(
+        "times as fast as (a), or as whom the label names; median of the rounds' ratios"
+    )
+    colours = {label_of(row): colour_of(row) for *_, row in shown}
+    figure.legend(
+        handles=[Patch(color=colour, label=label) for label, colour in colours.items()],
+        loc="outside lower center",
+        ncols=len(colours),
         fontsize="small",
     )
     return _titled(figure, "Speed beside what one would use otherwise", rows)
@@ -113,7 +147,7 @@ def memory(rows: list[Row]) -> Figure | None:
             lengths = sorted(peaks)
             axes.plot(
                 lengths, [peaks[n] for n in lengths], label=f"{provider} {dtype}",
-                color=COLOURS.get(role), marker=MARKERS.get(role, "."),
+                color=COLOURS.get(role, OTHER), marker=MARKERS.get(role, "."),
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -126,30 +160,40 @@ def memory(rows: list[Row]) -> Figure | None:
 
 
 def roofline(rows: list[Row]) -> Figure | None:
-    """A point per row that has a rate; a roof per dtype, of the run's own product and copy."""
+    """A point per row that has a rate; a roof per dtype, of the run's own product and copy. Cases
+    are numbered: names would lie over each other."""
     points = [r for r in rows if r["tflops"] and r["gbytes_per_s"] and r["matmul_gflops"]]
     if not points:
         return None
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    axes = figure.add_subplot()
-    intensities = [1e3 * r["tflops"] / r["gbytes_per_s"] for r in points]  # FLOP per byte
-    for role in dict.fromkeys(r["role"] for r in points):
-        of_role = [(x, r["tflops"]) for x, r in zip(intensities, points) if r["role"] == role]
+    cases: dict[str, list[tuple[float, float]]] = {}  # intensity (FLOP per byte), rate
+    for row in points:
+        phase = "" if row["pass"] == "both" else f" {row['pass']}"
+        name = f"{row['case']} B={row['batch']} N={row['width']}{phase} {row['dtype']}"
+        at = 1e3 * row["tflops"] / row["gbytes_per_s"], row["tflops"]
+        cases.setdefault(name, []).append(at)
+    figure = Figure(figsize=(12, max(6.4, 1.6 + KEY_INCHES * len(cases))), layout="constrained")
+    axes, key = figure.subplots(1, 2, width_ratios=(3, 1))
+    for label in dict.fromkeys(map(label_of, points)):
+        of_kind = [row for row in points if label_of(row) == label]
         axes.plot(
-            *zip(*of_role, strict=True), linestyle="none", color=COLOURS.get(role),
-            marker=MARKERS.get(role, "."), label=MEANING.get(role, role),
+            [1e3 * row["tflops"] / row["gbytes_per_s"] for row in of_kind],
+            [row["tflops"] for row in of_kind],
+            linestyle="none", color=colour_of(of_kind[0]),
+            marker=MARKERS.get(of_kind[0]["role"], "."), label=label,
         )  # fmt: skip
-    for x, row in zip(intensities, points):
-        if row["role"] == OURS:
-            phase = "" if row["pass"] == "both" else f" {row['pass']}"
-            name = f" {row['case']} N={row['width']}{phase}"
-            axes.annotate(name, (x, row["tflops"]), fontsize=6)
+    for number, of_case in enumerate(cases.values(), 1):
+        highest = max(of_case, key=lambda at: at[1])
+        axes.annotate(
+            str(number), highest, (0, 5), textcoords="offset points", ha="center", fontsize=7
+        )
+    intensities = [x for of_case in cases.values() for x, _ in of_case]
     for dtype in dict.fromkeys(r["dtype"] for r in points):
         first = next(r for r in points if r["dtype"] == dtype)
         peak, slope = first["matmul_gflops"] / 1e3, first["copy_gbytes"] / 1e3
         ends = min(*intensities, peak / slope), max(*intensities, 4 * peak / slope)
         axes.plot(
             [ends[0], peak / slope, ends[1]], [ends[0] * slope, peak, peak], linewidth=1,
+            color="black", linestyle="-" if dtype == "bf16" else "--",
             label=f"{dtype}: {peak:,.3g} TFLOP/s, {1e3 * slope:,.0f} GB/s, measured",
         )  # fmt: skip
     axes.set_xscale("log")
@@ -157,7 +201,12 @@ def roofline(rows: list[Row]) -> Figure | None:
     axes.set_xlabel("needed operations per needed byte (FLOP/byte)")
     axes.set_ylabel("rate of needed operations (TFLOP/s)")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small", loc="lower right")
+    key.axis("off")
+    key.legend(*axes.get_legend_handles_labels(), fontsize="small", loc="upper left")
+    key.text(
+        0, 0, "\n".join(f"{n}  {name}" for n, name in enumerate(cases, 1)),
+        transform=key.transAxes, fontsize=6.5, va="bottom",
+    )  # fmt: skip
     return _titled(figure, "Roofline", points)
 
 
@@ -166,37 +215,14 @@ def _titled(figure: Figure, title: str, rows: list[Row]) -> Figure:
     return figure
 
 
-def read(path: Path) -> list[Row]:
-    """Rows of a .csv or .json file, numbers as numbers."""
-    if path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return rows if isinstance(rows, list) else [row for suite in rows.values() for row in suite]
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{k: _value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-WORDS = ("commit", "date", "torch", "triton")  # even where they look like a number
-
-
-def _value(column: str, cell: str) -> Any:
-    if cell == "":
-        return None
-    if column in WORDS:
-        return cell
-    for kind in (int, float):
-        try:
-            return kind(cell)
-        except ValueError:
-            continue
-    return cell
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("rows", type=Path, nargs="+", help=".csv or .json")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--machine", default="", help="end of the files' names")
     given = parser.parse_args()
-    for file in draw([row for path in given.rows for row in read(path)], given.folder):
+    rows = [row for path in given.rows for row in read(path)]
+    for file in draw(rows, given.folder, given.machine):
         print(file)
 
 

@@ -343,7 +343,7 @@ def measure(
         if (provider.name, dtype) not in left_out
     ]
     if rounds is None or warm_up is None:
-        given = SECONDS_OF_OPS if case.captured else SECONDS
+        given = SECONDS_OF_OPS if case.optimizer == "none" else SECONDS
         fitting = repetitions(lanes, clock, case.calls, given)
         rounds, warm_up = rounds or fitting[0], warm_up or fitting[1]
     times = interleave(lanes, rounds, warm_up, clock, say, case.calls)

@@ -38,7 +38,9 @@ COLUMNS = {
     "speedup_a": "median over rounds of time(a) / time, same dtype",
     "speedup_b": "median over rounds of time(b) / time, same dtype",
     "speedup_a_fp32": "median over rounds of time(a in fp32) / time",
-    "graph_ms": "GPU: the same calls as one CUDA graph, which leaves out launches; median",
+    "graph_ms": "GPU: the same calls as one CUDA graph, which leaves out launches; median. Empty "
+    "where they cannot be captured, and for attention's backward alone: the random state of "
+    "PyTorch's fused forward is then on the host",
     "graph_speedup_a": "as speedup_a, of graph_ms",
     "graph_speedup_b": "as speedup_b, of graph_ms",
     "tflops": "needed operations / (graph_ms, or median_ms without it), 1e12/s",
@@ -69,6 +71,8 @@ COLUMNS = {
     "commit": "of the checkout, + if changed; none if installed",
     "date": "UTC, when the run began",
 }
+
+WORDS = ("commit", "date", "torch", "triton")  # even where they look like a number
 
 
 def to_csv(rows: list[Row]) -> str:
@@ -112,6 +116,28 @@ def write_json(
     if profiles:
         found["profiles"] = profiles
     atomic_write(path, json.dumps(found, indent=1) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a .csv or .json file, numbers as numbers."""
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return rows if isinstance(rows, list) else [row for suite in rows.values() for row in suite]
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{k: _value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(column: str, cell: str) -> Any:
+    if cell == "":
+        return None
+    if column in WORDS:
+        return cell
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
 
 
 def growth_exponents(rows: list[Row]) -> None:

@@ -47,10 +47,12 @@ def op_case(
     what: str = SAME,
     optional: tuple[str, ...] = (),
     phases: tuple[str, ...] = PHASES,
+    captured: tuple[str, ...] = PHASES,
     cpu_calls: int = 1,
     gpu_calls: int = GPU_CALLS,
 ) -> Iterator[Case]:
-    """One case per pass. Every provider is held to the first one."""
+    """One case per pass, those of ``captured`` as a CUDA graph too. Every provider is held to the
+    first one."""
     first, *others = (provider.name for provider in providers)
     calls = gpu_calls if setup.on_gpu else cpu_calls
     case = Case(
@@ -63,11 +65,10 @@ def op_case(
         providers=providers,
         checks=(Check(what, first, tuple(others)),),
         calls=1 if setup.smoke else calls,
-        captured=True,
         optional=optional,
     )
     for one in passes(case, *phases):
-        yield replace(one, work=partial(_by_dtype, work, one.phase))
+        yield replace(one, work=partial(_by_dtype, work, one.phase), captured=one.phase in captured)
 
 
 def row_case(

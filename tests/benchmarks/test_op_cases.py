@@ -155,6 +155,15 @@ def test_an_optional_provider_is_left_out(theirs, says, capsys):
         runner.measure(case_of(*providers), ("fp32",), 2, 1, CPU, {})
 
 
+def test_the_backward_of_attention_is_no_graph_of_its_own():
+    """PyTorch's fused forwards leave their random state on the host unless captured with it."""
+    for cases in {**attention.CASES, **attention.MORE_CASES}.values():
+        found = {case.phase: case.captured for case in cases(SMOKE)}
+        assert found == {"forward": True, "backward": False, "both": True}
+    rows = {case.phase: case.captured for case in layer_norm.CASES["layer_norm_d312"](SMOKE)}
+    assert rows == {"forward": True, "backward": True, "both": True}
+
+
 def test_compiled_runs_its_backward_again(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **o: original(f, backend="aot_eager", **o))
     provider = OpCall("c", "b", compiled(doubles), (torch.randn(4, 3),), 1, 0.1).of("backward")

@@ -1,6 +1,7 @@
 """Figures of rows: which appear, and that each says on what and when it was measured."""
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from tinybert_fast.benchmarks import plots, runner, table
 
@@ -48,6 +49,9 @@ def test_figures_without_rows_are_not_drawn(tmp_path):
     assert all(file.stat().st_size > 1000 for file in (tmp_path / "all").iterdir())
     assert [file.name for file in plots.draw([row()], tmp_path / "few")] == ["bars.png"]
     assert plots.draw([], tmp_path / "none") == []
+    assert [file.name for file in plots.draw([row()], tmp_path / "named", "epyc")] == [
+        "bars-epyc.png"
+    ]
 
 
 def test_graphs_are_shown_only_where_all_have_one():
@@ -57,6 +61,39 @@ def test_graphs_are_shown_only_where_all_have_one():
     ]
     assert "4.00x, 0.1 ms (graph)" in words(plots.bars(group))
     assert "2.50x, 0.2 ms" in words(plots.bars([group[0], row()]))
+
+
+def test_without_a_the_bars_are_beside_b_or_the_first():
+    careful = row(provider="careful", role="b", median_ms=0.4, speedup_a=None, speedup_b=1.0)
+    fast = row(speedup_a=None, speedup_b=2.0)
+    figure = plots.bars([careful, fast])
+    assert "1.00x, 0.4 ms" in words(figure)
+    assert "2.00x, 0.2 ms" in words(figure)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["attention_d26 B=32 N=128 bf16, against careful: careful", "ours"]
+    alone = [row(provider=name, role=name, median_ms=ms, speedup_a=None)
+             for name, ms in (("flash", 0.6), ("flex", 0.3))]  # fmt: skip
+    assert "2.00x, 0.3 ms" in words(plots.bars(alone))
+
+
+def test_ours_are_blue_and_nobody_else():
+    ours = [row(provider=name, role=role) for name, role in
+            (("ours", "ours"), ("ours graph", "ours graph"), ("ours cached", "ours"))]  # fmt: skip
+    others = [row(provider=name, role=role) for name, role in
+              (("eager", "a"), ("compile", "b"), ("careful graph", "careful graph"),
+               ("flash", "flash"))]  # fmt: skip
+    colours = [to_rgb(plots.colour_of(one)) for one in (*ours, *others)]
+    assert len(set(colours)) == len(colours)
+    assert [blue == max(red, green, blue) and blue > red for red, green, blue in colours] == [
+        *[True] * len(ours), *[False] * len(others),
+    ]  # fmt: skip
+
+
+def test_a_roofline_names_cases_in_its_key_alone():
+    figure = plots.roofline(ROWS)
+    axes, key = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["1"]
+    assert [text.get_text() for text in key.texts] == ["1  attention_d26 B=32 N=128 bf16"]
 
 
 def test_rows_read_back_are_the_rows(tmp_path):

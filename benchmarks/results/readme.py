@@ -1,0 +1,537 @@
+"""Writes the tables of README.md and benchmarks/{RESULTS,BASELINES}.md from the rows beside it:
+
+    python -P benchmarks/results/readme.py [--check]
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`, with machine, command, dates and
+file of its rows; `TABLES` has the names. Of several runs of a case the newest counts, unless it
+left out a baseline that another one has. ``--check`` writes nothing and exits with 1 where a table
+and the rows differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
+from tinybert_fast.benchmarks.table import Row, read
+from tinybert_fast.data.atomic import atomic_write
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parents[1]
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "RESULTS.md",
+    ROOT / "benchmarks" / "BASELINES.md",
+)
+TERA = 1e4  # GFLOP/s from which they are said as TFLOP/s
+BLOCK = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+CPU, GPU = "epyc-avx512", "nvidia-h200"
+CASES = {
+    "mlm_step": "masked LM, TinyBERT-4L-312",
+    "distill_step": "distillation, 12L-768 to 4L-312",
+    "student_step": "student alone, lessons in memory",
+    "attention_score_mse_d26": "attention loss, 12 heads of 26 against 64",
+    "attention_score_mse_d64": "attention loss, 12 heads of 64 against 64",
+    "attention_score_mse_memory": "B=4",
+    "attention_score_mse_memory_of_tokens": "4,096 tokens",
+    "attention_relation_kl_qk": "relation of queries and keys",
+    "attention_relation_kl_vv": "relation of values",
+    "hidden_mse_d312": "hidden states, 312 to 768",
+    "hidden_mse_d768": "hidden states, 768 to 768",
+    "linear_cross_entropy_d312": "vocabulary head, 312 wide, 15 % labelled",
+    "linear_cross_entropy_d768": "vocabulary head, 768 wide, 15 % labelled",
+    "mlm_mask": "the masking call",
+    "collate_tokens": "whole collator, tokens",
+    "collate_words": "whole collator, whole words",
+}
+WHO = {"ours": "tinybert_fast"}
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of each case, dtype and number of threads the newest run that has all of its baselines."""
+    runs: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+    for row in rows:
+        by_date = runs.setdefault((*case_of(row), row["dtype"], row["threads"]), {})
+        by_date.setdefault(row["date"], []).append(row)
+    found = []
+    for by_date in runs.values():
+        roles = {date: {row["role"] for row in run} for date, run in by_date.items()}
+        every = {BASELINE, CAREFUL, OURS} & set[str]().union(*roles.values())
+        whole = [date for date in by_date if roles[date] >= every]
+        found += by_date[max(whole or by_date)]
+    return found
+
+
+def case_of(row: Row) -> tuple[Any, ...]:
+    return row["case"], row["batch"], row["width"], row["pass"]
+
+
+def is_ours(row: Row) -> bool:
+    return row["provider"].split()[0] == "ours"
+
+
+def groups(rows: Iterable[Row]) -> list[dict[str, Row]]:
+    """A case in one dtype each: its rows by role, and by provider. ValueError if ours has none."""
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        group = found.setdefault((*case_of(row), row["dtype"], row["threads"]), {})
+        for key in (row["role"], row["provider"]):
+            group.setdefault(key, row)
+    for case, group in found.items():
+        if OURS not in group:
+            raise ValueError(f"{', '.join(map(str, case))}: rows of others and none of ours")
+    return list(found.values())
+
+
+def everyone(group: dict[str, Row]) -> list[Row]:
+    return list({row["provider"]: row for row in group.values()}.values())
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def three(value: float | None) -> str:
+    """Three digits, or all in front of the point; millions as such."""
+    if value is None:
+        return ""
+    if value >= 1e6:
+        return three(value / 1e6) + " M"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def cell(row: Row | None, column: str, words: Callable[[Any], str] = three) -> str:
+    return "" if row is None else words(row[column])
+
+
+def name_of(row: Row) -> str:
+    found = re.fullmatch(r"(\w+?)(?:_b\d+_n\d+(_full)?)?", row["case"])
+    assert found is not None
+    return CASES.get(found[1], f"`{found[1]}`") + (", no padding" if found[2] else "")
+
+
+def shape_of(row: Row) -> str:
+    return f"{row['batch']}, {row['width']}"
+
+
+def each(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))
+
+
+def between(values: Iterable[float]) -> str:
+    values = sorted(values)
+    return " to ".join(dict.fromkeys(f"{end:,.0f}" for end in (values[0], values[-1])))
+
+
+def markdown(heads: str, right: int, lines: Iterable[Iterable[str]]) -> str:
+    """``heads`` with | between them, of which all from ``right`` on hold numbers."""
+    names = heads.split("|")
+    rule = ["---"] * right + ["---:"] * (len(names) - right)
+    rows = [names, rule, *lines]
+    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in row)}|" for row in rows)
+
+
+def link(file: Path, page: Path) -> str:
+    return f"[{file.name}]({os.path.relpath(file, page.parent)})"
+
+
+def caption(rows: list[Row], file: Path, page: Path) -> str:
+    """Machine, conditions, file, and of each run command and date."""
+    first = rows[0]
+    machine = f"{first['gpu']} (driver {first['driver']})"
+    versions = "torch {torch}, transformers {transformers}, triton {triton}"
+    if first["gpu"] == "none":
+        bf16 = " with bf16 instructions" * (first["bf16_hardware"] == "yes")
+        machine = f"{first['cores']} cores of an {first['cpu']}, {first['cpu_instructions']}{bf16}"
+        versions = "torch {torch}, transformers {transformers}"
+    rates = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        of_dtype = [r["matmul_gflops"] for r in rows if r["dtype"] == dtype]
+        if all(of_dtype):
+            unit, scale = ("TFLOP/s", 1e3) if min(of_dtype) > TERA else ("GFLOP/s", 1)
+            rates.append(f"{between(rate / scale for rate in of_dtype)} {unit} in {dtype}")
+    said = [
+        machine,
+        versions.format(**first),
+        f"dropout {each(row['dropout'] for row in rows)}",
+        f"{between(100 * row['valid_fraction'] for row in rows)} % of positions real",
+        f"medians of {between(row['rounds'] for row in rows)} interleaved rounds",
+    ]
+    if rates:
+        said.append(f"one large product in the same runs: {', '.join(rates)}")
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(row["date"], []).append(row)
+    dates: dict[str, list[str]] = {}
+    for date, run in runs.items():
+        dates.setdefault(command(run, rows), []).append(date)
+    commands = "; ".join(f"`{line}`, {', '.join(when)}" for line, when in dates.items())
+    return f"{'; '.join(said)}. {commands}; rows in {link(file, page)}."
+
+
+def command(run: list[Row], rows: list[Row]) -> str:
+    """What gave these rows; ``rows``: all of the table."""
+    if run[0]["gpu"] != "none":
+        return "benchmarks/gpu.sh OUT"
+    cases = dict.fromkeys(row["case"] for row in run)
+    every = {row["case"] for row in rows} == set(cases)
+    words = [f"tinybert-fast bench --suite {run[0]['suite']}"]
+    words += [] if every else [f"--case {case}" for case in cases]
+    words += ["--dtype both"] if len({row["dtype"] for row in run}) > 1 else []
+    words += [f"--threads {run[0]['threads']}", f"--rounds {run[0]['rounds']}"]
+    return " ".join(words)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def table_of(suite: str, machine: str, body: Callable[[list[Row]], str], page: Path) -> str:
+    file = RESULTS / f"{suite}-{machine}.csv"
+    rows = newest(read(file))
+    return f"{body(rows)}\n\n{caption(rows, file, page)}"
+
+
+def cpu_steps(rows: list[Row]) -> str:
+    heads = (
+        "step|B, N|dtype|as it comes (a), ms|careful (b), ms|tinybert_fast, ms|lessons cached, ms"
+        "|against (a)|against (b)|peak MiB, (a) to ours"
+    )
+    return markdown(
+        heads,
+        3,
+        (
+            [
+                name_of(group[OURS]), shape_of(group[OURS]), group[OURS]["dtype"],
+                cell(group.get(BASELINE), "median_ms"), cell(group.get(CAREFUL), "median_ms"),
+                cell(group["ours"], "median_ms"), cell(group.get("ours cached"), "median_ms"),
+                cell(group["ours"], "speedup_a", times), cell(group["ours"], "speedup_b", times),
+                memory_of(group),
+            ]
+            for group in groups(rows)
+        ),
+    )  # fmt: skip
+
+
+def memory_of(group: dict[str, Row]) -> str:
+    ends = (group.get(BASELINE) or group.get(CAREFUL), group[OURS])
+    return " to ".join(cell(row, "peak_mib") for row in ends)
+
+
+def gpu_steps(rows: list[Row]) -> str:
+    """In bf16, as every row of a GPU is."""
+    found = groups(rows)
+    captured = any("careful graph" in group for group in found)
+    heads = "step|B, N|as it comes (a), ms|careful (b), ms|"
+    heads += "(b) as a CUDA graph, ms|" if captured else ""
+    heads += (
+        "tinybert_fast, ms|as a CUDA graph, ms|graph against (a)|graph, tokens/s"
+        "|predicted least, ms|peak MiB, (a) or (b) to ours"
+    )
+
+    def beside(row: Row | None) -> str:
+        return "" if row is None else f"{three(row['median_ms'])} ({times(row['speedup_b'])})"
+
+    lines = []
+    for group in found:
+        ours, graph = group["ours"], group.get("ours graph")
+        theirs = [beside(group.get("careful graph"))] if captured else []
+        lines.append(
+            [
+                name_of(ours), shape_of(ours),
+                cell(group.get(BASELINE), "median_ms"), cell(group.get(CAREFUL), "median_ms"),
+                *theirs, beside(ours), beside(graph), cell(graph, "speedup_a", times),
+                cell(graph, "tokens_per_s"), cell(ours, "bound_ms"), memory_of(group),
+            ]
+        )  # fmt: skip
+    return markdown(heads, 2, lines)
+
+
+def providers(rows: list[Row], *, graphs: bool) -> str:
+    """Everything that was measured, a line per provider."""
+    heads = "case|B, N|pass|dtype|provider|setting|ms|p20 - p80|"
+    heads += "graph ms|graph (a)|graph (b)|" if graphs else ""
+    heads += "x (a)|x (b)|tokens/s|peak MiB|predicted least, ms"
+    lines = []
+    for group in groups(rows):
+        for at, row in enumerate(everyone(group)):
+            case = [f"`{row['case']}`", shape_of(row), row["pass"], row["dtype"]]
+            graph = [
+                cell(row, "graph_ms"), cell(row, "graph_speedup_a", times),
+                cell(row, "graph_speedup_b", times),
+            ] if graphs else []  # fmt: skip
+            lines.append(
+                [
+                    *(case if at == 0 else [""] * len(case)), row["provider"], row["setting"] or "",
+                    cell(row, "median_ms"), f"{three(row['p20_ms'])} - {three(row['p80_ms'])}",
+                    *graph, cell(row, "speedup_a", times), cell(row, "speedup_b", times),
+                    cell(row, "tokens_per_s"), cell(row, "peak_mib"), cell(row, "bound_ms"),
+                ]
+            )  # fmt: skip
+    return markdown(heads, 6, lines)
+
+
+def cpu_ops(rows: list[Row]) -> str:
+    heads = (
+        "loss, fp32, forward and backward|B, N|(a), ms|(b), ms|tinybert_fast, ms|against (a)"
+        "|against (b)|peak MiB, (a) to ours"
+    )
+    return markdown(
+        heads,
+        2,
+        (
+            [
+                name_of(group[OURS]), shape_of(group[OURS]),
+                *(cell(group.get(role), "median_ms") for role in (BASELINE, CAREFUL, OURS)),
+                cell(group[OURS], "speedup_a", times), cell(group[OURS], "speedup_b", times),
+                memory_of(group),
+            ]
+            for group in groups(rows)
+        ),
+    )  # fmt: skip
+
+
+def memory(rows: list[Row]) -> str:
+    lanes: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        lanes.setdefault((row["case"], row["role"]), {})[row["width"]] = row
+    widths = sorted({row["width"] for row in rows})
+    words = {
+        BASELINE: "official formula",
+        CAREFUL: "the faster of direct and Gram",
+        OURS: "tinybert_fast",
+    }
+    return markdown(
+        "|".join(["", "who", *(f"N={n}, MiB" for n in widths), "grows as", "longest, ms"]),
+        2,
+        (
+            [
+                CASES[case], words[role], *(cell(at[n], "peak_mib") for n in widths),
+                f"N^{at[widths[-1]]['growth']:.2f}", cell(at[widths[-1]], "median_ms"),
+            ]
+            for (case, role), at in lanes.items()
+        ),
+    )  # fmt: skip
+
+
+def masking(rows: list[Row]) -> str:
+    """Against the faster of Transformers' two paths."""
+    lines = []
+    for group in groups(rows):
+        ours, slower = group["ours"], (group["transformers"], group["transformers numpy"])
+        against = min(ours["speedup_a"], ours["speedup_b"])
+        lines.append(
+            [
+                CASES[ours["case"]], shape_of(ours), str(ours["threads"]),
+                *(cell(row, "median_ms") for row in (*slower, ours)),
+                cell(group.get("ours weighted"), "median_ms"), cell(ours, "tokens_per_s"),
+                times(against),
+            ]
+        )  # fmt: skip
+    heads = "|B, N|threads|torch, ms|numpy, ms|tinybert_fast, ms|with weights, ms|tokens/s"
+    return markdown(heads + "|against the faster", 3, lines)
+
+
+def pretraining(page: Path) -> str:
+    lines, said = [], []
+    for dtype in ("fp32", "bf16"):
+        file = RESULTS / f"pretraining-step-{dtype}-{CPU}.json"
+        found = json.loads(file.read_text(encoding="utf-8"))
+        row, machine = found["rows"], found["machine"]
+        lines.append(
+            [
+                row["dtype"], f"{row['batch']}, {row['width']}",
+                *(three(1e3 * row["step_seconds"][who]) for who in ("transformers", "ours")),
+                times(row["speedup"]), three(row["tokens_per_second"]),
+                f"{100 * row['waiting_for_data']:.1f} %",
+            ]
+        )  # fmt: skip
+        said.append(f"{machine['date']} in {link(file, page)}")
+    heads = "dtype|B, N|Transformers' Trainer, ms|tinybert-fast pretrain, ms|ratio"
+    heads += "|our tokens/s, first steps included|time waiting for data"
+    return (
+        f"{markdown(heads, 2, lines)}\n\n{machine['cpu']}, {machine['cpu_instructions']}, "
+        f"{machine['threads']} threads; torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; {len(row['rounds']['ours'])} rounds in turn. "
+        f"`python -P benchmarks/pretraining.py step TEXT --data DIR [--bf16]`; "
+        f"rows of {', '.join(said)}."
+    )
+
+
+def waiting(page: Path) -> str:
+    """How long the GPU had nothing to do, in steps as they are launched."""
+    file = RESULTS / f"profile-{GPU}.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        [
+            f"`{one['case']}`", WHO.get(one["provider"], one["provider"]), three(one["wall_ms"]),
+            three(one["busy_ms"]), f"{100 * max(0.0, 1 - one['busy_ms'] / one['wall_ms']):.0f} %",
+        ]
+        for one in found["profiles"]
+    ]  # fmt: skip
+    heads = "step, launched from Python|who|under the profiler, ms|GPU busy, ms|GPU waiting"
+    return (
+        f"{markdown(heads, 2, lines)}\n\n{found['gpu']}, torch {found['torch']}; one profiled step "
+        f"each, which the profiler slows down. `benchmarks/gpu.sh OUT`; {found['date']} in "
+        f"{link(file, page)}."
+    )
+
+
+def slower(page: Path) -> str:
+    """Every case of the newest rows in which somebody is faster than ours."""
+    lines, files = [], []
+    for machine in (CPU, GPU):
+        for file in sorted(RESULTS.glob(f"*-{machine}.csv")):
+            files.append(file)
+            for group in groups(newest(read(file))):
+                ours = group["ours"]
+                others = [row for row in everyone(group) if not is_ours(row)]
+                ratio, other = min(((gain(ours, row), row) for row in others), key=lambda x: x[0])
+                if ratio >= 1:
+                    continue
+                graph = group.get("ours graph")
+                captured = gain(graph, other) if graph else gain(ours, other, "graph_ms")
+                which = "" if ours["pass"] == "both" else f", {ours['pass']}"
+                lines.append(
+                    [
+                        ours["cpu"] if ours["gpu"] == "none" else ours["gpu"],
+                        f"{name_of(ours)}{which}", ours["dtype"], shape_of(ours),
+                        other["provider"], f"{ratio:.2f}x", times(captured),
+                    ]
+                )  # fmt: skip
+    heads = "machine|case|dtype|B, N|fastest other|tinybert_fast|as CUDA graphs"
+    return f"{markdown(heads, 5, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+
+
+def baselines(page: Path) -> str:
+    """Whoever is neither ours nor (a), with the setting that was fastest."""
+    lines, files = [], []
+    for machine in (CPU, GPU):
+        for suite in ("step", "ops"):
+            files.append(RESULTS / f"{suite}-{machine}.csv")
+            for group in groups(newest(read(files[-1]))):
+                for row in everyone(group):
+                    if row["role"] == BASELINE or is_ours(row):
+                        continue
+                    which = "" if row["pass"] == "both" else f", {row['pass']}"
+                    lines.append(
+                        [
+                            row["cpu"] if row["gpu"] == "none" else row["gpu"],
+                            f"`{row['case']}`{which}", row["dtype"], shape_of(row),
+                            row["provider"], row["setting"] or "", cell(row, "median_ms"),
+                            cell(row, "speedup_a", times), cell(row, "graph_ms"),
+                            cell(row, "graph_speedup_a", times),
+                        ]
+                    )  # fmt: skip
+    heads = "machine|case|dtype|B, N|provider|setting|ms|x (a)|graph ms|graph x (a)"
+    return f"{markdown(heads, 6, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+
+
+def gain(ours: Row, other: Row, column: str = "median_ms") -> Any:
+    """Time of the other over ours: of the rounds where the row has that, else of the medians."""
+    named = {BASELINE: "speedup_a", CAREFUL: "speedup_b"}.get(other["role"])
+    if column == "graph_ms":
+        named = named and f"graph_{named}"
+    if named and ours[named]:
+        return ours[named]
+    return other[column] / ours[column] if ours[column] and other[column] else None
+
+
+def demo(page: Path) -> str:
+    file = RESULTS / f"demo-full-{CPU}.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = []
+    for model in found["models"].values():
+        spread = "" if model["sd"] is None else f" ± {100 * model['sd']:.1f}"
+        lines.append(
+            [
+                model["name"],
+                f"{model['parameters'] / 1e6:.1f} M",
+                str(len(model["held_out"])),
+                f"{100 * model['mean']:.1f} %{spread}",
+                three(model["sentences_per_second"]),
+            ]
+        )
+    by_seed = " %, ".join(f"{100 * share:.0f}" for share in found["gap_recovered_by_seed"])
+    return (
+        f"{markdown('model|parameters|seeds|held-out accuracy|sentences/s', 1, lines)}\n\n"
+        f"The distilled student wins back {100 * found['gap_recovered']:.0f} % of the gap between "
+        f"teacher and untaught student ({by_seed} % by seed); {found['data']['held_out']} held-out "
+        f"sentences. `make demo-full ARGS='--seeds {len(found['gap_recovered_by_seed'])}'`; "
+        f"{found['machine']['cpu']}, {found['machine']['date']} in {link(file, page)}."
+    )
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "cpu-steps": partial(table_of, "step", CPU, cpu_steps),
+    "cpu-steps-all": partial(table_of, "step", CPU, partial(providers, graphs=False)),
+    "cpu-ops": partial(table_of, "ops", CPU, cpu_ops),
+    "cpu-memory": partial(table_of, "memory", CPU, memory),
+    "cpu-masking": partial(table_of, "masking", CPU, masking),
+    "cpu-pretraining": pretraining,
+    "gpu-steps": partial(table_of, "step", GPU, gpu_steps),
+    "gpu-steps-all": partial(table_of, "step", GPU, partial(providers, graphs=False)),
+    "gpu-ops": partial(table_of, "ops", GPU, partial(providers, graphs=True)),
+    "gpu-waiting": waiting,
+    "slower": slower,
+    "baselines": baselines,
+    "demo": demo,
+}
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def rewritten(page: Path) -> str:
+    """Its text with the tables that the rows give. ValueError names a table that there is not."""
+
+    def block(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in TABLES:
+            raise ValueError(f"{page.name}: no table {name!r}; there are {', '.join(TABLES)}")
+        return f"<!-- results: {name} -->\n\n{TABLES[name](page)}\n\n<!-- end -->"
+
+    return BLOCK.sub(block, page.read_text(encoding="utf-8"))
+
+
+def drifted(page: Path) -> list[str]:
+    """Names of the tables that differ from the rows."""
+    now, then = page.read_text(encoding="utf-8"), rewritten(page)
+    pairs = zip(BLOCK.finditer(now), BLOCK.finditer(then), strict=True)
+    return [old[1] for old, new in pairs if old[0] != new[0]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a table differs")
+    given = parser.parse_args()
+    try:
+        for page in PAGES:
+            names = drifted(page)
+            if names and given.check:
+                sys.exit(
+                    f"error: {page.name}: {', '.join(names)} differ from the rows; run python -P "
+                    "benchmarks/results/readme.py"
+                )
+            if names:
+                atomic_write(page, rewritten(page))
+                print(page)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
