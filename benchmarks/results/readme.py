@@ -185,8 +185,8 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
 
 def command(run: list[Row], rows: list[Row]) -> str:
     """What gave these rows; ``rows``: all of the table."""
-    if run[0]["gpu"] != "none":
-        return "benchmarks/gpu.sh OUT"
+    if run[0]["gpu"] != "none":  # rounds by their time; what gpu.sh runs, too
+        return f"tinybert-fast bench --suite {run[0]['suite']} --dtype {run[0]['dtype']}"
     cases = dict.fromkeys(row["case"] for row in run)
     every = {row["case"] for row in rows} == set(cases)
     words = [f"tinybert-fast bench --suite {run[0]['suite']}"]
@@ -385,7 +385,7 @@ def waiting(page: Path) -> str:
     heads = "step, launched from Python|who|under the profiler, ms|GPU busy, ms|GPU waiting"
     return (
         f"{markdown(heads, 2, lines)}\n\n{found['gpu']}, torch {found['torch']}; one profiled step "
-        f"each, which the profiler slows down. `benchmarks/gpu.sh OUT`; {found['date']} in "
+        f"each, which the profiler slows down. `tinybert-fast bench --suite step --dtype bf16 --profile`; {found['date']} in "
         f"{link(file, page)}."
     )
 
