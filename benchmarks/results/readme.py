@@ -385,7 +385,8 @@ def waiting(page: Path) -> str:
     heads = "step, launched from Python|who|under the profiler, ms|GPU busy, ms|GPU waiting"
     return (
         f"{markdown(heads, 2, lines)}\n\n{found['gpu']}, torch {found['torch']}; one profiled step "
-        f"each, which the profiler slows down. `tinybert-fast bench --suite step --dtype bf16 --profile`; {found['date']} in "
+        "each, which the profiler slows down. "
+        f"`tinybert-fast bench --suite step --dtype bf16 --profile`; {found['date']} in "
         f"{link(file, page)}."
     )
 
