@@ -2,6 +2,8 @@
 
     python -P benchmarks/plots.py ROWS.csv ... DIR [--machine NAME]
 
+which draws of several runs of a case the newest.
+
 bars.png        every case, pass and dtype: each provider's speed beside that of (a); where there is
                 none, of (b) or else the first
 memory.png      peak memory against the length
@@ -22,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
-from tinybert_fast.benchmarks.table import Row, read
+from tinybert_fast.benchmarks.table import Row, newest, read
 
 DPI = 100
 BAR_INCHES = 0.22
@@ -221,7 +223,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--machine", default="", help="end of the files' names")
     given = parser.parse_args()
-    rows = [row for path in given.rows for row in read(path)]
+    rows = [row for path in given.rows for row in newest(read(path))]
     for file in draw(rows, given.folder, given.machine):
         print(file)
 

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
 from tinybert_fast.data.atomic import atomic_write
 
 Row = dict[str, Any]
@@ -138,6 +139,25 @@ def _value(column: str, cell: str) -> Any:
         except ValueError:
             continue
     return cell
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of each case, dtype and number of threads the newest run that has all of its baselines."""
+    runs: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+    for row in rows:
+        by_date = runs.setdefault((*case_of(row), row["dtype"], row["threads"]), {})
+        by_date.setdefault(row["date"], []).append(row)
+    found = []
+    for by_date in runs.values():
+        roles = {date: {row["role"] for row in run} for date, run in by_date.items()}
+        every = {BASELINE, CAREFUL, OURS} & set[str]().union(*roles.values())
+        whole = [date for date in by_date if roles[date] >= every]
+        found += by_date[max(whole or by_date)]
+    return found
+
+
+def case_of(row: Row) -> tuple[Any, ...]:
+    return row["case"], row["batch"], row["width"], row["pass"]
 
 
 def growth_exponents(rows: list[Row]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
-from tinybert_fast.benchmarks.table import Row, read
+from tinybert_fast.benchmarks.table import Row, case_of, newest, read
 from tinybert_fast.data.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parent
@@ -56,25 +56,6 @@ WHO = {"ours": "tinybert_fast"}
 
 
 # ---- rows ----------------------------------------------------------------------------------------
-
-
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of each case, dtype and number of threads the newest run that has all of its baselines."""
-    runs: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
-    for row in rows:
-        by_date = runs.setdefault((*case_of(row), row["dtype"], row["threads"]), {})
-        by_date.setdefault(row["date"], []).append(row)
-    found = []
-    for by_date in runs.values():
-        roles = {date: {row["role"] for row in run} for date, run in by_date.items()}
-        every = {BASELINE, CAREFUL, OURS} & set[str]().union(*roles.values())
-        whole = [date for date in by_date if roles[date] >= every]
-        found += by_date[max(whole or by_date)]
-    return found
-
-
-def case_of(row: Row) -> tuple[Any, ...]:
-    return row["case"], row["batch"], row["width"], row["pass"]
 
 
 def is_ours(row: Row) -> bool:
@@ -413,7 +394,7 @@ def slower(page: Path) -> str:
                         other["provider"], f"{ratio:.2f}x", times(captured),
                     ]
                 )  # fmt: skip
-    heads = "machine|case|dtype|B, N|fastest other|tinybert_fast|as CUDA graphs"
+    heads = "machine|case|dtype|B, N|fastest other|ours beside it|as CUDA graphs"
     return f"{markdown(heads, 5, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
 
 
