@@ -48,8 +48,8 @@ def _forward_kernel(
     x_ptr, bias_ptr, y_ptr, rows,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = (offs_m[:, None] < rows) & (offs_n[None, :] < C)
     at = offs_m[:, None] * C + offs_n[None, :]
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32)[None, :]
@@ -88,7 +88,8 @@ def forward(x, bias):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() > 0:
         setting = configs.ELEMENTWISE
-        blocks = configs.cdiv(columns, setting.block_n), configs.cdiv(rows, setting.block_m)
+        # Rows first: CUDA's second axis ends at 65,535 blocks.
+        blocks = configs.cdiv(rows, setting.block_m), configs.cdiv(columns, setting.block_n)
         _forward_kernel[blocks](
             x.contiguous(), bias.contiguous(), y, rows, C=columns, **setting.launch()
         )

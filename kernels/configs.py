@@ -154,7 +154,8 @@ FAMILIES: dict[int, Table] = {
     }
     for number, family in ((80, SM_80), (90, SM_90), (100, SM_100))
 }
-# What `bench --tune` found on an H200, at 65,536 tokens in sequences of 64, 128 and 512.
+# By an H200's clock: attention as `bench --tune` times it, at 65,536 tokens in sequences of 64, 128
+# and 512; the Gram form under several settings at 32,768 and 131,072 tokens.
 DEEP = PIPELINED._replace(num_stages=3)
 FAMILIES[90] |= {
     **_spread(

@@ -5,8 +5,9 @@ Backward, g = dy * weight:   ds = rstd * (g - mean(g) - z * mean(g * z)),   dx =
     dbias = sum(dx),   dweight = sum(dy * z),   dln_bias = sum(dy)   over all rows.
 
 Shapes: x, residual, y, s and their gradients (rows, C), made contiguous; bias, weight, ln_bias
-(C,); mean, rstd (rows, 1) fp32; sequences, positions int32 (rows,). y and the stored s have the
-residual's dtype. Statistics and sums are fp32 for every dtype; y comes from s before it is rounded.
+(C,); mean, rstd (rows, 1) fp32; sequences, positions int32 (rows,). y and the s that is kept for
+the backward have the residual's dtype. Statistics and sums over rows are fp32 for every dtype; y
+comes from s before it is rounded.
 Sources: Ba et al. 2016, arXiv:1607.06450; Devlin et al. 2018, arXiv:1810.04805.
 """
 
