@@ -233,7 +233,9 @@ def read_tune(run: Run, text: str) -> str:
     rows = run.found("tune").get("rows", [])
     if not rows:
         return "no settings"
-    gains = sorted(row["before_us"] / row["after_us"] for row in rows)
+    gains = sorted(row["before_us"] / row["after_us"] for row in rows if row["after_us"])
+    if not gains:
+        return "nothing reached in time"
     return f"{len(rows)} passes, {gains[0]:.2f}x to {gains[-1]:.2f}x as fast as built in"
 
 

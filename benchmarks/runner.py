@@ -590,6 +590,10 @@ def _norm(x: Tensor) -> float:
 
 def _keep(case: Case, names: Collection[str]) -> None:
     """Leave these providers in a case, and those that its checks refer to."""
+    if not any(provider.name in names for provider in case.providers):
+        there = ", ".join(provider.name for provider in case.providers)
+        asked = ", ".join(names)
+        raise ValueError(f"--provider {asked}: {case.title} has none of them but {there}")
     kept = {*names, *(check.reference for check in case.checks)}
     case.providers = [p for p in case.providers if p.name in kept]
     case.checks = tuple(

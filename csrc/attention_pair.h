@@ -69,6 +69,7 @@ template <int kRow>
 __attribute__((noinline)) void product(int64_t rows, int64_t columns, const float* a,
                                        int64_t a_step, const float* b, int64_t b_step,
                                        int64_t steps, float* c, int64_t c_row, bool add) {
+  if (rows == 0) return;
   const int64_t blocks = (rows + kTallest - 1) / kTallest, each = (rows + blocks - 1) / blocks;
   const auto chosen = each > kTall     ? rows_product<kTallest, kRow>
                       : each > kMiddle ? rows_product<kTall, kRow>

@@ -50,7 +50,7 @@ inline Floats exponential(Floats x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   y = Floats(Uints(y) + (Uints(shifted) << 23));  // times 2^k, the last bits of `shifted`
-  return x < -86.0f ? Floats{} : y;
+  return x < -86.0f ? Floats{} : x == x ? y : x;  // a NaN's bits would have met the shift
 }
 
 // 64-bit products of the low words of x, whatever the high words are, and y. One instruction on

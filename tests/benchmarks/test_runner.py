@@ -559,6 +559,7 @@ def test_passes_of_an_op():
         ({"minutes": 0}, "--minutes 0: more than 0"),
         ({"suite": "all"}, "--suite 'all' is not one of step, ops, memory, masking"),
         ({"cases": ["pretrain"]}, "--case 'pretrain' matches none of mlm_step"),
+        ({"providers": ["oours"]}, "--provider oours: mlm_step N=16 has none of them but transf"),
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),
         ({"threads": 0}, "--threads 0: at least 1"),

@@ -814,7 +814,9 @@ def test_autocast(cases):
         theirs, ours = plain(**batch).loss, fast(**batch).loss
         fast.train()
         loss = fast(**batch).loss
+        states = [m(**batch, output_hidden_states=True).hidden_states for m in (plain, fast.eval())]
     assert abs(ours - exact) <= 2 * abs(theirs - exact) + 0.01
+    assert [x.dtype for x in states[1]] == [x.dtype for x in states[0]]
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fast.parameters())
 

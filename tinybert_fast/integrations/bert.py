@@ -198,7 +198,9 @@ class AcceleratedBertModel(Accelerated, BertModel):
         if wanted is not None:
             last = self.config.num_hidden_layers
             states = tuple(
-                (hidden if m == last else layout.pad(record.hidden[m])) if m in wanted else None
+                (hidden if m == last else layout.pad(record.hidden[m].to(hidden.dtype)))
+                if m in wanted
+                else None
                 for m in range(last + 1)
             )
         if packed:

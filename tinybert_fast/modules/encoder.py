@@ -10,9 +10,9 @@ heads are padded in the weights to a multiple of HEAD_UNIT, W by rows and W_o by
 q, k, v, their gradients and the output's padded numbers are zero, so nothing else changes.
 Every dropout place has its own site number, 4 m + place, under one seed per forward.
 
-Under autocast h_0 .. h_M have its dtype, to which each product would round them anyway: rounded
-once, half as many bytes are read as queries, keys, values, residuals and by the FFN. Sums,
-statistics and parameters of the norms stay fp32, and so does the answer.
+Under autocast h_0 .. h_M have its dtype, to which each product would round them anyway, and are
+residuals in it too: half as many bytes are moved. Norms compute in fp32 and keep their statistics
+so; the sum that they keep is rounded likewise. Their parameters and the answer stay fp32.
 """
 
 from __future__ import annotations

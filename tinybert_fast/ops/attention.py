@@ -23,6 +23,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.native import DIRECTIONS
 from tinybert_fast.reference.attention import attention as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
@@ -44,8 +45,6 @@ LIMITS = Limits(
     native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # of masks and fp64: PyTorch, the same dropout
     triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
 )
-DIRECTIONS = ("both", "causal", "anti_causal")
-
 _CALL = (
     "Tensor cu_seqlens, Tensor? work, SymInt max_length, float scale, str direction,"
     " float dropout_p, Tensor? seed, int site, Tensor[] block_mask"

@@ -35,13 +35,13 @@ LIMITS = Limits(
 
 _forward = define(
     "bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor y",
-    fake=lambda x, bias: torch.empty_like(x),
+    fake=lambda x, bias: x.new_empty(x.shape),
     torch="tinybert_fast.tuned.bias_gelu:forward",
     triton="tinybert_fast.kernels.bias_gelu:forward",
 )
 _backward = define(
     "bias_gelu_bwd(Tensor grad, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
-    fake=lambda grad, x, bias: (torch.empty_like(x), torch.empty_like(bias)),
+    fake=lambda grad, x, bias: (x.new_empty(x.shape), torch.empty_like(bias)),
     torch="tinybert_fast.tuned.bias_gelu:backward",
     triton="tinybert_fast.kernels.bias_gelu:backward",
 )
@@ -61,7 +61,7 @@ class _BiasGelu(torch.autograd.Function):
         if ctx.impl == "reference":
             needs = ctx.needs_input_grad[:2]
             return (*reference_gradient(reference, (x, bias), needs, grad), None)
-        return (*_backward(grad, x, bias, ctx.impl), None)
+        return (*_backward(grad.contiguous(), x, bias, ctx.impl), None)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -72,7 +72,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     """
     impls = choose(impl, LIMITS, x, double=any_double(bias))
     check_columns("bias_gelu", x, bias=bias)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = (
         without_autocast(reference, rows, bias)
         if impls[0] == "reference"

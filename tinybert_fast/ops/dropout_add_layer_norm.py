@@ -145,7 +145,8 @@ def dropout_add_layer_norm(
             sequence, token rank and column.
 
     Returns:
-        The residual's shape and dtype; the sum and its statistics are fp32 or wider.
+        The residual's shape and dtype, computed in fp32 or wider; what a backward reads of the sum
+        is rounded to the residual's dtype, its statistics are not.
 
     Raises:
         ValueError: shapes that disagree, a dropout rate out of range, a layout of another size, or

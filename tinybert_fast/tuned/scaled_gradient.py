@@ -9,4 +9,5 @@ from torch import Tensor
 def forward(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * upstream`` in fp32 or wider, rounded to ``dtype``, in one pass."""
     upstream = upstream.reshape((1,) * gradient.dim())  # of no dimension it would take bf16
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+    scaled = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, upstream, out=scaled)
