@@ -8,7 +8,8 @@ and the losses coincide.
 On a GPU the batches are larger, with every position real or lengths as drawn, and the steps are
 also replayed as CUDA graphs. Where the official N x N tensors of B = 256, N = 512 would not fit,
 `official` is left out and measured at B = 32 instead. `student_step`: the same without the teacher,
-whose answers are there before anything is timed.
+whose answers are there before anything is timed. On a CPU TextBrewer takes part where it is
+installed, which no extra of this package does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinybert_fast.benchmarks.baselines import textbrewer
 from tinybert_fast.benchmarks.baselines.distillation import (
     CarefulStep,
     KeptLessons,
@@ -251,7 +253,14 @@ def cases(
             *([] if every_position else [fast(CachedGpuStep)]),
         ]
     else:
-        providers = [plain(OfficialStep), plain(CarefulStep), fast(OurStep), fast(CachedStep)]
+        others = [plain(textbrewer.TextBrewerStep)] if textbrewer.is_installed() else []
+        providers = [
+            plain(OfficialStep),
+            plain(CarefulStep),
+            *others,
+            fast(OurStep),
+            fast(CachedStep),
+        ]
     names = [provider.name for provider in providers]
     checks = [Check(FULL, names[0], tuple(names[1:]))]
     if not every_position:

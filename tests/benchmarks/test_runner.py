@@ -9,7 +9,7 @@ import torch
 
 from tinybert_fast import ops
 from tinybert_fast.benchmarks import op_call, runner, step_work, table, training_step
-from tinybert_fast.benchmarks.baselines import plain_bert
+from tinybert_fast.benchmarks.baselines import plain_bert, textbrewer
 from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown, show
 from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup, Unavailable, Work
 from tinybert_fast.benchmarks.cases import (
@@ -47,6 +47,12 @@ class Fake:
         extra = self.bf16 if dtype == "bf16" else 0.0
         gradients = {"w": torch.full((3,), self.gradient + extra), "b": torch.zeros(2)}
         return Outcome(self.loss + extra, gradients)
+
+
+@pytest.fixture(autouse=True)
+def without_textbrewer(monkeypatch):
+    """Whoever has it installed sees the same providers."""
+    monkeypatch.setattr(textbrewer, "is_installed", lambda: False)
 
 
 def fake_case(*providers, reference="a"):
@@ -187,6 +193,20 @@ def test_real_cases_agree_and_a_dropped_loss_term_is_seen(monkeypatch):
     )
     with pytest.raises(runner.Disagreement, match="'ours' does not compute"):
         runner.check(case, "fp32")
+
+
+@pytest.mark.skipif(not textbrewer.is_installed(), reason="pip install --no-deps textbrewer")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_textbrewer_computes_the_same_loss(monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(textbrewer, "is_installed", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    (case,) = distill_step.CASES["distill_step_b16_n128"](SMOKE)
+    theirs = next(one for one in case.providers if one.name == "textbrewer")
+    theirs.tune("fp32", lambda call: 0.0)
+    assert {"textbrewer", "ours"} <= runner.check(case, dtype).keys()
+    assert len(case.checks) == 2  # with padding and without
+    theirs.run(dtype)
+    assert not list(tmp_path.iterdir())  # its folders and logs
 
 
 def test_masked_lm_providers_agree_and_a_scaled_loss_is_seen(monkeypatch):
