@@ -38,7 +38,7 @@ def grid(middle: Point, batches: tuple[int, ...], widths: tuple[int, ...]) -> li
 FILLS = (1.0, 0.6, 0.3)
 WIDTHS = (64, 128, 256, 512)
 MLM_GRID = grid(Point(16, 128, 0.6), (8, 16, 32), WIDTHS)
-DISTILL_GRID = grid(Point(8, 128, 0.6), (2, 4, 8), (64, 128, 512))
+DISTILL_GRID = grid(Point(8, 128, 0.6), (2, 8), (64, 128, 512))
 GPU_GRID = grid(Point(256, 128, 0.6), (32, 64, 128, 256, 512, 1024), WIDTHS)
 SMOKE_GRID = [Point(2, 16, 0.6), Point(4, 16, 0.6), Point(4, 8, 0.6), Point(2, 16, 1.0)]
 
