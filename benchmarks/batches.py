@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-SHORTEST = 0.2  # of the width; lengths spread evenly over [0.2, 1] leave about 60 % real positions
+FILL = 0.6  # share of positions that are real, unless asked for another
+SHORTEST = 0.2  # of the width at that share, where lengths spread evenly over [0.2, 1]
 LABELLED = 0.15  # of the tokens between [CLS] and [SEP]
 IGNORED = -100
 MASK = 103  # [MASK] in BERT's English vocabulary; ids drawn for words start above it
@@ -56,9 +57,14 @@ class Batch:
         """int64 (R,): flat places of the labels. Read from the device once."""
         return (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
 
+    @property
+    def longest_first(self) -> list[int]:
+        """Numbers of the sequences."""
+        return sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b])
+
     def buckets(self, count: int) -> list[Batch]:
         """Sorted by length and cut into ``count`` batches, each trimmed to its longest sequence."""
-        order = sorted(range(len(self.lengths)), key=lambda b: -self.lengths[b])
+        order = self.longest_first
         size = -(-len(order) // count)
         return [self.rows(order[i : i + size]) for i in range(0, len(order), size)]
 
@@ -82,15 +88,22 @@ def bucket_counts(batch: Batch) -> tuple[int, ...]:
     return counts
 
 
-def draw_lengths(batch: int, width: int, generator: torch.Generator) -> list[int]:
+def draw_lengths(
+    batch: int, width: int, generator: torch.Generator, fill: float = FILL
+) -> list[int]:
     """One length from each of ``batch`` equal slices of [0.2, 1] * width, in random order.
 
     Places within the slices come in opposite pairs, so the mean is 0.6 * width at any batch size.
+    With another ``fill`` the shortest moves in proportion, the longest is still about the width,
+    and a power of the place between them makes the mean about fill * width: fewer long ones, as
+    text has them, the lower it is.
     """
+    shortest = SHORTEST / FILL * fill
     half = torch.rand(batch // 2, generator=generator)
     within = torch.cat([half, half.new_full((batch % 2,), 0.5), 1 - half.flip(0)])
     at = (torch.arange(batch) + within) / batch
-    lengths = (width * (SHORTEST + (1 - SHORTEST) * at)).round().long().clamp(SPECIAL + 1, width)
+    at = at ** ((1 - fill) / (fill - shortest))
+    lengths = (width * (shortest + (1 - shortest) * at)).round().long().clamp(SPECIAL + 1, width)
     return lengths[torch.randperm(batch, generator=generator)].tolist()
 
 

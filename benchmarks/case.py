@@ -68,7 +68,7 @@ class Provider(Protocol):
     def setting(self, dtype: str) -> str:
         """The chosen setting in words, empty if there is nothing to choose."""
 
-    def run(self, dtype: str) -> None:
+    def run(self, dtype: str) -> Any:
         """What is timed."""
 
     def outcome(self, what: str, dtype: str) -> Outcome:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinybert_fast.benchmarks.case import DTYPES, Case, Outcome
+from tinybert_fast.benchmarks.case import DTYPES, Case, Outcome, Provider
 
 Op = Callable[..., Tensor]
 SEED = 1  # of the gradients that come in
@@ -157,7 +157,7 @@ class Fastest:
 
 
 def fastest(
-    provider: OpCall | Fastest,
+    provider: Provider,
     dtype: str,
     settings: tuple[str, ...],
     choose: Callable[[str], None],

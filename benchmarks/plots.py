@@ -8,6 +8,7 @@ bars.png        every case, pass and dtype: each provider's speed beside that of
                 none, of (b) or else the first
 memory.png      peak memory against the length
 roofline.png    rate against arithmetic intensity, under the ceilings measured in the same run
+scaling.png     tokens per second of steps against batch, length and the share of real positions
 
 A figure for which there are no rows is not drawn.
 """
@@ -15,7 +16,8 @@ A figure for which there are no rows is not drawn.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ SHADES = {
 }
 OTHER = "tab:green"
 MARKERS = {BASELINE: "x", CAREFUL: "s", OURS: "o", "ours graph": "D", "careful graph": "d"}
-BY_LENGTH = "memory"  # the suite
+BY_LENGTH, SCALING = "memory", "scaling"  # suites
 
 
 def draw(rows: Iterable[Row], folder: Path, machine: str = "") -> list[Path]:
@@ -50,7 +52,7 @@ def draw(rows: Iterable[Row], folder: Path, machine: str = "") -> list[Path]:
     rows = list(rows)
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for name, figure_of in (("bars", bars), ("memory", memory), ("roofline", roofline)):
+    for name, figure_of in FIGURES.items():
         figure = figure_of(rows)
         if figure is not None:
             made.append(folder / f"{name}{'-' * bool(machine)}{machine}.png")
@@ -93,7 +95,7 @@ def bars(rows: list[Row]) -> Figure | None:
     """Speed over the base's, as CUDA graphs where a case has them for all; the time behind each."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row["suite"] != BY_LENGTH:
+        if row["suite"] not in (BY_LENGTH, SCALING):
             key = (row["suite"], row["case"], row["batch"], row["width"], row["pass"], row["dtype"])
             groups.setdefault(key, []).append(row)
     shown: list[tuple[str, float, str, Row]] = []  # label, height, words
@@ -164,7 +166,8 @@ def memory(rows: list[Row]) -> Figure | None:
 def roofline(rows: list[Row]) -> Figure | None:
     """A point per row that has a rate; a roof per dtype, of the run's own product and copy. Cases
     are numbered: names would lie over each other."""
-    points = [r for r in rows if r["tflops"] and r["gbytes_per_s"] and r["matmul_gflops"]]
+    rated = [r for r in rows if r["tflops"] and r["gbytes_per_s"] and r["matmul_gflops"]]
+    points = [r for r in rated if r["suite"] != SCALING]  # dozens of one step
     if not points:
         return None
     cases: dict[str, list[tuple[float, float]]] = {}  # intensity (FLOP per byte), rate
@@ -210,6 +213,77 @@ def roofline(rows: list[Row]) -> Figure | None:
         transform=key.transAxes, fontsize=6.5, va="bottom",
     )  # fmt: skip
     return _titled(figure, "Roofline", points)
+
+
+def scaling(rows: list[Row]) -> Figure | None:
+    """Tokens per second, a line of panels for each step: what a panel does not vary is as in the
+    middle of the grid, where most of the points are; N varies at the positions B N of the middle.
+    """
+    steps: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["suite"] == SCALING:
+            steps.setdefault(row["case"], []).append(row)
+    if not steps:
+        return None
+    figure = Figure(figsize=(15, 4.2 * len(steps) + 0.6), layout="constrained")
+    for line, (case, of_step) in enumerate(steps.items()):
+        batch, width, real = (_commonest(of_step, value) for value in (_batch, _width, _real))
+        panels: tuple[tuple[str, Callable[[Row], Any], Callable[[Row], Any], tuple], ...] = (
+            (f"batch B (N={width}, {real:.0%} real)", _batch, lambda r: (_width(r), _real(r)),
+             (width, real)),
+            (f"length N (B N={batch * width:,}, {real:.0%} real)", _width,
+             lambda r: (_batch(r) * _width(r), _real(r)), (batch * width, real)),
+            (f"share of positions that are real (B={batch}, N={width})", _real,
+             lambda r: (_batch(r), _width(r)), (batch, width)),
+        )  # fmt: skip
+        for at, (label, x, fixed, middle) in enumerate(panels, 1):
+            axes = figure.add_subplot(len(steps), len(panels), line * len(panels) + at)
+            lanes: dict[tuple[str, str, str], dict[Any, float]] = {}
+            for row in of_step:
+                if fixed(row) == middle:
+                    who = (row["provider"], row["dtype"], row["role"])
+                    lanes.setdefault(who, {})[x(row)] = row["tokens_per_s"]
+            for (provider, dtype, role), rates in lanes.items():
+                places = sorted(rates)
+                axes.plot(
+                    places, [rates[place] for place in places], label=f"{provider} {dtype}",
+                    color=COLOURS.get(role), marker=MARKERS.get(role, "."),
+                )  # fmt: skip
+            if x is not _real:
+                places = sorted({place for rates in lanes.values() for place in rates})
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(places, [str(place) for place in places])
+                axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+            axes.set_title(case, fontsize="medium")
+            axes.set_xlabel(label)
+            axes.set_ylabel("real tokens per second")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+    return _titled(
+        figure,
+        "Steps against batch, length and padding",
+        [row for of in steps.values() for row in of],
+    )
+
+
+def _batch(row: Row) -> int:
+    return int(row["batch"])
+
+
+def _width(row: Row) -> int:
+    return int(row["width"])
+
+
+def _real(row: Row) -> float:
+    return round(float(row["valid_fraction"]), 1)
+
+
+def _commonest(rows: list[Row], value: Callable[[Row], Any]) -> Any:
+    return Counter(value(row) for row in rows).most_common(1)[0][0]
+
+
+FIGURES = {"bars": bars, "memory": memory, "roofline": roofline, "scaling": scaling}
 
 
 def _titled(figure: Figure, title: str, rows: list[Row]) -> Figure:

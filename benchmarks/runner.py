@@ -63,7 +63,7 @@ from tinybert_fast.benchmarks.table import (
     write_json,
 )
 
-SUITES = ("step", "ops", "memory", "masking")
+SUITES = ("step", "ops", "memory", "masking", "inference", "scaling")
 DTYPE_CHOICES = {"fp32": ("fp32",), "bf16": ("bf16",), "both": ("fp32", "bf16")}
 
 # Relative differences allowed at dropout 0 in fp32, where the order of additions differs. In bf16:
@@ -127,6 +127,14 @@ def load_cases(suite: str, *, on_gpu: bool = False) -> Cases:
         from tinybert_fast.benchmarks.cases import masking
 
         return masking.CASES
+    if suite == "inference":
+        from tinybert_fast.benchmarks.cases import inference
+
+        return inference.GPU_CASES if on_gpu else inference.CASES
+    if suite == "scaling":
+        from tinybert_fast.benchmarks.cases import scaling
+
+        return scaling.GPU_CASES if on_gpu else scaling.CASES
     from tinybert_fast.benchmarks.cases import distill_step, mlm_step
 
     if on_gpu:
@@ -159,8 +167,9 @@ def run_suite(
 
     Args:
         suite: "step" (training steps), "ops" (each by itself: forward, backward and both), "memory"
-            (attention loss against the length) or "masking" (mlm_mask and collators, of integers
-            whatever the dtype).
+            (attention loss against the length), "masking" (mlm_mask and collators, of integers
+            whatever the dtype), "inference" (encoders that answer) or "scaling" (steps against
+            batch, length and padding).
         cases: names, or beginnings of names, of the cases to run; all by default.
         providers: names of those to run, beside the one that others are held to; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
@@ -574,6 +583,8 @@ def errors_between(exact: Outcome, other: Outcome) -> tuple[tuple[float, float],
         strange = sorted(exact.gradients.keys() ^ other.gradients.keys())
         return (loss, float("inf")), f"{strange[0]} (only one side has it)"
     norms = {name: _norm(g) for name, g in exact.gradients.items()}
+    if not norms:
+        return (loss, 0.0), "nothing"
     floor = SMALLEST_NORM * max(norms.values())
     errors = {
         name: _norm(other.gradients[name].double() - g.double()) / max(norms[name], floor)

@@ -15,15 +15,17 @@ from tinybert_fast.data.atomic import atomic_write
 
 Row = dict[str, Any]
 LONGEST = 3  # widths that a growth exponent is fitted to
+# Speed of inference over BERT-base's that the TinyBERT paper reports (Jiao et al. 2020, table 1).
+TEACHER, PUBLISHED = "12l_768", {"4l_312": 9.4, "6l_768": 2.0}
 
 # Column -> what it says. A cell that does not apply, or was not measured, is empty (null in JSON).
 COLUMNS = {
-    "suite": "step, ops, memory or masking",
+    "suite": "step, ops, memory, masking, inference or scaling",
     "case": "what is computed (benchmarks/cases)",
     "provider": "who computes it",
     "role": "a: as it comes; b: as a careful user writes it; ours; others by their own name",
     "pass": "forward, backward or both",
-    "dtype": "fp32, or bf16 autocast over fp32 weights, or int64",
+    "dtype": "fp32; bf16 autocast over fp32 weights, of inference bf16 weights; int64",
     "batch": "sequences B",
     "width": "padded length N",
     "valid_tokens": "real positions of the batch",
@@ -187,11 +189,12 @@ def show(rows: list[Row], console: Any) -> None:
     """A printed table per case, and beneath it where it was measured."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        grows = row["growth"] is not None
-        key = (row["case"],) if grows else (row["case"], row["width"], row["pass"])
+        whole = row["growth"] is not None or row["suite"] == "scaling"
+        key = (row["case"],) if whole else (row["case"], row["width"], row["pass"])
         groups.setdefault(key, []).append(row)
     for group in groups.values():
-        console.print((_growth if group[0]["growth"] is not None else _speed)(group))
+        scales = _scaling if group[0]["suite"] == "scaling" else _speed
+        console.print((_growth if group[0]["growth"] is not None else scales)(group))
     last = rows[-1]
     lines = [
         f"{last['cpu']} ({last['cpu_instructions']}), {last['cores']} cores, {last['threads']} "
@@ -207,21 +210,92 @@ def show(rows: list[Row], console: Any) -> None:
     errors = [(row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"]]
     if errors:
         loss, gradient = (max(column) for column in zip(*errors, strict=True))
-        lines.append(
-            f"At dropout 0 the providers agree: losses within {loss:.1e}, gradients within "
-            f"{gradient:.1e} (relative)."
-        )
+        found = f"losses within {loss:.1e}, gradients within {gradient:.1e}"
+        if last["suite"] == "inference":
+            found = f"results within {loss:.1e}"
+        lines.append(f"At dropout 0 the providers agree: {found} (relative).")
     if any(_emulated(row) for row in rows):
         lines.append(
             "* this processor has no bf16 instructions: bf16 is emulated, and these times say "
             "nothing about one that has them."
         )
+    gains = over_teacher(rows)
+    if gains:
+        console.print(_gains(gains))
     for line in lines:
         console.print(line, highlight=False)
 
 
+def over_teacher(rows: list[Row]) -> list[Row]:
+    """How many times as fast as the teacher each student of the inference suite answers under the
+    same provider, at the same batch, beside the published figure."""
+    medians = {
+        (row["case"], row["provider"], row["dtype"]): row["median_ms"]
+        for row in rows
+        if row["suite"] == "inference"
+    }
+    found = []
+    for row in rows:
+        for student, published in PUBLISHED.items():
+            teachers = row["case"].replace(student, TEACHER)
+            teacher = medians.get((teachers, row["provider"], row["dtype"]))
+            if student in row["case"] and row["suite"] == "inference" and teacher is not None:
+                same = ("provider", "dtype", "batch", "valid_fraction")
+                found.append(
+                    {
+                        "student": student,
+                        "teacher": TEACHER,
+                        **{name: row[name] for name in same},
+                        "times": round(teacher / row["median_ms"], 3),
+                        "published": published,
+                    }
+                )
+    return found
+
+
+def _gains(found: list[Row]) -> Any:
+    """What ``over_teacher`` found, a column per batch."""
+    table = _titled(f"Times as fast as {TEACHER} under the same provider")
+    for head in ("student", "provider", "dtype"):
+        table.add_column(head, no_wrap=True)
+    batches = list(dict.fromkeys((one["batch"], one["valid_fraction"]) for one in found))
+    for head in (*(f"B={batch}, {real:.0%} real" for batch, real in batches), "published"):
+        table.add_column(head, justify="right", no_wrap=True)
+    lines: dict[tuple, dict[tuple, str]] = {}
+    for one in found:
+        line = (one["student"], one["provider"], one["dtype"], one["published"])
+        at = (one["batch"], one["valid_fraction"])
+        lines.setdefault(line, {})[at] = f"{one['times']:.2f}"
+    for (*who, published), times in sorted(lines.items()):
+        table.add_row(*who, *(times.get(at, "") for at in batches), f"{published}")
+    return table
+
+
+def _scaling(rows: list[Row]) -> Any:
+    """A line per point, tokens per second side by side."""
+    table = _titled(f"{rows[0]['case']}: real tokens per second")
+    whos = list(dict.fromkeys(_who(row) for row in rows))
+    for head in ("B", "N", "real", *(" ".join(who) for who in whos), "ours x (b)"):
+        table.add_column(head, justify="right", no_wrap=True)
+    points: dict[tuple, dict[tuple, Row]] = {}
+    for row in rows:
+        point = (row["batch"], row["width"], row["valid_fraction"])
+        points.setdefault(point, {})[_who(row)] = row
+    for (batch, width, real), of in sorted(points.items()):
+        gains = [_number(row["speedup_b"], ".2f") for row in of.values() if row["role"] == OURS]
+        table.add_row(
+            str(batch),
+            str(width),
+            f"{real:.0%}",
+            *(_number(of[who]["tokens_per_s"], ",.0f") if who in of else "" for who in whos),
+            ", ".join(gains),
+        )
+    return table
+
+
 def _speed(rows: list[Row]) -> Any:
     first = rows[0]
+    answers = first["suite"] == "inference"
     table = _titled(
         f"{first['case']}: B={first['batch']} N={first['width']}, "
         f"{first['valid_fraction']:.0%} real positions, dropout {first['dropout']}, "
@@ -238,10 +312,11 @@ def _speed(rows: list[Row]) -> Any:
     bounds = not graphs and any(row["gpu"] != "none" and row["bound_ms"] for row in rows)
     bound_heads = ("TFLOP/s", "bound ms") if bounds else ()
     more = (*heads[: len(ratios)], *graph_heads, *bound_heads)
-    for head in ("ms", "p20 - p80", *more, "tokens/s", "peak MiB"):
+    for head in ("ms", "p20 - p80", *more, f"{'sentences' if answers else 'tokens'}/s", "peak MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("setting")
     for row in rows:
+        per_second = 1e3 * row["batch"] / row["median_ms"] if answers else row["tokens_per_s"]
         table.add_row(
             *_who(row),
             _milliseconds(row["median_ms"]),
@@ -249,7 +324,7 @@ def _speed(rows: list[Row]) -> Any:
             *(_number(row[ratio], ".2f") for ratio in ratios),
             *(_graph(row) if graphs else ()),
             *((_number(row["tflops"], ".0f"), _number(row["bound_ms"], ".2f")) if bounds else ()),
-            _number(row["tokens_per_s"], ",.0f"),
+            _number(per_second, ",.1f" if per_second < 100 else ",.0f"),
             _number(row["peak_mib"], ",.1f"),
             row["setting"],
         )

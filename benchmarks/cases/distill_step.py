@@ -8,7 +8,8 @@ and the losses coincide.
 On a GPU the batches are larger, with every position real or lengths as drawn, and the steps are
 also replayed as CUDA graphs. Where the official N x N tensors of B = 256, N = 512 would not fit,
 `official` is left out and measured at B = 32 instead. `student_step`: the same without the teacher,
-whose answers are there before anything is timed.
+whose answers are there before anything is timed. On a CPU TextBrewer takes part where it is
+installed, which no extra of this package does.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinybert_fast.benchmarks.baselines import textbrewer
 from tinybert_fast.benchmarks.baselines.distillation import (
     CarefulStep,
     KeptLessons,
     OfficialStep,
     PlainStep,
 )
-from tinybert_fast.benchmarks.batches import Batch, draw_batch, draw_lengths
+from tinybert_fast.benchmarks.batches import FILL, Batch, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup, Unavailable
 from tinybert_fast.benchmarks.cases.mlm_step import student_config
 from tinybert_fast.benchmarks.step_work import distillation_work
@@ -192,14 +194,15 @@ def cases(
     name: str,
     batch: int,
     width: int,
-    every_position: bool = False,
+    fill: float = FILL,
     student_alone: bool = False,
 ) -> Iterator[Case]:
     from transformers import BertConfig, BertModel
 
     pairs = batch * width**2
     if setup.smoke:
-        batch, width = SMOKE_BATCH, SMOKE_WIDTH
+        batch, width = min(batch, SMOKE_BATCH), min(width, SMOKE_WIDTH)
+    every_position = fill == 1.0
     generator = setup.generator()
     torch.manual_seed(setup.seed)
     config = student_config(setup)
@@ -220,7 +223,7 @@ def cases(
     def draw(lengths: list[int]) -> Batch:
         return draw_batch(lengths, width, config.vocab_size, generator, setup.device)
 
-    drawn = draw([width] * batch if every_position else draw_lengths(batch, width, generator))
+    drawn = draw([width] * batch if every_position else draw_lengths(batch, width, generator, fill))
     full = drawn if every_position else draw([width] * batch)
     if setup.on_gpu:  # in fp32 the largest batch of the baselines would not fit
         full = full.rows(list(range(max(1, min(batch, CHECKED_TOKENS // width)))))
@@ -250,7 +253,14 @@ def cases(
             *([] if every_position else [fast(CachedGpuStep)]),
         ]
     else:
-        providers = [plain(OfficialStep), plain(CarefulStep), fast(OurStep), fast(CachedStep)]
+        others = [plain(textbrewer.TextBrewerStep)] if textbrewer.is_installed() else []
+        providers = [
+            plain(OfficialStep),
+            plain(CarefulStep),
+            *others,
+            fast(OurStep),
+            fast(CachedStep),
+        ]
     names = [provider.name for provider in providers]
     checks = [Check(FULL, names[0], tuple(names[1:]))]
     if not every_position:
@@ -286,6 +296,6 @@ def _named(shapes: Iterable[tuple[int, int]], step: str, end: str = "", **how: A
 CASES = _named(SHAPES, "distill_step")
 GPU_CASES = {
     **_named(RAGGED_SHAPES, "distill_step"),
-    **_named(FULL_SHAPES, "distill_step", "_full", every_position=True),
-    **_named(STUDENT_SHAPES, "student_step", "_full", every_position=True, student_alone=True),
+    **_named(FULL_SHAPES, "distill_step", "_full", fill=1.0),
+    **_named(STUDENT_SHAPES, "student_step", "_full", fill=1.0, student_alone=True),
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinybert_fast.benchmarks.baselines.masked_lm import CarefulStep, PlainStep, TransformersStep
-from tinybert_fast.benchmarks.batches import IGNORED, Batch, draw_batch, draw_lengths
+from tinybert_fast.benchmarks.batches import FILL, IGNORED, Batch, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup
 from tinybert_fast.benchmarks.step_work import masked_lm_work
 from tinybert_fast.benchmarks.training_step import OPTIMIZER, GraphedStep, TrainingStep
@@ -72,16 +72,16 @@ class OurGpuStep(TrainingStep):
         return loss.detach()
 
 
-def cases(setup: Setup, *, name: str, batch: int, width: int) -> Iterator[Case]:
+def cases(setup: Setup, *, name: str, batch: int, width: int, fill: float = FILL) -> Iterator[Case]:
     from transformers import BertForMaskedLM
 
     if setup.smoke:
-        batch, width = SMOKE_BATCH, SMOKE_WIDTH
+        batch, width = min(batch, SMOKE_BATCH), min(width, SMOKE_WIDTH)
     generator = setup.generator()
     torch.manual_seed(setup.seed)
     with setup.device:
         model = BertForMaskedLM(student_config(setup))
-    lengths = draw_lengths(batch, width, generator)
+    lengths = draw_lengths(batch, width, generator, fill)
     drawn = draw_batch(lengths, width, model.config.vocab_size, generator, setup.device)
     common = {"timed": drawn, RAGGED: drawn}, setup.dropout
 

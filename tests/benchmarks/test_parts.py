@@ -34,6 +34,16 @@ def test_lengths_leave_sixty_percent_real(batch, width):
     assert sum(lengths) / (batch * width) == pytest.approx(0.6, abs=0.01)
 
 
+@pytest.mark.parametrize("fill", [1.0, 0.6, 0.3])
+@pytest.mark.parametrize(("batch", "width"), [(64, 128), (8, 128)])
+def test_lengths_of_another_fill(batch, width, fill):
+    lengths = draw_lengths(batch, width, seeded(), fill)
+    assert sum(lengths) / (batch * width) == pytest.approx(fill, abs=0.03)
+    assert max(lengths) > 0.75 * width  # no more is cut off by trimming than from any other batch
+    if fill == 1.0:
+        assert set(lengths) == {width}
+
+
 def test_batch_is_padded_right_and_labels_fifteen_percent_of_words():
     lengths = [128, 30, 3]
     batch = draw_batch(lengths, 128, 30522, seeded(), CPU)

@@ -108,3 +108,25 @@ def test_bench_draws(tmp_path):
         "ops", cases=["hidden_mse_d312"], smoke=True, threads=1, rounds=1, plots_path=tmp_path
     )
     assert (tmp_path / "bars.png").exists()
+
+
+def scaling_rows():
+    points = [(16, 128, 0.6), (8, 128, 0.6), (4, 512, 0.6), (16, 128, 1.0), (16, 128, 0.3)]
+    return [
+        row(
+            suite="scaling", case="mlm_step", provider=provider, role=role, batch=batch,
+            width=width, valid_fraction=real + 0.004, tokens_per_s=1000.0 * width,
+        )
+        for batch, width, real in points
+        for provider, role in (("careful", "b"), ("ours", "ours"))
+    ]  # fmt: skip
+
+
+def test_scaling_varies_one_thing_in_each_panel(tmp_path):
+    rows = scaling_rows()
+    figure = plots.scaling(rows)
+    for word in (GPU, "2026-11-26", "tokens per second", "N=128, 60% real", "B N=2,048"):
+        assert word in words(figure)
+    found = [[line.get_xdata().tolist() for line in axes.lines] for axes in figure.axes]
+    assert found == [[[8, 16]] * 2, [[128, 512]] * 2, [[0.3, 0.6, 1.0]] * 2]
+    assert [file.name for file in plots.draw(rows, tmp_path)] == ["scaling.png"]

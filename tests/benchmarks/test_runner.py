@@ -9,15 +9,18 @@ import torch
 
 from tinybert_fast import ops
 from tinybert_fast.benchmarks import op_call, runner, step_work, table, training_step
-from tinybert_fast.benchmarks.baselines import plain_bert
+from tinybert_fast.benchmarks.baselines import plain_bert, textbrewer
 from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown, show
 from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup, Unavailable, Work
 from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
     distill_step,
+    inference,
     masking,
     mlm_step,
+    scaling,
 )
+from tinybert_fast.ops.layout import SequenceLayout
 
 CPU = torch.device("cpu")
 SMOKE = Setup(CPU, smoke=True)
@@ -44,6 +47,12 @@ class Fake:
         extra = self.bf16 if dtype == "bf16" else 0.0
         gradients = {"w": torch.full((3,), self.gradient + extra), "b": torch.zeros(2)}
         return Outcome(self.loss + extra, gradients)
+
+
+@pytest.fixture(autouse=True)
+def without_textbrewer(monkeypatch):
+    """Whoever has it installed sees the same providers."""
+    monkeypatch.setattr(textbrewer, "is_installed", lambda: False)
 
 
 def fake_case(*providers, reference="a"):
@@ -184,6 +193,20 @@ def test_real_cases_agree_and_a_dropped_loss_term_is_seen(monkeypatch):
     )
     with pytest.raises(runner.Disagreement, match="'ours' does not compute"):
         runner.check(case, "fp32")
+
+
+@pytest.mark.skipif(not textbrewer.is_installed(), reason="pip install --no-deps textbrewer")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_textbrewer_computes_the_same_loss(monkeypatch, tmp_path, dtype):
+    monkeypatch.setattr(textbrewer, "is_installed", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    (case,) = distill_step.CASES["distill_step_b16_n128"](SMOKE)
+    theirs = next(one for one in case.providers if one.name == "textbrewer")
+    theirs.tune("fp32", lambda call: 0.0)
+    assert {"textbrewer", "ours"} <= runner.check(case, dtype).keys()
+    assert len(case.checks) == 2  # with padding and without
+    theirs.run(dtype)
+    assert not list(tmp_path.iterdir())  # its folders and logs
 
 
 def test_masked_lm_providers_agree_and_a_scaled_loss_is_seen(monkeypatch):
@@ -457,6 +480,110 @@ def test_masking_suite(monkeypatch):
         runner.run_suite("masking", smoke=True, rounds=1)
 
 
+def test_inference_suite(capsys):
+    rows = runner.run_suite("inference", cases=SOME_ANSWERS, smoke=True, threads=1, rounds=1)
+    assert {row["provider"] for row in rows} == {"transformers", "careful", "ours"}
+    assert {(row["batch"], row["pass"], row["optimizer"]) for row in rows} == {
+        (1, "forward", "none"),
+        (4, "forward", "none"),
+    }
+    for row in rows:
+        assert row["tflops"] > 0
+        assert row["provider"] == "transformers" or row["loss_error"] < 1e-5
+    printed = capsys.readouterr().out
+    assert "sentences/s" in printed
+    assert "Times as fast as 12l_768" in printed
+
+
+SOME_ANSWERS = ("inference_12l_768", "inference_4l_312_b1", "inference_6l_768_b32_full")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", runner.load_cases("inference"))
+def test_answers_of_all_providers_agree(name, dtype):
+    (case,) = runner.load_cases("inference")[name](SMOKE)
+    careful = case.providers[1]
+    for form in careful.forms:
+        careful._chosen[dtype] = form
+        assert runner.check(case, dtype).keys() == {"careful", "ours"}
+
+
+def test_answers_as_on_a_gpu_agree(as_on_gpu, monkeypatch):
+    """Compiled buckets, and the layout from lengths."""
+    (case,) = runner.load_cases("inference", on_gpu=True)["inference_4l_312_b256"](SMOKE)
+    _, careful, ours = case.providers
+    batch = careful.batch
+    careful.forms |= {str(form): form for form in plain_bert.forms(batch) if form.compiled}
+    ours.layout["layout"] = SequenceLayout.from_lengths(batch.lengths, batch.input_ids.shape[1])
+    for form in [form for form in careful.forms if "compiled" in form]:
+        careful._chosen["fp32"] = form
+        runner.check(case, "fp32")
+
+
+def test_another_answer_is_a_disagreement(monkeypatch):
+    (case,) = runner.load_cases("inference")["inference_4l_312_b32"](SMOKE)
+    with torch.no_grad():
+        case.providers[-1].model_in("fp32").encoder.layer[0].output.LayerNorm.bias[0] = 1e-3
+    with pytest.raises(runner.Disagreement, match="'ours' does not compute"):
+        runner.check(case, "fp32")
+
+
+def test_students_are_compared_with_the_teacher_at_the_same_batch():
+    common = {"suite": "inference", "provider": "ours", "dtype": "fp32", "valid_fraction": 0.6}
+    rows = [
+        {**common, "case": f"inference_{model}_b{batch}", "batch": batch, "median_ms": median}
+        for batch, medians in ((1, (12.0, 6.0, 2.0)), (32, (90.0, 30.0, 10.0)))
+        for model, median in zip(inference.MODELS, medians)
+    ]
+    rows.append({**rows[1], "provider": "careful"})  # whose teacher was not measured
+    rows.append({**rows[1], "suite": "step"})
+    found = [(one["student"], one["batch"], one["times"]) for one in table.over_teacher(rows)]
+    assert found == [
+        ("6l_768", 1, 2.0), ("4l_312", 1, 6.0), ("6l_768", 32, 3.0), ("4l_312", 32, 9.0),
+    ]  # fmt: skip
+    assert {one["published"] for one in table.over_teacher(rows)} == {2.0, 9.4}
+
+
+def test_scaling_suite(tmp_path, capsys):
+    rows = runner.run_suite("scaling", smoke=True, threads=1, rounds=1, plots_path=tmp_path)
+    points = [(row["case"], row["provider"], row["batch"], row["width"]) for row in rows]
+    assert points == [
+        (case, provider, batch, width)
+        for case, first in (("mlm_step", "transformers"), ("distill_step", "official"))
+        for at, (batch, width, _) in enumerate(scaling.SMOKE_GRID)
+        for provider in (*((first,) if at == 0 else ()), "careful", "ours")
+    ]
+    assert [row["valid_fraction"] for row in rows if row["provider"] == "ours"] == pytest.approx(
+        [fill for _, _, fill in scaling.SMOKE_GRID] * 2, abs=0.05
+    )
+    assert all(row["gradient_error"] < 1e-4 for row in rows if row["provider"] == "ours")
+    assert "distill_step: real tokens per second" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["scaling.png"]
+
+
+@pytest.mark.parametrize("points", [scaling.MLM_GRID, scaling.DISTILL_GRID, scaling.GPU_GRID])
+def test_a_grid_varies_one_thing_at_a_time(points):
+    batch, width, fill = middle = points[0]
+    assert len(set(points)) == len(points)
+    for point in points[1:]:
+        same_positions = point.batch * point.width == batch * width and point.fill == fill
+        assert same_positions or sum(a == b for a, b in zip(point, middle)) == 2
+
+
+@pytest.mark.parametrize("name", ["mlm_step", "distill_step"])
+def test_scaling_on_a_gpu_compiles_nothing(as_on_gpu, name):
+    case = next(runner.load_cases("scaling", on_gpu=True)[name](SMOKE))
+    first = case.providers[0].name
+    assert [one.name for one in case.providers] == [
+        first, "careful", "careful graph", "ours", "ours graph",
+    ]  # fmt: skip
+    assert "compiled" not in " ".join(
+        str(setting) for one in case.providers for setting in getattr(one, "step", one).settings
+    )
+    rows = runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+    assert len(rows) == 5
+
+
 def test_memory_suite_in_both_dtypes(capsys):
     rows = runner.run_suite("memory", smoke=True, dtype="both", threads=1)
     assert "peak ~ N^" in capsys.readouterr().out
@@ -557,7 +684,10 @@ def test_passes_of_an_op():
     ("arguments", "says"),
     [
         ({"minutes": 0}, "--minutes 0: more than 0"),
-        ({"suite": "all"}, "--suite 'all' is not one of step, ops, memory, masking"),
+        (
+            {"suite": "all"},
+            "--suite 'all' is not one of step, ops, memory, masking, inference, scaling",
+        ),
         ({"cases": ["pretrain"]}, "--case 'pretrain' matches none of mlm_step"),
         ({"providers": ["oours"]}, "--provider oours: mlm_step N=16 has none of them but transf"),
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),

@@ -157,7 +157,7 @@ def test_bench(cli, tmp_path):
 
 def test_bench_refuses(cli):
     assert (
-        "--suite 'all' is not one of step, ops, memory, masking"
+        "--suite 'all' is not one of step, ops, memory, masking, inference, scaling"
         in cli("bench", "--suite", "all").line
     )
 

@@ -28,7 +28,8 @@ def bench(
         str,
         typer.Option(
             help="step: one training step; ops: each op by itself; memory: the attention loss "
-            "against length; masking: of masked-LM batches."
+            "against length; masking: of masked-LM batches; inference: encoders that answer; "
+            "scaling: steps against batch, length and padding."
         ),
     ] = "step",
     case: Annotated[
@@ -78,7 +79,9 @@ def bench(
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", file_okay=False, help="Draw the rows: bars, memory, roofline."),
+        typer.Option(
+            metavar="DIR", file_okay=False, help="Draw the rows: bars, memory, roofline, scaling."
+        ),
     ] = None,
     json_file: options.Json = None,
 ) -> None:
