@@ -18,7 +18,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tinybert_fast.tuned.attention import Part, add, head_blocks, heads_of, parts, put
+from tinybert_fast.ops import native
+from tinybert_fast.tuned.attention import (
+    Part,
+    add,
+    head_blocks,
+    heads_of,
+    parts,
+    put,
+    rows_together,
+)
 
 
 def forward(
@@ -56,6 +65,25 @@ def forward(
     if len(totals) == 1:  # short sequences, whose products take no longer than an operator's call
         return totals[0].mul_(weight), dq, dk
     return q.new_zeros((), dtype=wide).add_(sum(totals), alpha=weight), dq, dk
+
+
+def forward_native(
+    q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, max_length: int, form: str,
+    loss: str, block_mask: list[Tensor],
+):  # fmt: skip
+    """``forward`` in the compiled module where that can: it knows no masks, and fp32 at most."""
+    operands = q, k, p, r
+    if block_mask or any(x.dtype == torch.float64 for x in operands):
+        return forward(*operands, cu_seqlens, max_length, form, loss, block_mask)
+    if any(x.dtype != torch.bfloat16 for x in operands):
+        operands = tuple(x.float() for x in operands)
+    d, d_teacher = q.shape[2], p.shape[2]
+    limits = {"direct": max_length, "gram": 0, "auto": int(crossover_native(d, d_teacher))}
+    return native.attention_score_mse(*map(rows_together, operands), cu_seqlens, limits[form], loss)
+
+
+def crossover_native(d: int, d_teacher: int) -> float:
+    return crossover(d, d_teacher)
 
 
 def crossover(d: int, d_teacher: int) -> float:
