@@ -8,7 +8,8 @@ scores are one product, E = S - T = X Y^T. With w = 1 / (H * pairs), L = w |E|^2
     direct   E as it stands, in blocks                                               O(n^2 D)
     gram     |E|^2 = <X^T X, Y^T Y>,  E K = X (Y^T K),  E^T (a Q) = Y (X^T (a Q))    O(n D^2)
 
-Under a block mask E is 0 where it forbids, of the blocks that it lists.
+Under a block mask E is 0 where it forbids, of the blocks that it lists. ``native``, on a CPU, is
+the compiled module, one sequence and head at a time, and this one under masks and in fp64.
 """
 
 from __future__ import annotations
@@ -77,13 +78,9 @@ def forward_native(
         return forward(*operands, cu_seqlens, max_length, form, loss, block_mask)
     if any(x.dtype != torch.bfloat16 for x in operands):
         operands = tuple(x.float() for x in operands)
-    d, d_teacher = q.shape[2], p.shape[2]
-    limits = {"direct": max_length, "gram": 0, "auto": int(crossover_native(d, d_teacher))}
-    return native.attention_score_mse(*map(rows_together, operands), cu_seqlens, limits[form], loss)
-
-
-def crossover_native(d: int, d_teacher: int) -> float:
-    return crossover(d, d_teacher)
+    cheaper = int(crossover(q.shape[2], p.shape[2]))
+    direct_up_to = {"direct": max_length, "gram": 0, "auto": cheaper}[form]
+    return native.attention_score_mse(*map(rows_together, operands), cu_seqlens, direct_up_to, loss)
 
 
 def crossover(d: int, d_teacher: int) -> float:
