@@ -12,20 +12,11 @@
 #include <cstdint>
 
 #include "dropout_mask.h"
+#include "heads.h"
 
 namespace tbf {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
 enum Direction { kBoth, kCausal, kAntiCausal };
-
-// (T, H, D) numbers, the D of a head adjacent; strides in numbers.
-struct Heads {
-  const void* at;
-  int64_t row, head;
-};
 
 struct Attention {
   Heads q, k, v;

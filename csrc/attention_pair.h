@@ -1,121 +1,39 @@
 // Attention of one (sequence, head), forward and backward: the body of attention.cpp, included by
 // each_isa.h. Queries lie along the lanes of scores (keys, kQueries), so no sum crosses a vector.
 
-#include "vectors.h"
+#include "tiles.h"
 
-constexpr int kParts = kQueries / kWide;  // vectors of a row of scores
-
-// Rows of a product that stay in registers. A product of other heights fills up its last block:
-// what lies beyond a matrix may be read and written, and means nothing.
-#if TBF_LANES == 16
-constexpr int kTallest = 13, kTall = 11, kMiddle = 8, kShort = 4;
+// 64-bit products of the low words of x, whatever the high words are, and y. One instruction on
+// x86, which GCC does not find in the general form.
+inline Longs low_product(Longs x, uint32_t y) {
+#if defined(__SSE2__) && TBF_LANES == 16
+  return Longs(_mm512_maskz_mul_epu32(0xFF, __m512i(x), _mm512_set1_epi64(int64_t(y))));
+#elif defined(__SSE2__) && TBF_LANES == 8
+  return Longs(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi64x(int64_t(y))));
+#elif defined(__SSE2__)
+  return Longs(_mm_mul_epu32(__m128i(x), _mm_set1_epi64x(int64_t(y))));
 #else
-constexpr int kTallest = 6, kTall = 5, kMiddle = 4, kShort = 2;
+  return (x & 0xFFFFFFFF) * uint64_t(y);
 #endif
-static_assert(kTallest <= kSpare);
+}
 
-// c (Rows, Columns vectors) (+)= sum over s of a[s * a_step + r * kRow] * b[s * b_step + column].
-template <int Rows, int Columns, int kRow>
-inline void block_product(const float* a, int64_t a_step, const float* b, int64_t b_step,
-                          int64_t steps, float* c, int64_t c_row, bool add) {
-  Floats sum[Rows][Columns];
+// philox.h for a call in each 64-bit lane of kVectors vectors; the words' high halves mean nothing.
+template <int kVectors>
+inline void philox(Key key, Longs (&c0)[kVectors], Longs (&c1)[kVectors], Longs (&c2)[kVectors],
+                   Longs (&c3)[kVectors]) {
   TBF_UNROLL
-  for (int r = 0; r < Rows; ++r) {
+  for (int round = 0; round < kRounds; ++round) {
     TBF_UNROLL
-    for (int n = 0; n < Columns; ++n) {
-      sum[r][n] = add ? load(c + r * c_row + n * kWide) : Floats{};
+    for (int n = 0; n < kVectors; ++n) {
+      const Longs first = low_product(c0[n], kMultiplier0);
+      const Longs second = low_product(c2[n], kMultiplier1);
+      c0[n] = second >> 32 ^ c1[n] ^ uint64_t(key.k0);
+      c1[n] = second;
+      c2[n] = first >> 32 ^ c3[n] ^ uint64_t(key.k1);
+      c3[n] = first;
     }
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    Floats x[Columns];
-    TBF_UNROLL
-    for (int n = 0; n < Columns; ++n) x[n] = load(b + n * kWide);
-    TBF_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      const Floats y = all(a[r * kRow]);
-      TBF_UNROLL
-      for (int n = 0; n < Columns; ++n) sum[r][n] += y * x[n];
-    }
-    a += a_step;
-    b += b_step;
-  }
-  TBF_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    TBF_UNROLL
-    for (int n = 0; n < Columns; ++n) store(c + r * c_row + n * kWide, sum[r][n]);
-  }
-}
-
-template <int Rows, int kRow>
-inline void rows_product(int64_t rows, int64_t columns, const float* a, int64_t a_step,
-                         const float* b, int64_t b_step, int64_t steps, float* c, int64_t c_row,
-                         bool add) {
-  for (int64_t r = 0; r < rows; r += Rows) {
-    int64_t n = 0;
-    for (; n + 2 * kWide <= columns; n += 2 * kWide) {
-      block_product<Rows, 2, kRow>(a + r * kRow, a_step, b + n, b_step, steps,
-                                   c + r * c_row + n, c_row, add);
-    }
-    if (n < columns) {
-      block_product<Rows, 1, kRow>(a + r * kRow, a_step, b + n, b_step, steps,
-                                   c + r * c_row + n, c_row, add);
-    }
-  }
-}
-
-// c (rows, columns) (+)= A B; `columns` is a multiple of kWide, A (rows, steps) as block_product
-// says.
-template <int kRow>
-__attribute__((noinline)) void product(int64_t rows, int64_t columns, const float* a,
-                                       int64_t a_step, const float* b, int64_t b_step,
-                                       int64_t steps, float* c, int64_t c_row, bool add) {
-  if (rows == 0) return;
-  const int64_t blocks = (rows + kTallest - 1) / kTallest, each = (rows + blocks - 1) / blocks;
-  const auto chosen = each > kTall     ? rows_product<kTallest, kRow>
-                      : each > kMiddle ? rows_product<kTall, kRow>
-                      : each > kShort  ? rows_product<kMiddle, kRow>
-                                       : rows_product<kShort, kRow>;
-  chosen(rows, columns, a, a_step, b, b_step, steps, c, c_row, add);
-}
-
-// `count` rows of one head from `first` on, times `factor`, then zeros: out (rows, padded).
-template <class Number>
-void gather(const Heads& x, const Pair& at, int64_t first, int64_t count, int64_t rows,
-            const Sizes& size, float factor, float* out) {
-  const Number* in =
-      static_cast<const Number*>(x.at) + (at.first + first) * x.row + at.head * x.head;
-  const int64_t width = size.width, padded = size.padded, whole = width / kWide * kWide;
-  for (int64_t i = 0; i < count; ++i, in += x.row, out += padded) {
-    for (int64_t d = whole; d < padded; d += kWide) store(out + d, Floats{});
-    for (int64_t d = 0; d < whole; d += kWide) store(out + d, load(in + d) * factor);
-    if (whole == width) continue;
-    if (width >= kWide) {  // the last vector overlaps the one before
-      store(out + width - kWide, load(in + width - kWide) * factor);
-    } else {
-      Number edge[kWide] = {};
-      std::memcpy(edge, in, size_t(width) * sizeof(Number));
-      store(out, load(edge) * factor);
-    }
-  }
-  std::memset(out, 0, size_t((rows - count) * padded) * sizeof(float));
-}
-
-// The first `count` rows of in (rows, padded) -> those of one head from `first` on, contiguous.
-template <class Number>
-void scatter(const float* in, const Pair& at, int64_t first, int64_t count, const Sizes& size,
-             void* out) {
-  const int64_t width = size.width, whole = width / kWide * kWide;
-  Number* to = static_cast<Number*>(out) + ((at.first + first) * size.heads + at.head) * width;
-  for (int64_t i = 0; i < count; ++i, in += size.padded, to += size.heads * width) {
-    for (int64_t d = 0; d < whole; d += kWide) store(to + d, load(in + d));
-    if (whole == width) continue;
-    if (width >= kWide) {
-      store(to + width - kWide, load(in + width - kWide));
-    } else {
-      Number edge[kWide];
-      store(edge, load(in));
-      std::memcpy(to, edge, size_t(width) * sizeof(Number));
-    }
+    key.k0 += kWeyl0;
+    key.k1 += kWeyl1;
   }
 }
 
@@ -271,14 +189,14 @@ void forward_as(const Attention& call, const Pair& at, const Key& key, const Wor
     }
     for (int part = 0; part < kParts; ++part) {
       const Floats total = load(sum + part * kWide);
-      const Floats factor = total == 0.0f ? Floats{} : size.keep_scale / total;
+      const Floats factor = total == 0.0f ? Floats{} : w.keep_scale / total;
       for (int64_t d = 0; d < D; ++d) {
         float* const own = w.out_columns + d * kQueries + part * kWide;
         store(own, load(own) * factor);
       }
     }
     transpose(w.out_columns, kQueries, size.padded, kQueries, w.q_rows, size.padded);
-    scatter<Number>(w.q_rows, at, first, count, size, out);
+    scatter<Number>(w.q_rows, at, first, count, size, 1.0f, out);
     for (int64_t i = 0; i < count; ++i) {
       lse[(at.first + first + i) * size.heads + at.head] = most[i] + std::log(sum[i]);
     }
@@ -344,7 +262,7 @@ void backward_as(const Attention& call, const Pair& at, const Key& key, const Wo
     }
     gather<Number>(out, at, first, count, kQueries, size, 1.0f, w.q_rows);
     transpose(w.q_rows, C, kQueries, C, w.out_columns, kQueries);
-    gather<Number>(grad, at, first, count, kQueries, size, size.keep_scale, w.do_rows);
+    gather<Number>(grad, at, first, count, kQueries, size, w.keep_scale, w.do_rows);
     transpose(w.do_rows, C, kQueries, C, w.do_columns, kQueries);
     for (int part = 0; part < kParts; ++part) {
       Floats total{};
@@ -352,7 +270,7 @@ void backward_as(const Attention& call, const Pair& at, const Key& key, const Wo
         const int64_t own = d * kQueries + part * kWide;
         total += load(w.out_columns + own) * load(w.do_columns + own);
       }
-      store(delta + part * kWide, total * (1.0f / size.keep_scale));
+      store(delta + part * kWide, total * (1.0f / w.keep_scale));
     }
     gather<Number>(call.q, at, first, count, kQueries, size, call.scale, w.q_rows);
     transpose(w.q_rows, C, kQueries, C, w.q_columns, kQueries);
@@ -372,14 +290,11 @@ void backward_as(const Attention& call, const Pair& at, const Key& key, const Wo
       product<1>(D, kQueries, w.k_rows + block * C, C, w.grads, kQueries, some, dq_columns,
                  kQueries, block > keys.begin);
     }
-    for (int64_t i = 0; i < D * kQueries; i += kWide) {
-      store(dq_columns + i, load(dq_columns + i) * call.scale);
-    }
     transpose(dq_columns, kQueries, C, kQueries, w.do_rows, C);
-    scatter<Number>(w.do_rows, at, first, count, size, dq);
+    scatter<Number>(w.do_rows, at, first, count, size, call.scale, dq);
   }
-  scatter<Number>(w.dk, at, 0, n, size, dk);
-  scatter<Number>(w.dv, at, 0, n, size, dv);
+  scatter<Number>(w.dk, at, 0, n, size, 1.0f, dk);
+  scatter<Number>(w.dv, at, 0, n, size, 1.0f, dv);
 }
 
 void forward(const Attention& call, const Pair& at, const Key& key, const Workspace& w, void* out,

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
+#include "attention_score_mse.h"
 #include "block_mask.h"
 #include "dropout_mask.h"
 #include "entries.h"
@@ -34,6 +35,14 @@ tbf::Attention attention(tbf::Heads q, tbf::Heads k, tbf::Heads v, Address cu_se
                          int threshold) {
   return {q,     k,    v,     at<const int32_t>(cu_seqlens), sequences,           heads,
           width, bf16, scale, direction,                     {seed0, seed1, site}, threshold};
+}
+
+tbf::AttentionScoreMse attention_score_mse(tbf::Heads q, tbf::Heads k, tbf::Heads p, tbf::Heads r,
+                                           Address cu_seqlens, int64_t sequences, int64_t heads,
+                                           int64_t width, int64_t teacher_width, bool bf16,
+                                           bool student, int64_t direct_up_to) {
+  return {q,     k,     p,             r,    at<const int32_t>(cu_seqlens), sequences,
+          heads, width, teacher_width, bf16, student,                       direct_up_to};
 }
 
 tbf::MlmMask mlm_mask(Address ids, int64_t batch, int64_t width, Address special,
@@ -146,6 +155,16 @@ PYBIND11_MODULE(_native, m) {
                                     at<void>(dq), at<void>(dk), at<void>(dv), threads);
       },
       "call"_a, "grad"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a, "threads"_a, unlocked);
+  py::class_<tbf::AttentionScoreMse>(m, "AttentionScoreMse")
+      .def(py::init(&attention_score_mse), py::kw_only(), "q"_a, "k"_a, "p"_a, "r"_a,
+           "cu_seqlens"_a, "sequences"_a, "heads"_a, "width"_a, "teacher_width"_a, "bf16"_a,
+           "student"_a, "direct_up_to"_a);
+  m.def(
+      "attention_score_mse_cpu",
+      [](const tbf::AttentionScoreMse& call, Address loss, Address dq, Address dk, int threads) {
+        tbf::attention_score_mse_cpu(call, at<float>(loss), at<float>(dq), at<float>(dk), threads);
+      },
+      "call"_a, "loss"_a, "dq"_a, "dk"_a, "threads"_a, unlocked);
   m.def(
       "exponential_cpu",
       [](Address x, int64_t count, Address out) {

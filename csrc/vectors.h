@@ -53,40 +53,6 @@ inline Floats exponential(Floats x) {
   return x < -86.0f ? Floats{} : x == x ? y : x;  // a NaN's bits would have met the shift
 }
 
-// 64-bit products of the low words of x, whatever the high words are, and y. One instruction on
-// x86, which GCC does not find in the general form.
-inline Longs low_product(Longs x, uint32_t y) {
-#if defined(__SSE2__) && TBF_LANES == 16
-  return Longs(_mm512_maskz_mul_epu32(0xFF, __m512i(x), _mm512_set1_epi64(int64_t(y))));
-#elif defined(__SSE2__) && TBF_LANES == 8
-  return Longs(_mm256_mul_epu32(__m256i(x), _mm256_set1_epi64x(int64_t(y))));
-#elif defined(__SSE2__)
-  return Longs(_mm_mul_epu32(__m128i(x), _mm_set1_epi64x(int64_t(y))));
-#else
-  return (x & 0xFFFFFFFF) * uint64_t(y);
-#endif
-}
-
-// philox.h for a call in each 64-bit lane of kVectors vectors; the words' high halves mean nothing.
-template <int kVectors>
-inline void philox(Key key, Longs (&c0)[kVectors], Longs (&c1)[kVectors], Longs (&c2)[kVectors],
-                   Longs (&c3)[kVectors]) {
-  TBF_UNROLL
-  for (int round = 0; round < kRounds; ++round) {
-    TBF_UNROLL
-    for (int n = 0; n < kVectors; ++n) {
-      const Longs first = low_product(c0[n], kMultiplier0);
-      const Longs second = low_product(c2[n], kMultiplier1);
-      c0[n] = second >> 32 ^ c1[n] ^ uint64_t(key.k0);
-      c1[n] = second;
-      c2[n] = first >> 32 ^ c3[n] ^ uint64_t(key.k1);
-      c3[n] = first;
-    }
-    key.k0 += kWeyl0;
-    key.k1 += kWeyl1;
-  }
-}
-
 // Rows of `low` and `high` are read in turn: log2(kWide) such shuffles of all rows transpose them.
 #if TBF_LANES == 16
 #define TBF_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23

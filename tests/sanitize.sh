@@ -21,5 +21,6 @@ LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libu
     "$python" -P -m pytest -q tests/ops/test_mlm_mask.py tests/ops/test_block_mask.py \
     tests/ops/test_sequence_layout.py tests/ops/test_attention.py \
     tests/ops/test_attention_native.py \
+    tests/ops/test_attention_score_mse_native.py \
     tests/ops/test_dropout_add_layer_norm.py tests/ops/test_embedding_layer_norm.py \
     tests/data/test_masking.py -k "not spawn and not compiles" -p no:cacheprovider

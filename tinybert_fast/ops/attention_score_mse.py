@@ -37,6 +37,7 @@ def _refuses(width: int = 1, dense_mask: bool = False, **others: Any) -> str | N
 LIMITS = Limits(
     "attention_score_mse",
     torch=Limit(FLOATS_AND_DOUBLE),
+    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # under masks and in fp64: PyTorch
     triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
 )
 FORMS = ("auto", "direct", "gram")
@@ -56,6 +57,7 @@ _forward = define(
     fake=lambda q, k, *rest: (in_fp32(q, ()), *(_gradient(x, rest[-1]) for x in (q, k))),
     fake_knows_impl=True,
     torch="tinybert_fast.tuned.attention_score_mse:forward",
+    native="tinybert_fast.tuned.attention_score_mse:forward_native",
     triton="tinybert_fast.kernels.attention_score_mse:forward",
 )
 

@@ -21,6 +21,7 @@ _scaled = define(
     "scaled_gradient(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
     fake=lambda gradient, upstream, dtype: gradient.new_empty(gradient.shape, dtype=dtype),
     torch="tinybert_fast.tuned.scaled_gradient:forward",
+    native="tinybert_fast.tuned.scaled_gradient:forward",
     triton="tinybert_fast.kernels.scaled_gradient:forward",
 )
 

@@ -180,6 +180,32 @@ def _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site) -> 
     )
 
 
+def attention_score_mse(
+    q, k, p, r, cu_seqlens, direct_up_to: int, loss: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 or bf16 (T, H, D) and (T, H, Dt) on the CPU, whose heads lie together -> loss, dq,
+    dk, in fp32. Sequences of more tokens than ``direct_up_to`` take the Gram form.
+    """
+    total = torch.empty((), dtype=torch.float32, device="cpu")
+    dq, dk = (torch.empty(q.shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    call = module().AttentionScoreMse(
+        q=_heads(q),
+        k=_heads(k),
+        p=_heads(p),
+        r=_heads(r),
+        cu_seqlens=_at(cu_seqlens),
+        sequences=len(cu_seqlens) - 1,
+        heads=q.shape[1],
+        width=q.shape[2],
+        teacher_width=p.shape[2],
+        bf16=q.dtype == torch.bfloat16,
+        student=loss == "student",
+        direct_up_to=direct_up_to,
+    )
+    _run("attention_score_mse", q.device, call, _at(total), _at(dq), _at(dk))
+    return total, dq, dk
+
+
 def _heads(x: Tensor) -> Any:
     """Address and strides of (T, H, D), whose heads lie together."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:

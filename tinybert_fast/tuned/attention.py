@@ -61,7 +61,7 @@ def _forward(
 
     Blocked scores leave lse at 0: their backward computes the softmax again and does not read it.
     """
-    q, k, v = (_rows_together(x) for x in (q, k, v))
+    q, k, v = (rows_together(x) for x in (q, k, v))
     if _fused_on_gpu(q, direction, masks):
         return _flash_forward(q, k, v, cu_seqlens, max_length, scale, direction, dropout_p)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -89,7 +89,7 @@ def _backward(
     seed, site, masks,
 ):  # fmt: skip
     """Gradients of q, k, v (T, H, D); dropout masks are drawn again, in the forward's order."""
-    grad, q, k, v = (_rows_together(x) for x in (grad, q, k, v))
+    grad, q, k, v = (rows_together(x) for x in (grad, q, k, v))
     if _fused_on_gpu(q, direction, masks):
         return _flash_backward(
             grad, q, k, v, out, lse, rng, cu_seqlens, max_length, scale, direction, dropout_p
@@ -132,7 +132,7 @@ def forward_native(
     if not _compiled(q, masks):
         return _forward(philox.Cells, q, k, v, *call)
     dtype, bound = q.dtype, threshold(dropout_p) if dropout_p > 0.0 else 0
-    q, k, v = (_rows_together(_widened(x)) for x in (q, k, v))
+    q, k, v = (rows_together(_widened(x)) for x in (q, k, v))
     out, lse = native.attention_forward(q, k, v, cu_seqlens, scale, direction, bound, seed, site)
     return out.to(dtype), lse, torch.zeros(2, dtype=torch.int64, device=q.device)
 
@@ -145,7 +145,7 @@ def backward_native(
     if not _compiled(q, masks):
         return _backward(philox.Cells, grad, q, k, v, out, lse, rng, *call)
     dtype, bound = q.dtype, threshold(dropout_p) if dropout_p > 0.0 else 0
-    grad, q, k, v, out = (_rows_together(_widened(x)) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (rows_together(_widened(x)) for x in (grad, q, k, v, out))
     grads = native.attention_backward(
         grad, q, k, v, out, lse, cu_seqlens, scale, direction, bound, seed, site
     )
@@ -239,7 +239,7 @@ def equal_lengths(
                 yield rows.flatten(), some, length
 
 
-def _rows_together(x: Tensor) -> Tensor:
+def rows_together(x: Tensor) -> Tensor:
     """The fused kernels read the D numbers of a row as neighbours, whatever the strides say."""
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -8,7 +8,8 @@ scores are one product, E = S - T = X Y^T. With w = 1 / (H * pairs), L = w |E|^2
     direct   E as it stands, in blocks                                               O(n^2 D)
     gram     |E|^2 = <X^T X, Y^T Y>,  E K = X (Y^T K),  E^T (a Q) = Y (X^T (a Q))    O(n D^2)
 
-Under a block mask E is 0 where it forbids, of the blocks that it lists.
+Under a block mask E is 0 where it forbids, of the blocks that it lists. ``native``, on a CPU, is
+the compiled module, one sequence and head at a time, and this one under masks and in fp64.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from tinybert_fast.tuned.attention import Part, add, head_blocks, heads_of, parts, put
+from tinybert_fast.ops import native
+from tinybert_fast.tuned.attention import (
+    Part,
+    add,
+    head_blocks,
+    heads_of,
+    parts,
+    put,
+    rows_together,
+)
 
 
 def forward(
@@ -56,6 +66,21 @@ def forward(
     if len(totals) == 1:  # short sequences, whose products take no longer than an operator's call
         return totals[0].mul_(weight), dq, dk
     return q.new_zeros((), dtype=wide).add_(sum(totals), alpha=weight), dq, dk
+
+
+def forward_native(
+    q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, max_length: int, form: str,
+    loss: str, block_mask: list[Tensor],
+):  # fmt: skip
+    """``forward`` in the compiled module where that can: it knows no masks, and fp32 at most."""
+    operands = q, k, p, r
+    if block_mask or any(x.dtype == torch.float64 for x in operands):
+        return forward(*operands, cu_seqlens, max_length, form, loss, block_mask)
+    if any(x.dtype != torch.bfloat16 for x in operands):
+        operands = tuple(x.float() for x in operands)
+    cheaper = int(crossover(q.shape[2], p.shape[2]))
+    direct_up_to = {"direct": max_length, "gram": 0, "auto": cheaper}[form]
+    return native.attention_score_mse(*map(rows_together, operands), cu_seqlens, direct_up_to, loss)
 
 
 def crossover(d: int, d_teacher: int) -> float:
