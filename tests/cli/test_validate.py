@@ -201,7 +201,7 @@ def test_a_lost_gradient_is_found(monkeypatch):
 
     from tinybert_fast.tuned import attention
 
-    for name in ("backward", "backward_philox"):
+    for name in ("backward", "backward_native"):
         right = getattr(attention, name)
         monkeypatch.setattr(
             attention,

@@ -80,7 +80,8 @@ def forward_native(
         operands = tuple(x.float() for x in operands)
     cheaper = int(crossover(q.shape[2], p.shape[2]))
     direct_up_to = {"direct": max_length, "gram": 0, "auto": cheaper}[form]
-    return native.attention_score_mse(*map(rows_together, operands), cu_seqlens, direct_up_to, loss)
+    q, k, p, r = map(rows_together, operands)
+    return native.attention_score_mse(q, k, p, r, cu_seqlens, direct_up_to, loss)
 
 
 def crossover(d: int, d_teacher: int) -> float:
