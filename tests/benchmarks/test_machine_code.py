@@ -94,16 +94,20 @@ def test_every_default_is_reported(committed):
     assert {one["dtype"] for one in committed} == {"float16", "bfloat16"}
     heads = {"", "26", "32", "64", "128", "26/64", "32/32", "64/64", "128/128"}
     assert {one["head_dim"] for one in committed} == heads
-    assert {one["columns"] for one in committed} == {"", "312", "384", "768", "1024"}
+    columns = {"", "312", "384", "768", "1024", "1200", "3072"}
+    assert {one["columns"] for one in committed} == columns
     passes = {(one["op"], one["pass"]) for one in committed}
     norms = ("layer_norm", "dropout_add_layer_norm", "embedding_layer_norm")
-    assert passes >= {(op, which) for op in norms for which in ("forward", "backward")}
+    assert passes >= {
+        (op, which) for op in (*norms, "bias_gelu") for which in ("forward", "backward")
+    }
     assert passes >= {
         ("attention", which)
         for which in ("forward", "backward, one tile", "backward, dq", "backward, dk and dv")
     }
     assert passes >= {("attention_relation_kl", which) for which in RELATION_PASSES}
     assert passes >= {("hidden_mse", "errors"), ("linear_cross_entropy", LOGITS)}
+    assert ("scaled_gradient", "gradient, scaled") in passes
     forms = {(one["pass"], one["head_dim"], one["mask_side"]) for one in of_the_loss(committed)}
     for heads in ("26/64", "64/64"):
         assert forms >= {("gram", heads, "0"), ("gram of the student's part", heads, "0")}

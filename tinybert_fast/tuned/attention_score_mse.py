@@ -73,14 +73,14 @@ def forward_native(
     loss: str, block_mask: list[Tensor],
 ):  # fmt: skip
     """``forward`` in the compiled module where that can: it knows no masks, and fp32 at most."""
-    operands = q, k, p, r
-    if block_mask or any(x.dtype == torch.float64 for x in operands):
-        return forward(*operands, cu_seqlens, max_length, form, loss, block_mask)
-    if any(x.dtype != torch.bfloat16 for x in operands):
-        operands = tuple(x.float() for x in operands)
+    dtypes = {x.dtype for x in (q, k, p, r)}
+    if block_mask or torch.float64 in dtypes:
+        return forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask)
+    if dtypes != {torch.bfloat16}:
+        q, k, p, r = (x.float() for x in (q, k, p, r))
     cheaper = int(crossover(q.shape[2], p.shape[2]))
     direct_up_to = {"direct": max_length, "gram": 0, "auto": cheaper}[form]
-    q, k, p, r = map(rows_together, operands)
+    q, k, p, r = (rows_together(x) for x in (q, k, p, r))
     return native.attention_score_mse(q, k, p, r, cu_seqlens, direct_up_to, loss)
 
 
