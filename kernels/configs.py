@@ -132,7 +132,7 @@ SM_100 = Family(
         "dq": _any(dict.fromkeys(HEADS, NARROW)),
         "dkdv": _any({32: PLAIN, 64: PLAIN, 128: EIGHT}),
         **LOSSES,
-        "gram": _any({32: PLAIN, 64: PLAIN}),
+        "gram": _any({32: PLAIN, 64: EIGHT}),
         "relation_gradient": _any({32: NARROW, 64: NARROW, 128: EIGHT}),
     },
     direction={"forward": _any({64: PLAIN}), "dkdv": _any({64: NARROW_PIPELINED})},
