@@ -26,6 +26,16 @@ def device():
     return DEVICE
 
 
+@pytest.fixture(params=(0, 1, 2), ids=("baseline", "AVX2", "AVX-512"))
+def isa(request):
+    """At most this instruction set: what a CPU lacks is run with the widest that it has."""
+    from tinybert_fast import _native
+
+    _native.limit_isa(request.param)
+    yield request.param
+    _native.limit_isa(-1)
+
+
 def op_of(module):
     return module.__name__.rpartition("test_")[2]
 

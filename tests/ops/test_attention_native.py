@@ -15,16 +15,6 @@ pytestmark = pytest.mark.skipif(
 BEYOND = (33, 0, 300, 1)  # a tile is 32 queries, a block of keys 128
 
 
-@pytest.fixture(params=(0, 1, 2), ids=("baseline", "AVX2", "AVX-512"))
-def isa(request):
-    """At most this instruction set: what a CPU lacks is run with the widest that it has."""
-    from tinybert_fast import _native
-
-    _native.limit_isa(request.param)
-    yield request.param
-    _native.limit_isa(-1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 7, 16, 26, 64, 128])
 def test_widths(width, dtype, isa):

@@ -16,16 +16,6 @@ FORMS = ["direct", "gram"]
 BEYOND = (33, 0, 300, 1, 31, 129)  # a tile is 32 queries; a block of keys, and a chunk, 128
 
 
-@pytest.fixture(params=(0, 1, 2), ids=("baseline", "AVX2", "AVX-512"))
-def isa(request):
-    """At most this instruction set: what a CPU lacks is run with the widest that it has."""
-    from tinybert_fast import _native
-
-    _native.limit_isa(request.param)
-    yield request.param
-    _native.limit_isa(-1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("widths", [(1, 16), (7, 1), (16, 26), (26, 64), (64, 128)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
