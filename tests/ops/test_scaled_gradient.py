@@ -25,6 +25,5 @@ def test_is_rounded_once(shape, dtype, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_contract(impl):
     gradient = torch.randn(2, 4, 3, device=DEVICE).transpose(1, 2)  # strides of its own
-    operator = torch.ops.tinybert_fast.scaled_gradient.default
-    arguments = (gradient, torch.ones((), device=DEVICE), torch.float32, impl)
-    torch.library.opcheck(operator, arguments)
+    operands = (gradient, torch.ones((), device=DEVICE), torch.float32, impl)
+    torch.library.opcheck(torch.ops.tinybert_fast.scaled_gradient.default, operands)
