@@ -104,6 +104,47 @@ def test_everything_and_then_nothing_again(run, tmp_path):
     assert set(stored["seconds"].values()) == {1000.0}
 
 
+def test_students_of_both_losses_beside_each_other(run, small, tmp_path, monkeypatch):
+    """The other loss joins a complete demo; only its own students are trained."""
+    quick = replace(small[1], alone_lrs=(1e-3,), pca_alone=False, minilm_general_lr=2e-3)
+    monkeypatch.setattr(demo, "QUICK", quick)
+    assert run().code == 0
+    folder = tmp_path / "demo"
+    first = json.loads((folder / "demo.json").read_text())
+    assert first["settings"]["losses"] == ["tinybert"]
+    assert not {"student-minilm", "gap_recovered_minilm"} & {*first["models"], *first}
+    assert "run the phase general first" in run("--loss", "minilm", "--only", "student").line
+
+    answer = run("--loss", "tinybert", "--loss", "minilm")
+    assert answer.code == 0, answer.err
+    for name in ("data", "teacher", "general", "student/seed-0", "alone/random-seed-0-lr-0.001"):
+        assert f"{name}: done before" in answer.out
+    both = json.loads((folder / "demo.json").read_text())
+    assert list(both["models"]) == ["teacher", "student", "student-minilm", "alone-random"]
+    for name in ("student", "alone-random"):
+        assert both["models"][name]["held_out"] == first["models"][name]["held_out"]
+    assert len(both["gap_recovered_minilm_by_seed"]) == 1
+    for place, rate in (("general-minilm", "lr"), ("student-minilm/seed-0", "intermediate_lr")):
+        settings = json.loads((folder / place / "run.json").read_text())["settings"]
+        assert (settings["loss"], settings["relations"]) == ("minilm", "qq,kk,vv")
+        assert settings[rate] == {"lr": 2e-3, "intermediate_lr": 3e-4}[rate]
+        assert not (folder / place / "projection.safetensors").exists()
+    history = json.loads((folder / "general-minilm" / "history-general.json").read_text())
+    assert any("relation_qq_loss" in entry for entry in history)
+    report = (folder / "report.md").read_text()
+    assert "distilled by TinyBERT's losses | " in report
+    assert "distilled by MiniLM's loss | " in report
+
+    for student in (folder / "student-minilm").rglob("*.safetensors"):
+        student.unlink()
+    alone = run("--loss", "minilm", "--overwrite", "--only", "student", "--only", "score")
+    assert alone.code == 0, alone.err
+    result = json.loads((folder / "demo.json").read_text())
+    assert list(result["models"]) == ["teacher", "student-minilm", "alone-random"]
+    assert "gap_recovered" not in result
+    assert '/student-minilm/seed-0")' in (folder / "report.md").read_text()
+
+
 def test_one_phase_after_the_other(run, tmp_path):
     for phase in ("teacher", "student", "score"):
         assert "run the phase" in run("--only", phase).line
@@ -220,6 +261,8 @@ def test_interrupted_data_are_written_again(run, small, tmp_path, monkeypatch):
 
 def test_bad_options(run):
     assert "seeds is 0" in run("--seeds", 0).line
+    line = run("--loss", "minilm", "--loss", "distilbert").line
+    assert "losses are minilm, distilbert; expected some of tinybert, minilm" in line
 
 
 def test_missing_packages_name_the_remedy(cli, tmp_path, monkeypatch):

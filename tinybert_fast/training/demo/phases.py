@@ -4,6 +4,7 @@ data      train, dev and held-out sentences, unlabelled sentences     data/
 teacher   MiniLM fine-tuned on the task                               teacher/
 general   PCA start, then general distillation                        general/
 student   task distillation, for each seed                            student/seed-N/
+          both once more for --loss minilm                            general-minilm/, ...
 alone     the same student without a teacher, for each seed           alone/...
 score     held-out accuracy and speed of all of them                  demo.json, report.md, plot
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,11 @@ from tinybert_fast.data import load_examples
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.data.lines import Lines
 from tinybert_fast.training.demo import scores, texts
-from tinybert_fast.training.demo.settings import DemoSettings
+from tinybert_fast.training.demo.settings import DemoSettings, folder_of
 from tinybert_fast.training.finetune import finetune
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
-from tinybert_fast.training.objectives import matches_for
+from tinybert_fast.training.objectives import LOSSES, matches_for
 from tinybert_fast.training.recipes import distill_general, distill_task
 from tinybert_fast.training.run_folder import (
     METRICS,
@@ -77,6 +79,11 @@ def run_demo(
     for name in ("seeds", "threads"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; expected 1 or more")
+    if not settings.losses or not set(settings.losses) <= set(LOSSES):
+        raise ValueError(
+            f"losses are {', '.join(settings.losses) or 'none'}; expected some of "
+            f"{', '.join(LOSSES)}"
+        )
     texts.teacher_folder()  # before anything is written
     texts.reviews_file()
     demo = Demo(settings, Path(output).resolve(), overwrite, progress, say, machine or {})
@@ -145,56 +152,68 @@ class Demo:
 
     def general(self) -> None:
         s, sizes = self.settings, self.sizes
-        self._phase(
-            "general",
-            f"{sizes['sentences']:,} unlabelled sentences, {s.general_steps:,} steps of "
-            f"{s.general_batch_size}",
-            lambda common: distill_general(
-                texts.teacher_folder(),
-                s.student,
-                self.path / "data/sentences.txt",
-                init="pca",
-                matches=s.matches,
-                steps=s.general_steps,
-                batch_size=s.general_batch_size,
-                lr=s.general_lr,
-                max_length=s.max_length,
-                bf16=s.bf16,
-                **common,
-            ),
+        for loss in s.losses:
+            self._phase(
+                folder_of("general", loss),
+                f"{sizes['sentences']:,} unlabelled sentences, {s.general_steps:,} steps of "
+                f"{s.general_batch_size}",
+                partial(self._distil_general, loss),
+            )
+
+    def _distil_general(self, loss: str, common: dict[str, Any]) -> dict[str, Any]:
+        s = self.settings
+        return distill_general(
+            texts.teacher_folder(),
+            s.student,
+            self.path / "data/sentences.txt",
+            init="pca",
+            steps=s.general_steps,
+            batch_size=s.general_batch_size,
+            lr=s.rates(loss)[0],
+            max_length=s.max_length,
+            bf16=s.bf16,
+            **s.objective(loss),
+            **common,
         )
 
     def student(self) -> None:
         s = self.settings
-        self._need("teacher", "general")
-        for seed in range(s.seeds):
-            self._phase(
-                f"student/seed-{seed}",
-                f"{self.sizes['augmented']:,} sentences, {s.intermediate_epochs:g} + "
-                f"{s.prediction_epochs:g} epochs",
-                partial(self._distil, seed),
-            )
+        self._need("teacher", *self._generals())
+        for loss in s.losses:
+            for seed, folder in enumerate(self._students(loss)):
+                self._phase(
+                    folder,
+                    f"{self.sizes['augmented']:,} sentences, {s.intermediate_epochs:g} + "
+                    f"{s.prediction_epochs:g} epochs",
+                    partial(self._distil_task, loss, seed),
+                )
 
-    def _distil(self, seed: int, common: dict[str, Any]) -> dict[str, Any]:
+    def _distil_task(self, loss: str, seed: int, common: dict[str, Any]) -> dict[str, Any]:
         s = self.settings
         return distill_task(
             self.path / "teacher",
-            self.path / "general",
+            self.path / folder_of("general", loss),
             self.path / "data/train.csv",
             self.path / "data/dev.csv",
             augmented=self.path / "data/augmented.csv",
-            matches=s.matches,
             intermediate_epochs=s.intermediate_epochs,
-            intermediate_lr=s.intermediate_lr,
+            intermediate_lr=s.rates(loss)[1],
             intermediate_schedule=s.intermediate_schedule,
             prediction_epochs=s.prediction_epochs,
             prediction_lr=s.prediction_lr,
             eval_steps=s.eval_steps,
             select_by=s.select_students_by,
             seed=seed,
+            **s.objective(loss),
             **self._task_options(),
             **common,
         )
+
+    def _generals(self) -> list[str]:
+        return [folder_of("general", loss) for loss in self.settings.losses]
+
+    def _students(self, loss: str) -> list[str]:
+        return [f"{folder_of('student', loss)}/seed-{at}" for at in range(self.settings.seeds)]
 
     def alone(self) -> None:
         for lr in self.settings.alone_lrs:
@@ -204,7 +223,8 @@ class Demo:
 
     def score(self) -> dict[str, Any]:
         s = self.settings
-        self._need("teacher", "general", *(f"student/seed-{seed}" for seed in range(s.seeds)))
+        students = {folder_of("student", loss): self._students(loss) for loss in s.losses}
+        self._need("teacher", *self._generals(), *chain(*students.values()))
         self._need(*(f"alone/{Alone('random', 0, lr).name}" for lr in s.alone_lrs))
         chosen = self.chosen_alone()
         self._need(*(f"alone/{run.name}" for run in chosen))
@@ -213,10 +233,7 @@ class Demo:
         for phase in (same.teacher, same.general, same.student, same.alone):
             phase()
         self.say("score: held-out accuracy and speed")
-        groups = {
-            "teacher": ["teacher"],
-            "student": [f"student/seed-{seed}" for seed in range(s.seeds)],
-        }
+        groups = {"teacher": ["teacher"], **students}
         for run in chosen:
             groups.setdefault(f"alone-{run.init}", []).append(f"alone/{run.name}")
         with self._timed("score"):
@@ -335,23 +352,23 @@ class Demo:
         made_from = self._read(f"{name}/{RUN}").get("settings")
         if made_from is None:
             return None
-        phase, data = name.split("/")[0], self.path / "data"
+        place, data = name.split("/")[0], self.path / "data"
         now: dict[str, str | None] = {}
-        if phase == "general":
+        if place.startswith("general"):
             now["corpus"] = Lines.of(data / "sentences.txt").survey()[1]
         else:
             now["train"] = examples_digest(load_examples(data / "train.csv"))
-        if phase == "student":
+        if place.startswith("student"):
             augmented = load_examples(data / "augmented.csv", require_label=False)
             now["augmented"] = examples_digest(augmented)
             now["teacher_weights"] = weights_digest(self.path / "teacher")
-            now["student_weights"] = weights_digest(self.path / "general")
+            now["student_weights"] = weights_digest(self.path / place.replace("student", "general"))
         different = (key for key in now if key in made_from and made_from[key] != now[key])
         return MADE_FROM.get(next(different, ""))
 
     def _need(self, *names: str) -> None:
         for name in names:
-            phase = name.split("/")[0]
+            phase = name.split("/")[0].partition("-")[0]
             if not self._finished(name):
                 raise FileNotFoundError(
                     f"{self.path / name} is not complete; run the phase {phase} first"

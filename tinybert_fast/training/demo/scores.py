@@ -14,7 +14,7 @@ import torch
 from tinybert_fast import integrations
 from tinybert_fast.data import LengthCollator, Task, encode_examples, load_examples, sort_by_length
 from tinybert_fast.data.atomic import atomic_write
-from tinybert_fast.training.demo.settings import DemoSettings
+from tinybert_fast.training.demo.settings import DemoSettings, folder_of
 from tinybert_fast.training.evaluate import predict
 from tinybert_fast.training.loading import load_classifier, load_tokenizer
 from tinybert_fast.training.metrics import score
@@ -27,9 +27,12 @@ REPORT = "report.md"
 PICTURE = "losses.png"
 SPEED_BATCH = 32
 SMOOTH = 10  # logged values in the running mean of a curve
+KINDS = {"attention": "attention loss", "relation": "relation loss"}  # of terms, by first word
+LOSS_NAMES = {"tinybert": "TinyBERT's losses", "minilm": "MiniLM's loss"}
 NAMES = {
     "teacher": "teacher (MiniLM-L6, fine-tuned)",
-    "student": "TinyBERT-4L-312, distilled",
+    "student": f"TinyBERT-4L-312, distilled by {LOSS_NAMES['tinybert']}",
+    "student-minilm": f"TinyBERT-4L-312, distilled by {LOSS_NAMES['minilm']}",
     "alone-random": "TinyBERT-4L-312, no teacher",
     "alone-pca": "TinyBERT-4L-312, no teacher, PCA start",
 }
@@ -100,19 +103,27 @@ def sentences_per_second(
     return {name: sentences / statistics.median(times) for name, times in seconds.items()}
 
 
-def gaps(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """(student - no teacher) / (teacher - no teacher): of the means, and for each seed."""
+def gap_key(loss: str) -> str:
+    return "gap_recovered" if loss == "tinybert" else f"gap_recovered_{loss}"
+
+
+def gaps(models: Mapping[str, Mapping[str, Any]], losses: Sequence[str]) -> dict[str, Any]:
+    """(student - no teacher) / (teacher - no teacher) for each loss: of the means, and for each
+    seed.
+    """
 
     def share(teacher: float, student: float, alone: float) -> float | None:
         return (student - alone) / (teacher - alone) if teacher > alone else None
 
-    teacher, student, alone = (models[name] for name in ("teacher", "student", "alone-random"))
-    return {
-        "gap_recovered": share(teacher["mean"], student["mean"], alone["mean"]),
-        "gap_recovered_by_seed": [
+    teacher, alone = models["teacher"], models["alone-random"]
+    found: dict[str, Any] = {}
+    for loss in losses:
+        student, key = models[folder_of("student", loss)], gap_key(loss)
+        found[key] = share(teacher["mean"], student["mean"], alone["mean"])
+        found[f"{key}_by_seed"] = [
             share(teacher["mean"], *pair) for pair in zip(student["held_out"], alone["held_out"])
-        ],
-    }
+        ]
+    return found
 
 
 def write(
@@ -129,7 +140,7 @@ def write(
     result = {
         "demo": settings.name,
         "models": models,
-        **gaps(models),
+        **gaps(models, settings.losses),
         "alone_lr": lr,
         "data": dict(sizes),
         "seconds": dict(times),
@@ -139,7 +150,7 @@ def write(
         "folder": str(path),
         "files": {"result": RESULT, "report": REPORT, "plot": PICTURE, "data": "data"},
     }
-    picture = plot(_panels(path, models))
+    picture = plot(_panels(path, models, settings.losses))
     if picture is not None:
         atomic_write(path / PICTURE, picture)
     atomic_write(path / RESULT, json.dumps(result, indent=2) + "\n")
@@ -173,19 +184,22 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     """How to read the figures, one sentence each."""
     settings, data = result["settings"], result["data"]
     seeds, rates = settings["seeds"], settings["alone_lrs"]
-    shares = [s for s in result["gap_recovered_by_seed"] if s is not None]
-    said = []
-    if result["gap_recovered"] is not None:
-        each = ", ".join(f"{100 * s:.0f} %" for s in shares)
-        more = f" (seed by seed: {each})" if seeds > 1 else ""
+    said, shares = [], []
+    for loss in settings["losses"]:
+        key = gap_key(loss)
+        if result[key] is not None:
+            each = ", ".join(f"{100 * s:.0f} %" for s in result[f"{key}_by_seed"] if s is not None)
+            more = f" (seed by seed: {each})" if seeds > 1 else ""
+            shares.append(f"by {LOSS_NAMES[loss]} {100 * result[key]:.0f} %{more}")
+    if shares:
         said.append(
-            f"Gap recovered, (distilled - no teacher) / (teacher - no teacher): "
-            f"{100 * result['gap_recovered']:.0f} %{more}."
+            "Gap recovered, (distilled - no teacher) / (teacher - no teacher): "
+            f"{'; '.join(shares)}."
         )
     if seeds > 1:
         said.append(
             f"Mean ± standard deviation over {seeds} seeds of task distillation and of the runs "
-            "without a teacher; the teacher and the generally distilled student are shared."
+            "without a teacher; the teacher and each loss's generally distilled student are shared."
         )
     sampling = 100 * (0.8 * 0.2 / data["held_out"]) ** 0.5
     said.append(
@@ -199,6 +213,11 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
         f"{data['augmented'] - data['train']:,} of them unlabelled, "
         f"{settings['intermediate_epochs']:g} + {settings['prediction_epochs']:g} epochs."
     )
+    if "minilm" in settings["losses"]:
+        said.append(
+            "MiniLM's loss: the relations among queries, among keys and among values of the last "
+            "layers (MiniLMv2), in general and in the intermediate stage."
+        )
     rate = f"learning rate {result['alone_lr']:g}"
     if len(rates) > 1:
         rate += f", the best on dev of {', '.join(f'{r:g}' for r in rates)} in the first seed"
@@ -217,6 +236,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 def _report(result: Mapping[str, Any]) -> str:
     seconds = [(name, f"{value:,.0f}") for name, value in result["seconds"].items()]
+    folder = result["models"][folder_of("student", result["settings"]["losses"][0])]["folders"][0]
     parts = [
         f"# Demo ({result['demo']}): a TinyBERT student of MiniLM on movie reviews",
         table(MODEL_COLUMNS, model_rows(result)),
@@ -230,23 +250,25 @@ def _report(result: Mapping[str, Any]) -> str:
         table(("setting", "value"), result["settings"].items()),
         "## Use it",
         "```python\nfrom transformers import pipeline\n"
-        f'classify = pipeline("text-classification", "{result["folder"]}/student/seed-0")\n'
+        f'classify = pipeline("text-classification", "{result["folder"]}/{folder}")\n'
         'classify("a lovely film")\n```',
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _panels(path: Path, models: Mapping[str, Mapping[str, Any]]) -> Panels:
+def _panels(path: Path, models: Mapping[str, Mapping[str, Any]], losses: Sequence[str]) -> Panels:
     """The losses of the first seed's runs, smoothed, and the dev accuracies."""
     panels: Panels = {}
     first = {name: path / values["folders"][0] for name, values in models.items()}
-    stages = (
-        ("task losses", "teacher", first["teacher"] / "history-train.json"),
-        ("general distillation", "", path / "general" / "history-general.json"),
-        ("task distillation, intermediate", "", first["student"] / "history-intermediate.json"),
-        ("task losses", "student", first["student"] / "history-prediction.json"),
-        ("task losses", "no teacher", first["alone-random"] / "history-train.json"),
-    )
+    stages = [("task losses", "teacher", first["teacher"] / "history-train.json")]
+    for loss in losses:
+        general, student = path / folder_of("general", loss), first[folder_of("student", loss)]
+        stages += [
+            ("general distillation", "", general / "history-general.json"),
+            ("task distillation, intermediate", "", student / "history-intermediate.json"),
+            ("task losses", f"by {LOSS_NAMES[loss]}", student / "history-prediction.json"),
+        ]
+    stages.append(("task losses", "no teacher", first["alone-random"] / "history-train.json"))
     for panel, who, file in stages:
         if not file.exists():  # a stage of 0 epochs
             continue
@@ -270,12 +292,12 @@ def _losses(entry: Mapping[str, Any], who: str) -> dict[str, float]:
         return {}
     if who:
         return {who: entry["loss"]}
-    kinds = {"attention loss": 0.0, "hidden-state loss": 0.0}
+    sums: dict[str, float] = {}
     for name, value in entry.items():
         if name.endswith("_loss"):
-            kind = "attention" if name.startswith("attention") else "hidden-state"
-            kinds[f"{kind} loss"] += value
-    return {name: value for name, value in kinds.items() if value}
+            kind = KINDS.get(name.partition("_")[0], "hidden-state loss")
+            sums[kind] = sums.get(kind, 0.0) + value
+    return sums
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,6 +1,7 @@
 """How much work the demo does, and how: the quick one and the full one."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tinybert_fast.training.matches import LayerMatches
 
@@ -16,17 +17,21 @@ class DemoSettings:
     # The teacher: MiniLM, fine-tuned on the training sentences.
     teacher_epochs: float = 3.0
     teacher_lr: float = 5e-5
+    # One student for each: by TinyBERT's losses, over `matches`, or by MiniLMv2's, of last layers.
+    losses: tuple[str, ...] = ("tinybert",)
     # General distillation: from MiniLM before fine-tuning; each step sees new sentences.
     student: str = "4l-312"
     matches: LayerMatches | None = FOUR_OF_SIX
     general_steps: int = 1500
     general_batch_size: int = 64
     general_lr: float = 5e-4
+    minilm_general_lr: float = 5e-4
     # Task distillation, both stages: the training sentences and so many unlabelled ones, which the
     # fine-tuned teacher explains as well as any.
     augmented_sentences: int = 45_000
     intermediate_epochs: float = 0.5
     intermediate_lr: float = 3e-4
+    minilm_intermediate_lr: float = 3e-4
     intermediate_schedule: str = "linear"
     prediction_epochs: float = 1.0
     prediction_lr: float = 1e-4
@@ -44,6 +49,21 @@ class DemoSettings:
     eval_steps: int = 200
     speed_rounds: int = 3
     rows: int | None = None  # of the labelled sentences; all by default
+
+    def objective(self, loss: str) -> dict[str, Any]:
+        """The loss and its matches, for the recipes."""
+        return {"loss": loss, "matches": self.matches if loss == "tinybert" else None}
+
+    def rates(self, loss: str) -> tuple[float, float]:
+        """Learning rates of general distillation and of the intermediate stage."""
+        if loss == "minilm":
+            return self.minilm_general_lr, self.minilm_intermediate_lr
+        return self.general_lr, self.intermediate_lr
+
+
+def folder_of(phase: str, loss: str) -> str:
+    """Where a phase keeps what it trained by this loss: by TinyBERT's, under its own name."""
+    return phase if loss == "tinybert" else f"{phase}-{loss}"
 
 
 FULL = DemoSettings("full")
