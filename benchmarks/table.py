@@ -158,6 +158,11 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
+def digits(value: Any) -> Any:
+    """Four significant digits, more would be noise; None as it is."""
+    return None if value is None else float(f"{value:.4g}")
+
+
 def case_of(row: Row) -> tuple[Any, ...]:
     return row["case"], row["batch"], row["width"], row["pass"]
 
