@@ -8,6 +8,7 @@ rounds.py      times in turns, and ratios
 cases/         one file per op or step: sizes, inputs, providers
 baselines/     what one would use otherwise: (a) as it comes, (b) as a careful user writes it
 table.py       the one table: its columns, CSV, JSON, print
+agreement.py   how far apart two runs lie
 plots.py       its rows as figures
 gpu_run.py     all of it and the tests, on a GPU, within given minutes (gpu.sh)
 """

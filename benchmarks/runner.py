@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from tinybert_fast.benchmarks.agreement import read_earlier, spreads
+from tinybert_fast.benchmarks.agreement import show as show_spreads
 from tinybert_fast.benchmarks.breakdown import Breakdown, breakdowns
 from tinybert_fast.benchmarks.breakdown import show as show_breakdown
 from tinybert_fast.benchmarks.case import DTYPES, Failed, Setup
@@ -48,6 +50,7 @@ def run_suite(
     json_path: str | Path | None = None,
     csv_path: str | Path | None = None,
     plots_path: str | Path | None = None,
+    against: str | Path | None = None,
     console: Any = None,
 ) -> list[Row]:
     """Run a suite, print its table, write what was asked for, and return the rows (table.COLUMNS).
@@ -71,6 +74,8 @@ def run_suite(
         profile: also show, and write to ``json_path``, where the time of our runs goes.
         minutes: after which no further case begins.
         json_path: file to write; csv_path: file to append to; plots_path: folder to draw to.
+        against: .csv or .json of an earlier run, also ``csv_path`` itself: how far the ratios are
+            from its last ones is shown.
         console: a rich Console for the table (stdout by default); progress goes to stderr.
 
     Raises:
@@ -85,15 +90,8 @@ def run_suite(
         console.width = max(console.width, WIDTH)  # a wrapped line is better than a cut number
     on = _device(device)
     builders = selected(load_cases(suite, on_gpu=on.type == "cuda"), cases)
-    if dtype not in DTYPE_CHOICES:
-        raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")
-    for what, value in (("--rounds", rounds), ("--threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{what} {value}: at least 1 is needed")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"--minutes {minutes}: more than 0 are needed")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"--dropout {dropout}: a probability in [0, 1) is needed")
+    _refuse(dtype, rounds, threads, dropout, minutes)
+    earlier = read_earlier(Path(against), suite) if against is not None else []
     file = CsvFile(Path(csv_path)) if csv_path is not None else None
     setup = Setup(on, dropout=dropout, seed=seed, smoke=smoke)
     dtypes = DTYPE_CHOICES[dtype]
@@ -150,6 +148,8 @@ def run_suite(
         torch.set_num_threads(before)
     if rows:
         show(rows, console)
+    if rows and earlier:
+        show_spreads(spreads(earlier, rows), console)
     if rows and plots_path is not None:
         from tinybert_fast.benchmarks.plots import draw
 
@@ -163,6 +163,20 @@ def run_suite(
     if failures:
         raise Failed("\n".join(str(error) for error in failures)) from failures[0]
     return rows
+
+
+def _refuse(
+    dtype: str, rounds: int | None, threads: int | None, dropout: float, minutes: float | None
+) -> None:
+    if dtype not in DTYPE_CHOICES:
+        raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")
+    for what, value in (("--rounds", rounds), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what} {value}: at least 1 is needed")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes {minutes}: more than 0 are needed")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"--dropout {dropout}: a probability in [0, 1) is needed")
 
 
 def _ceilings(device: torch.device, dtypes: tuple[str, ...]) -> dict[str, dict[str, float]]:

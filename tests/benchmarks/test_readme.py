@@ -16,7 +16,7 @@ spec.loader.exec_module(readme)
 
 def row(date, provider, role, **cells):
     same = {"case": "mlm_step", "batch": 2, "width": 4, "pass": "both", "dtype": "fp32"}
-    return {**same, "threads": 2, "date": date, "provider": provider, "role": role, **cells}
+    return {**same, "valid_fraction": 0.6, "threads": 2, "date": date, "provider": provider, "role": role, **cells}
 
 
 def test_pages_and_rows_agree():
@@ -43,7 +43,7 @@ def test_the_newest_run_counts():
 
 
 def test_a_case_without_ours_is_refused():
-    with pytest.raises(ValueError, match=r"mlm_step, 2, 4, both, fp32, 2: .*none of ours"):
+    with pytest.raises(ValueError, match=r"mlm_step, 2, 4, 0.6, both, fp32, 2: .*none of ours"):
         readme.groups([row("2026-01-01", "slow", "a")])
 
 
