@@ -245,18 +245,18 @@ def show(rows: list[Row], console: Any) -> None:
 def over_teacher(rows: list[Row]) -> list[Row]:
     """How many times as fast as the teacher each student of the inference suite answers under the
     same provider, at the same batch, beside the published figure."""
-    medians = {
-        (row["case"], row["provider"], row["dtype"]): row["median_ms"]
-        for row in rows
-        if row["suite"] == "inference"
-    }
+
+    def lane(row: Row, case: str) -> tuple[Any, ...]:
+        return case, row["provider"], row["dtype"], row["threads"]
+
+    rows = [row for row in rows if row["suite"] == "inference"]
+    medians = {lane(row, row["case"]): row["median_ms"] for row in rows}
     found = []
     for row in rows:
         for student, published in PUBLISHED.items():
-            teachers = row["case"].replace(student, TEACHER)
-            teacher = medians.get((teachers, row["provider"], row["dtype"]))
-            if student in row["case"] and row["suite"] == "inference" and teacher is not None:
-                same = ("provider", "dtype", "batch", "valid_fraction")
+            teacher = medians.get(lane(row, row["case"].replace(student, TEACHER)))
+            if student in row["case"] and teacher is not None:
+                same = ("case", "provider", "dtype", "threads", "batch", "valid_fraction")
                 found.append(
                     {
                         "student": student,

@@ -548,7 +548,8 @@ def test_another_answer_is_a_disagreement(monkeypatch):
 
 
 def test_students_are_compared_with_the_teacher_at_the_same_batch():
-    common = {"suite": "inference", "provider": "ours", "dtype": "fp32", "valid_fraction": 0.6}
+    common = {"suite": "inference", "provider": "ours", "dtype": "fp32", "threads": 2}
+    common["valid_fraction"] = 0.6
     rows = [
         {**common, "case": f"inference_{model}_b{batch}", "batch": batch, "median_ms": median}
         for batch, medians in ((1, (12.0, 6.0, 2.0)), (32, (90.0, 30.0, 10.0)))
