@@ -148,12 +148,6 @@ def link(file: Path, page: Path) -> str:
 def caption(rows: list[Row], file: Path, page: Path) -> str:
     """Machine, conditions, file, and of each run command and date."""
     first = rows[0]
-    machine = f"{first['gpu']} (driver {first['driver']})"
-    versions = "torch {torch}, transformers {transformers}, triton {triton}"
-    if first["gpu"] == "none":
-        bf16 = " with bf16 instructions" * (first["bf16_hardware"] == "yes")
-        machine = f"{first['cores']} cores of an {first['cpu']}, {first['cpu_instructions']}{bf16}"
-        versions = "torch {torch}, transformers {transformers}"
     rates = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of_dtype = [r["matmul_gflops"] for r in rows if r["dtype"] == dtype]
@@ -161,8 +155,7 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
             unit, scale = ("TFLOP/s", 1e3) if min(of_dtype) > TERA else ("GFLOP/s", 1)
             rates.append(f"{between(rate / scale for rate in of_dtype)} {unit} in {dtype}")
     said = [
-        machine,
-        versions.format(**first),
+        machine_of(first),
         f"dropout {each(row['dropout'] for row in rows)}",
         f"{between(100 * row['valid_fraction'] for row in rows)} % of positions real",
         f"medians of {between(row['rounds'] for row in rows)} interleaved rounds",
@@ -177,6 +170,15 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
         dates.setdefault(command(run, rows), []).append(date)
     commands = "; ".join(f"`{line}`, {', '.join(when)}" for line, when in dates.items())
     return f"{'; '.join(said)}. {commands}; rows in {link(file, page)}."
+
+
+def machine_of(row: Row) -> str:
+    """Hardware and versions."""
+    versions = f"torch {row['torch']}, transformers {row['transformers']}"
+    if row["gpu"] != "none":
+        return f"{row['gpu']} (driver {row['driver']}); {versions}, triton {row['triton']}"
+    bf16 = " with bf16 instructions" * (row["bf16_hardware"] == "yes")
+    return f"{row['cores']} cores of an {row['cpu']}, {row['cpu_instructions']}{bf16}; {versions}"
 
 
 def command(run: list[Row], rows: list[Row]) -> str:
@@ -503,7 +505,7 @@ def gain(ours: Row, other: Row, column: str = "median_ms") -> Any:
 
 def agreement(page: Path) -> str:
     """A line for each suite of which cases were run twice by one commit."""
-    lines, files, commands = [], [], []
+    lines, files, commands, machines = [], [], [], []
     for suite in SUITES:
         file = RESULTS / f"{suite}-{CPU}.csv"
         rows = read(file) if file.exists() else []
@@ -517,6 +519,7 @@ def agreement(page: Path) -> str:
         now = sorted({one.now["date"] for one in found})
         again = [row for row in rows if row["date"] in now]
         commands.append(f"`{command(again, newest(rows))}`")
+        machines.append(machine_of(first.now))
         lines.append(
             [
                 suite, f"{each(then)} and {each(now)}", each(one.now["commit"] for one in found),
@@ -530,8 +533,9 @@ def agreement(page: Path) -> str:
     heads = "suite|runs of|commit|furthest apart|ratios|median difference|largest difference"
     return (
         f"{markdown(f'{heads}|above {100 * WITHIN:.0f} %', 4, lines)}\n\n"
-        "A difference is that by which the larger ratio exceeds the smaller. "
-        f"{', '.join(commands)}, twice; rows in {', '.join(link(file, page) for file in files)}."
+        "A difference is by how much the larger ratio exceeds the smaller. "
+        f"{each(machines)}. {', '.join(commands)}, twice; rows in "
+        f"{', '.join(link(file, page) for file in files)}."
     )
 
 
