@@ -5,20 +5,39 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from tinybert_fast.benchmarks.case import CAREFUL, OURS, Case
 from tinybert_fast.benchmarks.hardware import Clock
 from tinybert_fast.benchmarks.memory import QUIET
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+PROFILED = {"cpu": (OURS,), "cuda": (OURS, CAREFUL)}  # roles
 SHOWN = 15  # operators of a printed table
 LONGEST_NAME = 70  # characters; names of C++ kernels go on for lines
 
 Breakdown = dict[str, Any]
+
+
+def breakdowns(case: Case, dtypes: tuple[str, ...], device: torch.device) -> list[Breakdown]:
+    """Of one run of each provider of a role that PROFILED names, in each dtype."""
+    return [
+        {
+            "case": case.name,
+            "width": case.width,
+            "provider": provider.name,
+            "dtype": dtype,
+            **breakdown(partial(provider.run, dtype), device),
+        }
+        for dtype in case.dtypes or dtypes
+        for provider in case.providers
+        if provider.role in PROFILED[device.type]
+    ]
 
 
 def breakdown(call: Callable[[], Any], device: torch.device) -> Breakdown:

@@ -23,6 +23,7 @@ MATMUL = {"cpu": (2048, 768, 3072), "cuda": (8192, 8192, 8192)}
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes, many times the caches
 CEILING_RUNS = 5
 TUNING_RUNS = 2
+CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)*.md")  # as git's pathspecs
 
 
 def facts(device: torch.device) -> dict[str, Fact]:
@@ -127,13 +128,16 @@ def cpu_model() -> str:
 
 @cache
 def commit() -> str:
-    """Of the checkout this code runs from, "+" when it has changes; "none" outside a checkout."""
+    """Of the checkout this code runs from, "+" when it has changes; "none" outside a checkout.
+
+    New rows in results/, and what the pages say of them, are none.
+    """
     here = Path(__file__).resolve()
     try:
         # Only if git knows this file: an installed copy may lie inside somebody else's checkout.
         _git(here.parent, "ls-files", "--error-unmatch", here.name)
         head = _git(here.parent, "rev-parse", "--short=12", "HEAD")
-        changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+        changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
     except (OSError, subprocess.CalledProcessError):
         return "none"
     return head + ("+" if changed else "")

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
-from tinybert_fast.benchmarks.table import Row, newest, read
+from tinybert_fast.benchmarks.table import Row, fill_of, newest, read
 
 DPI = 100
 BAR_INCHES = 0.22
@@ -227,13 +227,13 @@ def scaling(rows: list[Row]) -> Figure | None:
         return None
     figure = Figure(figsize=(15, 4.2 * len(steps) + 0.6), layout="constrained")
     for line, (case, of_step) in enumerate(steps.items()):
-        batch, width, real = (_commonest(of_step, value) for value in (_batch, _width, _real))
+        batch, width, real = (_commonest(of_step, value) for value in (_batch, _width, fill_of))
         panels: tuple[tuple[str, Callable[[Row], Any], Callable[[Row], Any], tuple], ...] = (
-            (f"batch B (N={width}, {real:.0%} real)", _batch, lambda r: (_width(r), _real(r)),
+            (f"batch B (N={width}, {real:.0%} real)", _batch, lambda r: (_width(r), fill_of(r)),
              (width, real)),
             (f"length N (B N={batch * width:,}, {real:.0%} real)", _width,
-             lambda r: (_batch(r) * _width(r), _real(r)), (batch * width, real)),
-            (f"share of positions that are real (B={batch}, N={width})", _real,
+             lambda r: (_batch(r) * _width(r), fill_of(r)), (batch * width, real)),
+            (f"share of positions that are real (B={batch}, N={width})", fill_of,
              lambda r: (_batch(r), _width(r)), (batch, width)),
         )  # fmt: skip
         for at, (label, x, fixed, middle) in enumerate(panels, 1):
@@ -249,7 +249,7 @@ def scaling(rows: list[Row]) -> Figure | None:
                     places, [rates[place] for place in places], label=f"{provider} {dtype}",
                     color=COLOURS.get(role), marker=MARKERS.get(role, "."),
                 )  # fmt: skip
-            if x is not _real:
+            if x is not fill_of:
                 places = sorted({place for rates in lanes.values() for place in rates})
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(places, [str(place) for place in places])
@@ -273,10 +273,6 @@ def _batch(row: Row) -> int:
 
 def _width(row: Row) -> int:
     return int(row["width"])
-
-
-def _real(row: Row) -> float:
-    return round(float(row["valid_fraction"]), 1)
 
 
 def _commonest(rows: list[Row], value: Callable[[Row], Any]) -> Any:

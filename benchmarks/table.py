@@ -71,7 +71,7 @@ COLUMNS = {
     "triton": "version",
     "python": "version",
     "platform": "system and machine",
-    "commit": "of the checkout, + if changed; none if installed",
+    "commit": "of the checkout, + if its code is changed; none if installed",
     "date": "UTC, when the run began",
 }
 
@@ -143,23 +143,39 @@ def _value(column: str, cell: str) -> Any:
     return cell
 
 
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of each case, dtype and number of threads the newest run that has all of its baselines."""
-    runs: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
+def runs(rows: Iterable[Row]) -> list[dict[str, list[Row]]]:
+    """Of each case, dtype and number of threads its runs by date: those with all of its baselines,
+    if there are any."""
+    found: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
     for row in rows:
-        by_date = runs.setdefault((*case_of(row), row["dtype"], row["threads"]), {})
+        by_date = found.setdefault((*case_of(row), row["dtype"], row["threads"]), {})
         by_date.setdefault(row["date"], []).append(row)
-    found = []
-    for by_date in runs.values():
+    kept = []
+    for by_date in found.values():
         roles = {date: {row["role"] for row in run} for date, run in by_date.items()}
         every = {BASELINE, CAREFUL, OURS} & set[str]().union(*roles.values())
-        whole = [date for date in by_date if roles[date] >= every]
-        found += by_date[max(whole or by_date)]
-    return found
+        whole = {date: run for date, run in by_date.items() if roles[date] >= every}
+        kept.append(whole or by_date)
+    return kept
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The newest of each of ``runs``."""
+    return [row for by_date in runs(rows) for row in by_date[max(by_date)]]
 
 
 def case_of(row: Row) -> tuple[Any, ...]:
-    return row["case"], row["batch"], row["width"], row["pass"]
+    return row["case"], row["batch"], row["width"], fill_of(row), row["pass"]
+
+
+def fill_of(row: Row) -> float:
+    """The share of real positions that was asked for, which drawn lengths have but for some."""
+    return round(row["valid_fraction"], 1)
+
+
+def digits(value: Any) -> Any:
+    """Four significant digits, more would be noise; None as it is."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def growth_exponents(rows: list[Row]) -> None:
@@ -229,18 +245,18 @@ def show(rows: list[Row], console: Any) -> None:
 def over_teacher(rows: list[Row]) -> list[Row]:
     """How many times as fast as the teacher each student of the inference suite answers under the
     same provider, at the same batch, beside the published figure."""
-    medians = {
-        (row["case"], row["provider"], row["dtype"]): row["median_ms"]
-        for row in rows
-        if row["suite"] == "inference"
-    }
+
+    def lane(row: Row, case: str) -> tuple[Any, ...]:
+        return case, row["provider"], row["dtype"], row["threads"]
+
+    rows = [row for row in rows if row["suite"] == "inference"]
+    medians = {lane(row, row["case"]): row["median_ms"] for row in rows}
     found = []
     for row in rows:
         for student, published in PUBLISHED.items():
-            teachers = row["case"].replace(student, TEACHER)
-            teacher = medians.get((teachers, row["provider"], row["dtype"]))
-            if student in row["case"] and row["suite"] == "inference" and teacher is not None:
-                same = ("provider", "dtype", "batch", "valid_fraction")
+            teacher = medians.get(lane(row, row["case"].replace(student, TEACHER)))
+            if student in row["case"] and teacher is not None:
+                same = ("case", "provider", "dtype", "threads", "batch", "valid_fraction")
                 found.append(
                     {
                         "student": student,

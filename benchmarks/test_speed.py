@@ -17,7 +17,7 @@ import torch
 
 from tinybert_fast.benchmarks.case import Case, Setup
 from tinybert_fast.benchmarks.cases import distill_step, mlm_step
-from tinybert_fast.benchmarks.runner import load_cases
+from tinybert_fast.benchmarks.suites import load_cases
 
 SETUP = Setup(torch.device("cpu"))
 ROUNDS = {"op": 15, "step": 5}

@@ -105,7 +105,7 @@ def test_masking_and_benchmarks_need_no_datasets():
     result = python(
         without(["datasets"])
         + """
-from tinybert_fast.benchmarks.runner import SUITES, load_cases
+from tinybert_fast.benchmarks.suites import SUITES, load_cases
 from tinybert_fast.cli import bench, validate
 from tinybert_fast.data import PreTrainingCollator, SparseMaskingCollator
 assert all(load_cases(suite) for suite in SUITES)

@@ -14,14 +14,18 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinybert_fast.benchmarks.agreement import WITHIN, repeats
+from tinybert_fast.benchmarks.baselines.textbrewer import NAME as TEXTBREWER
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
-from tinybert_fast.benchmarks.table import Row, case_of, newest, read
+from tinybert_fast.benchmarks.suites import SUITES
+from tinybert_fast.benchmarks.table import Row, case_of, newest, over_teacher, read
 from tinybert_fast.data.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parent
@@ -51,8 +55,15 @@ CASES = {
     "mlm_mask": "the masking call",
     "collate_tokens": "whole collator, tokens",
     "collate_words": "whole collator, whole words",
+    "inference_12l_768": "answers, 12L-768 (teacher)",
+    "inference_6l_768": "answers, 6L-768",
+    "inference_4l_312": "answers, 4L-312",
 }
 WHO = {"ours": "tinybert_fast"}
+
+
+class NoRows(ValueError):
+    """The rows of a table are not there yet."""
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -100,13 +111,17 @@ def cell(row: Row | None, column: str, words: Callable[[Any], str] = three) -> s
 
 
 def name_of(row: Row) -> str:
-    found = re.fullmatch(r"(\w+?)(?:_b\d+_n\d+(_full)?)?", row["case"])
+    found = re.fullmatch(r"(\w+?)(?:_b\d+(?:_n\d+)?(_full)?)?", row["case"])
     assert found is not None
     return CASES.get(found[1], f"`{found[1]}`") + (", no padding" if found[2] else "")
 
 
 def shape_of(row: Row) -> str:
     return f"{row['batch']}, {row['width']}"
+
+
+def real_of(row: Row) -> str:
+    return f"{100 * row['valid_fraction']:.0f} %"
 
 
 def each(values: Iterable[Any]) -> str:
@@ -133,12 +148,6 @@ def link(file: Path, page: Path) -> str:
 def caption(rows: list[Row], file: Path, page: Path) -> str:
     """Machine, conditions, file, and of each run command and date."""
     first = rows[0]
-    machine = f"{first['gpu']} (driver {first['driver']})"
-    versions = "torch {torch}, transformers {transformers}, triton {triton}"
-    if first["gpu"] == "none":
-        bf16 = " with bf16 instructions" * (first["bf16_hardware"] == "yes")
-        machine = f"{first['cores']} cores of an {first['cpu']}, {first['cpu_instructions']}{bf16}"
-        versions = "torch {torch}, transformers {transformers}"
     rates = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of_dtype = [r["matmul_gflops"] for r in rows if r["dtype"] == dtype]
@@ -146,8 +155,7 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
             unit, scale = ("TFLOP/s", 1e3) if min(of_dtype) > TERA else ("GFLOP/s", 1)
             rates.append(f"{between(rate / scale for rate in of_dtype)} {unit} in {dtype}")
     said = [
-        machine,
-        versions.format(**first),
+        machine_of(first),
         f"dropout {each(row['dropout'] for row in rows)}",
         f"{between(100 * row['valid_fraction'] for row in rows)} % of positions real",
         f"medians of {between(row['rounds'] for row in rows)} interleaved rounds",
@@ -162,6 +170,15 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
         dates.setdefault(command(run, rows), []).append(date)
     commands = "; ".join(f"`{line}`, {', '.join(when)}" for line, when in dates.items())
     return f"{'; '.join(said)}. {commands}; rows in {link(file, page)}."
+
+
+def machine_of(row: Row) -> str:
+    """Hardware and versions."""
+    versions = f"torch {row['torch']}, transformers {row['transformers']}"
+    if row["gpu"] != "none":
+        return f"{row['gpu']} (driver {row['driver']}); {versions}, triton {row['triton']}"
+    bf16 = " with bf16 instructions" * (row["bf16_hardware"] == "yes")
+    return f"{row['cores']} cores of an {row['cpu']}, {row['cpu_instructions']}{bf16}; {versions}"
 
 
 def command(run: list[Row], rows: list[Row]) -> str:
@@ -182,14 +199,20 @@ def command(run: list[Row], rows: list[Row]) -> str:
 
 def table_of(suite: str, machine: str, body: Callable[[list[Row]], str], page: Path) -> str:
     file = RESULTS / f"{suite}-{machine}.csv"
+    if not file.exists():
+        raise NoRows(f"there is no {file.name} yet")
     rows = newest(read(file))
     return f"{body(rows)}\n\n{caption(rows, file, page)}"
 
 
 def cpu_steps(rows: list[Row]) -> str:
-    heads = (
-        "step|B, N|dtype|as it comes (a), ms|careful (b), ms|tinybert_fast, ms|lessons cached, ms"
-        "|against (a)|against (b)|peak MiB, (a) to ours"
+    found = groups(rows)
+    toolkit = any(TEXTBREWER in group for group in found)
+    heads = "step|B, N|dtype|as it comes (a), ms|"
+    heads += "TextBrewer, ms|" if toolkit else ""
+    heads += (
+        "careful (b), ms|tinybert_fast, ms|lessons cached, ms|against (a)|against (b)"
+        "|peak MiB, (a) to ours"
     )
     return markdown(
         heads,
@@ -197,12 +220,14 @@ def cpu_steps(rows: list[Row]) -> str:
         (
             [
                 name_of(group[OURS]), shape_of(group[OURS]), group[OURS]["dtype"],
-                cell(group.get(BASELINE), "median_ms"), cell(group.get(CAREFUL), "median_ms"),
+                cell(group.get(BASELINE), "median_ms"),
+                *([cell(group.get(TEXTBREWER), "median_ms")] if toolkit else []),
+                cell(group.get(CAREFUL), "median_ms"),
                 cell(group["ours"], "median_ms"), cell(group.get("ours cached"), "median_ms"),
                 cell(group["ours"], "speedup_a", times), cell(group["ours"], "speedup_b", times),
                 memory_of(group),
             ]
-            for group in groups(rows)
+            for group in found
         ),
     )  # fmt: skip
 
@@ -277,6 +302,51 @@ def cpu_ops(rows: list[Row]) -> str:
             [
                 name_of(group[OURS]), shape_of(group[OURS]),
                 *(cell(group.get(role), "median_ms") for role in (BASELINE, CAREFUL, OURS)),
+                cell(group[OURS], "speedup_a", times), cell(group[OURS], "speedup_b", times),
+                memory_of(group),
+            ]
+            for group in groups(rows)
+        ),
+    )  # fmt: skip
+
+
+def inference(rows: list[Row]) -> str:
+    """Sentences per second, and students beside the teacher under the same provider."""
+
+    def lane(row: Row) -> tuple[Any, ...]:
+        return row["case"], row["provider"], row["dtype"], row["threads"]
+
+    gains = {lane(one): one for one in over_teacher(rows)}
+    lines = []
+    for group in groups(rows):
+        ours, who = group[OURS], [group.get(role) for role in (BASELINE, CAREFUL, OURS)]
+        rates = ["" if row is None else three(1e3 * row["batch"] / row["median_ms"]) for row in who]
+        over = [row and gains.get(lane(row)) for row in who]
+        lines.append(
+            [
+                name_of(ours), shape_of(ours), ours["dtype"], *rates,
+                cell(ours, "speedup_a", times), cell(ours, "speedup_b", times),
+                *(cell(one, "times", times) for one in over),
+                cell(over[-1], "published", "{}x".format),
+            ]
+        )  # fmt: skip
+    heads = "encoder|B, N|dtype|Transformers (a), sentences/s|careful (b), sentences/s"
+    heads += "|tinybert_fast, sentences/s|against (a)|against (b)"
+    heads += "|over its teacher: (a)|(b)|ours|as published"
+    return markdown(heads, 3, lines)
+
+
+def scaling(rows: list[Row]) -> str:
+    """Tokens per second; (a) was measured in the middle of the grid alone."""
+    return markdown(
+        "step|B, N|real positions|dtype|as it comes (a), tokens/s|careful (b), tokens/s"
+        "|tinybert_fast, tokens/s|against (a)|against (b)|peak MiB, (a) or (b) to ours",
+        4,
+        (
+            [
+                name_of(group[OURS]), shape_of(group[OURS]),
+                real_of(group[OURS]), group[OURS]["dtype"],
+                *(cell(group.get(role), "tokens_per_s") for role in (BASELINE, CAREFUL, OURS)),
                 cell(group[OURS], "speedup_a", times), cell(group[OURS], "speedup_b", times),
                 memory_of(group),
             ]
@@ -386,6 +456,8 @@ def slower(page: Path) -> str:
                     continue
                 captured = gain(ours, other, "graph_ms")  # both, or nothing
                 which = "" if ours["pass"] == "both" else f", {ours['pass']}"
+                if ours["suite"] == "scaling":  # whose points may differ in this alone
+                    which += f", {real_of(ours)} real"
                 lines.append(
                     [
                         ours["cpu"] if ours["gpu"] == "none" else ours["gpu"],
@@ -431,6 +503,46 @@ def gain(ours: Row, other: Row, column: str = "median_ms") -> Any:
     return other[column] / ours[column] if ours[column] and other[column] else None
 
 
+def agreement(page: Path) -> str:
+    """A line for each suite of which cases were run twice by one commit."""
+    lines, files, commands, machines = [], [], [], []
+    for suite in SUITES:
+        file = RESULTS / f"{suite}-{CPU}.csv"
+        rows = read(file) if file.exists() else []
+        found = repeats(rows)
+        if not found:
+            continue
+        files.append(file)
+        first, *_ = found
+        values = " and ".join(map(times, first.values))
+        then = sorted({one.before["date"] for one in found})
+        now = sorted({one.now["date"] for one in found})
+        again = [row for row in rows if row["date"] in now]
+        commands.append(f"`{command(again, newest(rows))}`")
+        machines.append(machine_of(first.now))
+        lines.append(
+            [
+                suite, f"{each(then)} and {each(now)}", each(one.now["commit"] for one in found),
+                f"{', '.join(first.words)}: {values}", str(len(found)),
+                percent(statistics.median(one.apart for one in found)), percent(first.apart),
+                str(sum(one.apart > WITHIN for one in found)),
+            ]
+        )  # fmt: skip
+    if not files:
+        raise NoRows("no suite has cases that were run twice by one commit")
+    heads = "suite|runs of|commit|furthest apart|ratios|median difference|largest difference"
+    return (
+        f"{markdown(f'{heads}|above {100 * WITHIN:.0f} %', 4, lines)}\n\n"
+        "A difference is by how much the larger ratio exceeds the smaller. "
+        f"{each(machines)}. {', '.join(commands)}, twice; rows in "
+        f"{', '.join(link(file, page) for file in files)}."
+    )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def demo(page: Path) -> str:
     file = RESULTS / f"demo-full-{CPU}.json"
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -471,6 +583,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-ops": partial(table_of, "ops", CPU, cpu_ops),
     "cpu-memory": partial(table_of, "memory", CPU, memory),
     "cpu-masking": partial(table_of, "masking", CPU, masking),
+    "cpu-inference": partial(table_of, "inference", CPU, inference),
+    "cpu-scaling": partial(table_of, "scaling", CPU, scaling),
     "cpu-pretraining": pretraining,
     "gpu-steps": partial(table_of, "step", GPU, gpu_steps),
     "gpu-steps-all": partial(table_of, "step", GPU, partial(providers, graphs=False)),
@@ -478,6 +592,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu-waiting": waiting,
     "slower": slower,
     "baselines": baselines,
+    "agreement": agreement,
     "demo": demo,
 }
 

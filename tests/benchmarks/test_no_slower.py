@@ -11,12 +11,12 @@ from functools import partial
 import pytest
 import torch
 
-from tinybert_fast.benchmarks import runner
 from tinybert_fast.benchmarks.baselines import textbrewer
 from tinybert_fast.benchmarks.baselines.distillation import Setting
 from tinybert_fast.benchmarks.case import Setup
 from tinybert_fast.benchmarks.cases import distill_step, mlm_step
 from tinybert_fast.benchmarks.hardware import Clock
+from tinybert_fast.benchmarks.rounds import interleave, quantiles
 from tinybert_fast.integrations import TinyBertConfig
 from tinybert_fast.ops import dispatch
 
@@ -36,12 +36,12 @@ def hold(providers, bounds):
     lanes = [(providers[name], "fp32") for name in (*bounds, "ours")]
     found = []
     for _ in range(TRIES):
-        *theirs, ours = runner.interleave(lanes, ROUNDS, 1, Clock(CPU)).values()
+        *theirs, ours = interleave(lanes, ROUNDS, 1, Clock(CPU)).values()
         rounds = {
             name: [mine / other for mine, other in zip(ours, times)]
             for name, times in zip(bounds, theirs)
         }
-        found.append({name: runner.quantiles(each, (0.5,))[0] for name, each in rounds.items()})
+        found.append({name: quantiles(each, (0.5,))[0] for name, each in rounds.items()})
         print("ours takes", found[-1])
         if all(found[-1][name] <= bound for name, bound in bounds.items()):
             return

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from tinybert_fast.benchmarks import runner
+from tinybert_fast.benchmarks import checking, measuring
 from tinybert_fast.benchmarks.baselines.attention import padded_heads, sdpa
-from tinybert_fast.benchmarks.case import Case, Check, Setup, Work
+from tinybert_fast.benchmarks.case import Case, Check, Disagreement, Setup, Work
 from tinybert_fast.benchmarks.cases import (
     attention,
     attention_relation_kl,
@@ -74,10 +74,10 @@ def doubles(x, *, dropout_p=0.0):
 )
 def test_a_wrong_op_is_refused(op, wrong, dtype, monkeypatch):
     name = op.__name__.rpartition(".")[2]
-    assert "ours" in runner.check(first(next(iter(op.CASES.values()))), dtype)
+    assert "ours" in checking.check(first(next(iter(op.CASES.values()))), dtype)
     monkeypatch.setattr(op.ops, name, wrong)
-    with pytest.raises((runner.Disagreement, RuntimeError), match=r"does not compute|unused"):
-        runner.check(first(next(iter(op.CASES.values()))), dtype)
+    with pytest.raises((Disagreement, RuntimeError), match=r"does not compute|unused"):
+        checking.check(first(next(iter(op.CASES.values()))), dtype)
 
 
 def test_every_setting_of_attention_agrees():
@@ -89,7 +89,7 @@ def test_every_setting_of_attention_agrees():
     for call, setting in [(c, s) for c in careful.calls.values() for s in c.ops]:
         call._chosen["fp32"] = setting
         if call.name != "flash":  # takes no mask
-            errors, _ = runner.errors_between(exact, call.outcome("", "fp32"))
+            errors, _ = checking.errors_between(exact, call.outcome("", "fp32"))
             assert max(errors) < 1e-5
     with pytest.raises(RuntimeError):
         careful.calls["flash"].tune("fp32", lambda call: call())
@@ -148,11 +148,11 @@ def test_an_optional_provider_is_left_out(theirs, says, capsys):
         for name, op in (("a", doubles), ("theirs", theirs), ("ours", doubles))
     ]
     case = case_of(*providers, optional=("theirs",))
-    rows = runner.measure(case, ("fp32",), 2, 1, CPU, {})
+    rows = measuring.measure(case, ("fp32",), 2, 1, CPU, {})
     assert re.search(f"no theirs in fp32: .*{says}", capsys.readouterr().err)
     assert [row["provider"] for row in rows] == ["a", "ours"]
     with pytest.raises(RuntimeError, match=says):  # one that is asked for is an error
-        runner.measure(case_of(*providers), ("fp32",), 2, 1, CPU, {})
+        measuring.measure(case_of(*providers), ("fp32",), 2, 1, CPU, {})
 
 
 def test_the_backward_of_attention_is_no_graph_of_its_own():

@@ -1,6 +1,7 @@
 """What the runner stands on: batches, baselines, peak memory, hardware facts."""
 
 import copy
+import subprocess
 
 import pytest
 import torch
@@ -130,13 +131,42 @@ def test_facts_name_the_machine():
     assert facts["bf16_hardware"] in ("yes", "no")
 
 
-def test_commit_of_an_untracked_copy_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "hardware.py"))
+@pytest.fixture
+def checkout(monkeypatch, tmp_path):
+    """A folder that this code seems to run from."""
+    here = tmp_path / "benchmarks" / "hardware.py"
+    here.parent.mkdir()
+    here.write_text("")
+    monkeypatch.setattr(hardware, "__file__", str(here))
     hardware.commit.cache_clear()
-    try:
-        assert hardware.commit() == "none"
-    finally:
-        hardware.commit.cache_clear()
+    yield tmp_path
+    hardware.commit.cache_clear()
+
+
+def test_commit_of_an_untracked_copy_is_none(checkout):
+    assert hardware.commit() == "none"
+
+
+@pytest.mark.parametrize(
+    ("changed", "mark"),
+    [("benchmarks/results/rows.csv", ""), ("README.md", ""), ("benchmarks/RESULTS.md", ""),
+     ("benchmarks/hardware.py", "+"), ("csrc/philox.h", "+")],
+)  # fmt: skip
+def test_only_changed_code_marks_a_commit(checkout, changed, mark):
+    def git(*words):
+        who = ("-c", "user.name=x", "-c", "user.email=x@localhost", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", checkout, *who, *words], check=True, capture_output=True)
+
+    file = checkout / changed
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    file.write_text("after")
+    found = hardware.commit()
+    assert len(found) == 12 + len(mark)
+    assert found.endswith("+") == bool(mark)
 
 
 def test_a_rounded_teacher_leaves_the_exact_one_as_it_is():

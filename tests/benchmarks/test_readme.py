@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tinybert_fast.benchmarks.table import COLUMNS, CsvFile
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "results" / "readme.py"
 spec = importlib.util.spec_from_file_location("results_readme", SCRIPT)
@@ -17,7 +19,15 @@ spec.loader.exec_module(readme)
 
 def row(date, provider, role, **cells):
     same = {"case": "mlm_step", "batch": 2, "width": 4, "pass": "both", "dtype": "fp32"}
-    return {**same, "threads": 2, "date": date, "provider": provider, "role": role, **cells}
+    return {
+        **same,
+        "valid_fraction": 0.6,
+        "threads": 2,
+        "date": date,
+        "provider": provider,
+        "role": role,
+        **cells,
+    }
 
 
 def test_pages_and_rows_agree():
@@ -27,9 +37,12 @@ def test_pages_and_rows_agree():
     assert done.returncode == 0, done.stderr
 
 
-def test_every_table_is_on_a_page():
+def test_every_table_that_has_rows_is_on_a_page():
     shown = {name for page in readme.PAGES for name in readme.BLOCK.findall(page.read_text())}
-    assert shown == set(readme.TABLES)
+    assert shown <= set(readme.TABLES)
+    for name in readme.TABLES.keys() - shown:
+        with pytest.raises(readme.NoRows):
+            readme.TABLES[name](readme.PAGES[0])
 
 
 def test_the_newest_run_counts():
@@ -44,7 +57,7 @@ def test_the_newest_run_counts():
 
 
 def test_a_case_without_ours_is_refused():
-    with pytest.raises(ValueError, match=r"mlm_step, 2, 4, both, fp32, 2: .*none of ours"):
+    with pytest.raises(ValueError, match=r"mlm_step, 2, 4, 0.6, both, fp32, 2: .*none of ours"):
         readme.groups([row("2026-01-01", "slow", "a")])
 
 
@@ -58,6 +71,87 @@ def test_the_graph_of_a_baseline_gets_a_column():
     head, _, line = readme.gpu_steps([*rows, graph]).splitlines()
     at = head.split("|").index(" (b) as a CUDA graph, ms ")
     assert line.split("|")[at] == " 7.00 (1.50x) "
+
+
+def cells_of(table, *heads):
+    """Of each line, the cells under these heads."""
+    names, _, *lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()]
+    return [tuple(line[names.index(head)] for head in heads) for line in lines]
+
+
+def test_textbrewer_stands_beside_the_steps_that_it_takes():
+    cells = {"median_ms": 10.0, "speedup_a": 2.0, "speedup_b": 1.5, "tokens_per_s": 9e5,
+             "bound_ms": 1.0, "peak_mib": 5.0, "p20_ms": 9.0, "p80_ms": 11.0,
+             "setting": None}  # fmt: skip
+    rows = [row("2026-01-01", who, role, case=case, **cells)
+            for case in ("mlm_step", "distill_step")
+            for who, role in (("slow", "a"), ("careful", "b"), ("ours", "ours"))]  # fmt: skip
+    assert "TextBrewer" not in readme.cpu_steps(rows)
+    theirs = {**cells, "median_ms": 25.0}
+    rows.append(row("2026-01-01", "textbrewer", "textbrewer", case="distill_step", **theirs))
+    table = readme.cpu_steps(rows)
+    assert cells_of(table, "TextBrewer, ms", "careful (b), ms") == [("", "10.0"), ("25.0", "10.0")]
+    every = cells_of(readme.providers(rows, graphs=False), "provider", "ms")
+    assert every[-1] == ("textbrewer", "25.0")
+
+
+def test_students_stand_beside_their_teacher():
+    rows = [
+        row("2026-01-01", who, role, suite="inference", case=f"inference_{model}_b32_full",
+            batch=32, width=128, median_ms=ms * slower, speedup_a=2 / slower, speedup_b=None)
+        for model, ms in (("12l_768", 640.0), ("4l_312", 64.0))
+        for who, role, slower in (("transformers", "a", 2), ("ours", "ours", 1))
+    ]  # fmt: skip
+    rows[2]["median_ms"] = 160.0  # the student, as it comes
+    heads = ("encoder", "B, N", "tinybert_fast, sentences/s", "against (a)")
+    table = readme.inference(rows)
+    assert cells_of(table, *heads) == [
+        ("answers, 12L-768 (teacher), no padding", "32, 128", "50.0", "2.00x"),
+        ("answers, 4L-312, no padding", "32, 128", "500", "2.00x"),
+    ]
+    assert cells_of(table, "over its teacher: (a)", "(b)", "ours", "as published") == [
+        ("", "", "", ""), ("8.00x", "", "10.00x", "9.4x"),
+    ]  # fmt: skip
+
+
+def test_each_point_of_a_grid_has_its_line():
+    """Also those that differ in nothing but the share of real positions."""
+    rows = [
+        row("2026-01-01", who, role, suite="scaling", valid_fraction=real, tokens_per_s=rate,
+            speedup_a=None, speedup_b=2.0, peak_mib=5.0)
+        for real, rate in ((0.6, 700.0), (0.301, 650.0), (1.0, 800.0))
+        for who, role in (("careful", "b"), ("ours", "ours"))
+    ]  # fmt: skip
+    heads = ("real positions", "as it comes (a), tokens/s", "tinybert_fast, tokens/s")
+    assert cells_of(readme.scaling(readme.newest(rows)), *heads) == [
+        ("60 %", "", "700"), ("30 %", "", "650"), ("100 %", "", "800"),
+    ]  # fmt: skip
+
+
+def test_repeated_suites_say_how_far_apart_they_lie(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    with pytest.raises(readme.NoRows, match="run twice by one commit"):
+        readme.agreement(tmp_path / "RESULTS.md")
+
+    def run(date, gain, commit="c1"):
+        same = {"suite": "step", "dropout": 0.1, "device": "cpu", "gpu": "none", "rounds": 4}
+        found = [
+            row(date, who, role, commit=commit, **same)
+            for who, role in (("slow", "a"), ("ours", "ours"))
+        ]
+        return [dict.fromkeys(COLUMNS) | one | {"speedup_a": gain} for one in found]
+
+    file = tmp_path / "step-epyc-avx512.csv"
+    rows = [*run("2026-01-01", 1.0, "c0"), *run("2026-01-02", 2.0), *run("2026-01-03", 2.3)]
+    CsvFile(file).write(rows)
+    page = readme.agreement(tmp_path / "RESULTS.md")
+    heads = ("suite", "runs of", "commit", "furthest apart", "ratios", "largest difference")
+    assert cells_of(page.partition("\n\n")[0], *heads, "above 10 %") == [
+        ("step", "2026-01-02 and 2026-01-03", "c1",
+         "mlm_step B=2 N=4, ours, fp32, x (a): 2.00x and 2.30x", "1", "15.0 %", "1"),
+    ]  # fmt: skip
+    assert "`tinybert-fast bench --suite step --threads 2 --rounds 4`, twice" in page
+    assert "(step-epyc-avx512.csv)" in page
 
 
 @pytest.mark.parametrize(

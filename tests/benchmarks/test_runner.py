@@ -8,10 +8,29 @@ import pytest
 import torch
 
 from tinybert_fast import ops
-from tinybert_fast.benchmarks import op_call, runner, step_work, table, training_step
+from tinybert_fast.benchmarks import (
+    checking,
+    measuring,
+    op_call,
+    rounds,
+    runner,
+    step_work,
+    suites,
+    table,
+    training_step,
+)
 from tinybert_fast.benchmarks.baselines import plain_bert, textbrewer
 from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown, show
-from tinybert_fast.benchmarks.case import Case, Check, Outcome, Setup, Unavailable, Work
+from tinybert_fast.benchmarks.case import (
+    Case,
+    Check,
+    Disagreement,
+    Failed,
+    Outcome,
+    Setup,
+    Unavailable,
+    Work,
+)
 from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
     distill_step,
@@ -85,7 +104,7 @@ def test_rounds_are_interleaved():
         call()
         return float(next(ticks))
 
-    times = runner.interleave(lanes, rounds=2, warm_up=1, clock=clock)
+    times = rounds.interleave(lanes, rounds=2, warm_up=1, clock=clock)
     assert "".join(log) == "ABC" * 3
     # The warm-up took ticks 0, 1, 2 and is not kept.
     assert [times[lane] for lane in lanes] == [[3, 6], [4, 7], [5, 8]]
@@ -93,16 +112,16 @@ def test_rounds_are_interleaved():
 
 def test_speedup_is_the_median_of_the_rounds_ratios():
     baseline, mine = [10.0, 100.0, 12.0], [5.0, 10.0, 3.0]  # ratios 2, 10, 4
-    assert runner.speedup(baseline, mine) == 4.0
-    assert runner.speedup(mine, mine) == 1.0
-    assert runner.speedup(None, mine) is None
+    assert rounds.speedup(baseline, mine) == 4.0
+    assert rounds.speedup(mine, mine) == 1.0
+    assert rounds.speedup(None, mine) is None
 
 
 def test_quantiles_interpolate():
-    assert runner.quantiles([4.0, 1.0, 2.0, 3.0, 5.0], (0.2, 0.5, 0.8)) == pytest.approx(
+    assert rounds.quantiles([4.0, 1.0, 2.0, 3.0, 5.0], (0.2, 0.5, 0.8)) == pytest.approx(
         [1.8, 3.0, 4.2]
     )
-    assert runner.quantiles([7.0], (0.2, 0.5, 0.8)) == [7.0] * 3
+    assert rounds.quantiles([7.0], (0.2, 0.5, 0.8)) == [7.0] * 3
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -128,7 +147,7 @@ def test_growth_needs_two_widths():
 def test_checks_come_before_times_and_rows_say_what_they_found():
     log = []
     providers = [Fake("a", "a", log), Fake("b", "b", log), Fake("o", "ours", log, gradient=1.00001)]
-    rows = runner.measure(fake_case(*providers), ("fp32",), 3, 1, CPU, facts())
+    rows = measuring.measure(fake_case(*providers), ("fp32",), 3, 1, CPU, facts())
     first_run = log.index("a")
     assert all(not word.startswith("check") for word in log[first_run:])
     assert [row["provider"] for row in rows] == ["a", "b", "o"]
@@ -151,14 +170,14 @@ def test_checks_come_before_times_and_rows_say_what_they_found():
 def test_a_wrong_provider_is_never_timed(wrong, says):
     log = []
     case = fake_case(Fake("a", "a", log), Fake("o", "ours", log, **wrong))
-    with pytest.raises(runner.Disagreement, match=says):
-        runner.measure(case, ("fp32",), 3, 1, CPU, facts())
+    with pytest.raises(Disagreement, match=says):
+        measuring.measure(case, ("fp32",), 3, 1, CPU, facts())
     assert "o" not in log
 
 
 def test_a_missing_gradient_disagrees():
     exact = Outcome(1.0, {"w": torch.ones(2), "b": torch.ones(2)})
-    errors, worst = runner.errors_between(exact, Outcome(1.0, {"w": torch.ones(2)}))
+    errors, worst = checking.errors_between(exact, Outcome(1.0, {"w": torch.ones(2)}))
     assert errors == (0.0, math.inf)
     assert worst.startswith("b ")
 
@@ -166,16 +185,16 @@ def test_a_missing_gradient_disagrees():
 def test_a_gradient_that_is_zero_but_for_rounding_agrees():
     exact = Outcome(1.0, {"w": torch.ones(4), "key.bias": torch.zeros(4)})
     other = Outcome(1.0, {"w": torch.ones(4), "key.bias": torch.full((4,), 1e-8)})
-    errors, _ = runner.errors_between(exact, other)
-    assert errors[1] < runner.GRADIENT_TOLERANCE
+    errors, _ = checking.errors_between(exact, other)
+    assert errors[1] < checking.GRADIENT_TOLERANCE
 
 
 def test_bf16_may_be_as_far_off_as_the_reference_in_bf16():
     near = fake_case(Fake("a", "a", [], bf16=0.01), Fake("o", "ours", [], bf16=0.015))
-    assert runner.check(near, "bf16")["o"][1] == pytest.approx(0.015, rel=1e-4)
+    assert checking.check(near, "bf16")["o"][1] == pytest.approx(0.015, rel=1e-4)
     far = fake_case(Fake("a", "a", [], bf16=0.01), Fake("o", "ours", [], bf16=0.03))
-    with pytest.raises(runner.Disagreement):
-        runner.check(far, "bf16")
+    with pytest.raises(Disagreement):
+        checking.check(far, "bf16")
 
 
 def without_attention(terms):
@@ -184,15 +203,15 @@ def without_attention(terms):
 
 def test_real_cases_agree_and_a_dropped_loss_term_is_seen(monkeypatch):
     (case,) = distill_step.CASES["distill_step_b16_n128"](SMOKE)
-    found = runner.check(case, "fp32")
+    found = checking.check(case, "fp32")
     assert found.keys() == {"careful", "ours", "ours cached"}
-    assert runner.check(case, "bf16").keys() == found.keys()
+    assert checking.check(case, "bf16").keys() == found.keys()
     original = distill_step.intermediate_terms
     monkeypatch.setattr(
         distill_step, "intermediate_terms", lambda *a, **k: without_attention(original(*a, **k))
     )
-    with pytest.raises(runner.Disagreement, match="'ours' does not compute"):
-        runner.check(case, "fp32")
+    with pytest.raises(Disagreement, match="'ours' does not compute"):
+        checking.check(case, "fp32")
 
 
 @pytest.mark.skipif(not textbrewer.is_installed(), reason="pip install --no-deps textbrewer")
@@ -203,7 +222,7 @@ def test_textbrewer_computes_the_same_loss(monkeypatch, tmp_path, dtype):
     (case,) = distill_step.CASES["distill_step_b16_n128"](SMOKE)
     theirs = next(one for one in case.providers if one.name == "textbrewer")
     theirs.tune("fp32", lambda call: 0.0)
-    assert {"textbrewer", "ours"} <= runner.check(case, dtype).keys()
+    assert {"textbrewer", "ours"} <= checking.check(case, dtype).keys()
     assert len(case.checks) == 2  # with padding and without
     theirs.run(dtype)
     assert not list(tmp_path.iterdir())  # its folders and logs
@@ -211,7 +230,7 @@ def test_textbrewer_computes_the_same_loss(monkeypatch, tmp_path, dtype):
 
 def test_masked_lm_providers_agree_and_a_scaled_loss_is_seen(monkeypatch):
     (case,) = mlm_step.CASES["mlm_step"](SMOKE)
-    assert runner.check(case, "fp32").keys() == {"careful", "ours"}
+    assert checking.check(case, "fp32").keys() == {"careful", "ours"}
     ours = case.providers[-1]
     backward = ours.backward
 
@@ -220,8 +239,8 @@ def test_masked_lm_providers_agree_and_a_scaled_loss_is_seen(monkeypatch):
         return backward(batch, dtype, setting)
 
     monkeypatch.setattr(ours, "backward", twice)
-    with pytest.raises(runner.Disagreement, match="gradient of"):
-        runner.check(case, "fp32")
+    with pytest.raises(Disagreement, match="gradient of"):
+        checking.check(case, "fp32")
 
 
 def test_tuning_leaves_the_weights_alone():
@@ -277,8 +296,8 @@ def as_on_gpu(monkeypatch):
     ],
 )  # fmt: skip
 def test_steps_of_a_gpu_agree(as_on_gpu, capsys, name, providers):
-    (case,) = runner.load_cases("step", on_gpu=True)[name](SMOKE)
-    rows = runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+    (case,) = suites.load_cases("step", on_gpu=True)[name](SMOKE)
+    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
     assert not capsys.readouterr().err  # nobody was left out
     assert ", ".join(row["provider"] for row in rows) == providers
     roles = {row["provider"]: row["role"] for row in rows}
@@ -291,7 +310,7 @@ def test_steps_of_a_gpu_agree(as_on_gpu, capsys, name, providers):
 
 
 def test_a_graph_is_captured_before_the_checks_and_leaves_the_weights_alone(as_on_gpu):
-    (case,) = runner.load_cases("step", on_gpu=True)["mlm_step_b256_n128"](SMOKE)
+    (case,) = suites.load_cases("step", on_gpu=True)["mlm_step_b256_n128"](SMOKE)
     graph = next(one for one in case.providers if one.name == "careful graph")
     before = [p.clone() for p in graph.step.trained.parameters()]
     taken = iter([3.0, 1.0, 2.0])
@@ -303,13 +322,13 @@ def test_a_graph_is_captured_before_the_checks_and_leaves_the_weights_alone(as_o
 
 
 def test_who_cannot_run_is_left_out_aloud(as_on_gpu, capsys, monkeypatch):
-    (case,) = runner.load_cases("step", on_gpu=True)["student_step_b256_n128_full"](SMOKE)
+    (case,) = suites.load_cases("step", on_gpu=True)["student_step_b256_n128_full"](SMOKE)
 
     def refuse(call):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(training_step, "Replay", refuse)
-    rows = runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
     assert [row["provider"] for row in rows] == ["careful", "ours"]
     said = capsys.readouterr().err
     assert "student_step_b256_n128_full N=16: no ours graph in fp32: capture: RuntimeError" in said
@@ -339,14 +358,14 @@ def test_without_its_reference_a_case_fails():
             raise Unavailable("too large")
 
     case = fake_case(Absent("a", "a", []), Fake("o", "ours", []))
-    with pytest.raises(runner.Failed, match="'a', which others are held to, cannot run"):
-        runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+    with pytest.raises(Failed, match="'a', which others are held to, cannot run"):
+        measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(1e-3, (50, 20)), (0.1, (15, 3)), (1, (10, 3))])
 def test_long_steps_take_fewer_rounds_on_a_gpu(seconds, expected):
     lanes = [(Fake(name, "ours", []), "fp32") for name in "AB"]
-    assert runner.repetitions(lanes, lambda call: seconds, 1, runner.SECONDS) == expected
+    assert rounds.repetitions(lanes, lambda call: seconds, 1, rounds.SECONDS) == expected
 
 
 @pytest.mark.parametrize("lengths", [(16,) * 4, (16, 9, 3, 5)])
@@ -384,7 +403,7 @@ def test_kernels_are_shown_beside_the_time_without_any(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU is waited for")
 @pytest.mark.parametrize("name", ["mlm_step_b256_n128", "distill_step_b256_n128"])
 def test_our_steps_wait_for_no_gpu(name):
-    cases = runner.load_cases("step", on_gpu=True)
+    cases = suites.load_cases("step", on_gpu=True)
     (case,) = cases[name](Setup(torch.device("cuda"), smoke=True))
     ours = next(one for one in case.providers if one.name == "ours")
     ours.run("bf16")
@@ -476,7 +495,7 @@ def test_masking_suite(monkeypatch):
         return ops.mlm_mask(ids, rule, **options)
 
     monkeypatch.setattr(masking, "mlm_mask", another_draw)
-    with pytest.raises(runner.Disagreement, match="mlm_mask: input_ids differs"):
+    with pytest.raises(Disagreement, match="mlm_mask: input_ids differs"):
         runner.run_suite("masking", smoke=True, rounds=1)
 
 
@@ -499,37 +518,38 @@ SOME_ANSWERS = ("inference_12l_768", "inference_4l_312_b1", "inference_6l_768_b3
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", runner.load_cases("inference"))
+@pytest.mark.parametrize("name", suites.load_cases("inference"))
 def test_answers_of_all_providers_agree(name, dtype):
-    (case,) = runner.load_cases("inference")[name](SMOKE)
+    (case,) = suites.load_cases("inference")[name](SMOKE)
     careful = case.providers[1]
     for form in careful.forms:
         careful._chosen[dtype] = form
-        assert runner.check(case, dtype).keys() == {"careful", "ours"}
+        assert checking.check(case, dtype).keys() == {"careful", "ours"}
 
 
 def test_answers_as_on_a_gpu_agree(as_on_gpu, monkeypatch):
     """Compiled buckets, and the layout from lengths."""
-    (case,) = runner.load_cases("inference", on_gpu=True)["inference_4l_312_b256"](SMOKE)
+    (case,) = suites.load_cases("inference", on_gpu=True)["inference_4l_312_b256"](SMOKE)
     _, careful, ours = case.providers
     batch = careful.batch
     careful.forms |= {str(form): form for form in plain_bert.forms(batch) if form.compiled}
     ours.layout["layout"] = SequenceLayout.from_lengths(batch.lengths, batch.input_ids.shape[1])
     for form in [form for form in careful.forms if "compiled" in form]:
         careful._chosen["fp32"] = form
-        runner.check(case, "fp32")
+        checking.check(case, "fp32")
 
 
 def test_another_answer_is_a_disagreement(monkeypatch):
-    (case,) = runner.load_cases("inference")["inference_4l_312_b32"](SMOKE)
+    (case,) = suites.load_cases("inference")["inference_4l_312_b32"](SMOKE)
     with torch.no_grad():
         case.providers[-1].model_in("fp32").encoder.layer[0].output.LayerNorm.bias[0] = 1e-3
-    with pytest.raises(runner.Disagreement, match="'ours' does not compute"):
-        runner.check(case, "fp32")
+    with pytest.raises(Disagreement, match="'ours' does not compute"):
+        checking.check(case, "fp32")
 
 
 def test_students_are_compared_with_the_teacher_at_the_same_batch():
-    common = {"suite": "inference", "provider": "ours", "dtype": "fp32", "valid_fraction": 0.6}
+    common = {"suite": "inference", "provider": "ours", "dtype": "fp32", "threads": 2}
+    common["valid_fraction"] = 0.6
     rows = [
         {**common, "case": f"inference_{model}_b{batch}", "batch": batch, "median_ms": median}
         for batch, medians in ((1, (12.0, 6.0, 2.0)), (32, (90.0, 30.0, 10.0)))
@@ -572,7 +592,7 @@ def test_a_grid_varies_one_thing_at_a_time(points):
 
 @pytest.mark.parametrize("name", ["mlm_step", "distill_step"])
 def test_scaling_on_a_gpu_compiles_nothing(as_on_gpu, name):
-    case = next(runner.load_cases("scaling", on_gpu=True)[name](SMOKE))
+    case = next(suites.load_cases("scaling", on_gpu=True)[name](SMOKE))
     first = case.providers[0].name
     assert [one.name for one in case.providers] == [
         first, "careful", "careful graph", "ours", "ours graph",
@@ -580,7 +600,7 @@ def test_scaling_on_a_gpu_compiles_nothing(as_on_gpu, name):
     assert "compiled" not in " ".join(
         str(setting) for one in case.providers for setting in getattr(one, "step", one).settings
     )
-    rows = runner.measure(case, ("fp32",), 1, 1, CPU, facts())
+    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
     assert len(rows) == 5
 
 
@@ -629,14 +649,14 @@ def test_disagreement_writes_nothing(tmp_path, monkeypatch, capsys):
         attention_score_mse.ops, "attention_score_mse", lambda q, k, p, r: (q * k).sum()
     )
     target = tmp_path / "rows.json"
-    with pytest.raises(runner.Failed, match="No speed is reported"):
+    with pytest.raises(Failed, match="No speed is reported"):
         runner.run_suite("memory", smoke=True, json_path=target)
     assert "ms" not in capsys.readouterr().out
     assert not target.exists()
 
 
 def test_a_failed_case_leaves_the_others(tmp_path, monkeypatch):
-    right = runner.load_cases("ops")["hidden_mse_d312"]
+    right = suites.load_cases("ops")["hidden_mse_d312"]
 
     def wrong(setup):
         yield fake_case(Fake("a", "a", []), Fake("o", "ours", [], loss=3.0))
@@ -645,7 +665,7 @@ def test_a_failed_case_leaves_the_others(tmp_path, monkeypatch):
         runner, "load_cases", lambda suite, on_gpu: {"wrong": wrong, "right": right}
     )
     target = tmp_path / "rows.csv"
-    with pytest.raises(runner.Disagreement, match="fake in fp32"):
+    with pytest.raises(Disagreement, match="fake in fp32"):
         runner.run_suite("ops", smoke=True, rounds=1, csv_path=target)
     with target.open(newline="") as file:
         assert {row["case"] for row in csv.DictReader(file)} == {"hidden_mse_d312"}
@@ -660,18 +680,18 @@ def test_only_some_providers():
 def test_no_case_begins_after_the_minutes(monkeypatch):
     ticks = iter(range(0, 10_000, 70))
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks))
-    with pytest.raises(runner.Failed, match="hidden_mse_d768 N=16: not begun after 2 minutes"):
+    with pytest.raises(Failed, match="hidden_mse_d768 N=16: not begun after 2 minutes"):
         runner.run_suite("ops", cases=["hidden"], smoke=True, rounds=1, minutes=2)
 
 
 def test_passes_of_an_op():
-    (case,) = runner.load_cases("ops")["hidden_mse_d312"](SMOKE)
+    (case,) = suites.load_cases("ops")["hidden_mse_d312"](SMOKE)
     case.work = lambda dtype: Work(flops=2e9, bytes=1e9)
     ceilings = {"fp32": {"matmul_gflops": 1000.0, "copy_gbytes": 100.0}}
     rows = [
         row
         for one in op_call.passes(case, "forward", "backward", "both")
-        for row in runner.measure(one, ("fp32",), 2, 1, CPU, facts(), ceilings=ceilings)
+        for row in measuring.measure(one, ("fp32",), 2, 1, CPU, facts(), ceilings=ceilings)
     ]
     assert [row["pass"] for row in rows] == ["forward"] * 2 + ["backward"] * 2 + ["both"] * 2
     for row in rows:
@@ -726,7 +746,7 @@ def test_threads_are_put_back():
 
 
 def test_case_selection_is_by_the_beginning_of_a_name():
-    cases = runner.load_cases("step")
-    chosen = runner._selected(cases, ["distill"])
+    cases = suites.load_cases("step")
+    chosen = suites.selected(cases, ["distill"])
     assert list(chosen) == ["distill_step_b16_n128", "distill_step_b4_n512"]
-    assert runner._selected(cases, ()) == cases
+    assert suites.selected(cases, ()) == cases

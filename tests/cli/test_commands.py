@@ -163,10 +163,10 @@ def test_bench_refuses(cli):
 
 
 def test_bench_shows_no_speed_for_wrong_values(cli, monkeypatch):
-    from tinybert_fast.benchmarks import runner
+    from tinybert_fast.benchmarks import case, runner
 
     def disagree(*arguments, **more):
-        raise runner.Disagreement("ours differs by 3")
+        raise case.Disagreement("ours differs by 3")
 
     monkeypatch.setattr(runner, "run_suite", disagree)
     answer = cli("bench")

@@ -13,6 +13,8 @@ EPILOG = (
     "tinybert-fast bench\n\n"
     "tinybert-fast bench --suite step --case mlm --dtype both --json step.json\n\n"
     "tinybert-fast bench --suite memory\n\n"
+    "tinybert-fast bench --csv rows.csv, then bench --csv rows.csv --against rows.csv: whether two "
+    "runs agree\n\n"
     "tinybert-fast bench --tune --head 32\n\n"
     "Before any speed is shown, all candidates must agree in loss and gradients at dropout 0 "
     "(exit code 1 if they don't). They then take turns; medians are shown."
@@ -83,13 +85,22 @@ def bench(
             metavar="DIR", file_okay=False, help="Draw the rows: bars, memory, roofline, scaling."
         ),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also say how far each ratio is from an earlier run's, whose rows FILE has: what "
+            "--csv (it may be the same) or --json wrote.",
+        ),
+    ] = None,
     json_file: options.Json = None,
 ) -> None:
     """Time one training step beside what one would use otherwise: Transformers, careful PyTorch."""
     if tune:
-        if csv is not None or plots is not None or case or profile:
+        if csv is not None or plots is not None or against is not None or case or profile:
             raise ValueError(
-                "--tune writes settings and no rows: leave --csv, --plots, --case, --profile"
+                "--tune writes settings and no rows: leave --csv, --plots, --against, --case, "
+                "--profile"
             )
         _tune(head or (), minutes, json_file)
         return
@@ -115,6 +126,7 @@ def bench(
             json_path=json_file,
             csv_path=csv,
             plots_path=plots,
+            against=against,
         )
     except Failed as error:
         output.say(f"no speed is shown: {error}")

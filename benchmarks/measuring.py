@@ -1,0 +1,175 @@
+"""The rows of one case, measured at full size:
+
+1. each provider that has settings times them and keeps its fastest;
+2. at dropout 0 the providers must agree in loss and gradients, or there are no rows (checking.py);
+3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios (rounds.py);
+4. on a GPU, calls of a single op are timed as CUDA graphs too, in rounds of their own; a graph of a
+   whole step is a provider of its own;
+5. one more run of each under the allocation profiler gives its peak memory.
+A provider that cannot run here says so in 1, on stderr, and the case goes on without it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Case, Work
+from tinybert_fast.benchmarks.checking import check, may_miss
+from tinybert_fast.benchmarks.hardware import Clock, has_bf16
+from tinybert_fast.benchmarks.memory import peak_bytes
+from tinybert_fast.benchmarks.rounds import (
+    SECONDS,
+    SECONDS_OF_OPS,
+    Lane,
+    interleave,
+    quantiles,
+    repetitions,
+    replays,
+    speedup,
+)
+from tinybert_fast.benchmarks.table import COLUMNS, Row, digits
+
+Say = Callable[[str], None]
+
+
+def measure(
+    case: Case,
+    dtypes: tuple[str, ...],
+    rounds: int | None,
+    warm_up: int | None,
+    device: torch.device,
+    common: dict[str, Any],
+    say: Say = lambda _: None,
+    ceilings: dict[str, dict[str, float]] | None = None,
+) -> list[Row]:
+    """The rows of one case; ``common`` are the columns that all rows of a run share, ``ceilings``
+    those that rows of a dtype do. ``rounds``, ``warm_up``: None lets their time decide. Providers
+    that cannot run here are left out, and stderr says why."""
+    clock = Clock(device)
+    dtypes = case.dtypes or dtypes
+    left_out = tune(case, dtypes, clock, say)
+    errors: dict[tuple[str, str], tuple[float, float]] = {}
+    for dtype in dtypes:
+        say(f"{dtype}: comparing losses and gradients")
+        for name, error in check(case, dtype, left_out).items():
+            errors[name, dtype] = error
+    for (name, dtype), why in left_out.items():
+        print(f"{case.title}: no {name} in {dtype}: {why.strip()[:400]}", file=sys.stderr)
+    lanes = [
+        (provider, dtype)
+        for dtype in dtypes
+        for provider in case.providers
+        if (provider.name, dtype) not in left_out
+    ]
+    if rounds is None or warm_up is None:
+        given = SECONDS_OF_OPS if case.optimizer == "none" else SECONDS
+        fitting = repetitions(lanes, clock, case.calls, given)
+        rounds, warm_up = rounds or fitting[0], warm_up or fitting[1]
+    times = interleave(lanes, rounds, warm_up, clock, say, case.calls)
+    graphs = replays(lanes, case.calls, rounds, clock, say) if case.captured else {}
+    say("peak memory")
+    rows = []
+    for lane in lanes:
+        provider, dtype = lane
+        ceiling = (ceilings or {}).get(dtype, {})
+        run = partial(getattr(provider, "run_uncaptured", provider.run), dtype)
+        loss_error, gradient_error = errors.get((provider.name, dtype), (None, None))
+        rows.append(
+            {
+                **dict.fromkeys(COLUMNS),
+                **common,
+                **ceiling,
+                **inputs_of(case),
+                **times_of(case, lane, times, graphs, ceiling),
+                "peak_mib": digits(peak_bytes(run, device) / 2**20),
+                "loss_error": digits(loss_error),
+                "gradient_error": digits(gradient_error),
+            }
+        )
+    return rows
+
+
+def tune(case: Case, dtypes: tuple[str, ...], clock: Clock, say: Say) -> dict[tuple[str, str], str]:
+    """Every provider keeps its fastest setting. {(provider, dtype): why it is left out}."""
+    left_out: dict[tuple[str, str], str] = {}
+    # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
+    for dtype in dtypes if has_bf16(clock.device) else ("fp32",):
+        for provider in case.providers:
+            say(f"{provider.name} {dtype}: choosing its fastest setting")
+            try:
+                provider.tune(dtype, clock.best)
+                if provider.name in case.optional:
+                    provider.run(dtype)  # the check, at dropout 0, may be another kernel's
+            except Exception as refusal:
+                if not may_miss(case, provider.name, refusal):
+                    raise
+                left_out[provider.name, dtype] = str(refusal)
+    return left_out
+
+
+def inputs_of(case: Case) -> Row:
+    return {
+        "case": case.name,
+        "pass": case.phase,
+        "batch": case.batch,
+        "width": case.width,
+        "valid_tokens": case.valid_tokens,
+        "valid_fraction": round(case.valid_fraction, 4),
+        "dropout": case.dropout,
+        "optimizer": case.optimizer,
+    }
+
+
+def times_of(
+    case: Case,
+    lane: Lane,
+    times: dict[Lane, list[float]],
+    graphs: dict[Lane, list[float]],
+    ceiling: dict[str, float],
+) -> Row:
+    """Who it was, how long it took, and how that compares with the others of the same rounds."""
+    provider, dtype = lane
+
+    def ratio(role: str, of: dict[Lane, list[float]], dtype: str = dtype) -> float | None:
+        theirs = [of[other] for other in of if (other[0].role, other[1]) == (role, dtype)]
+        return speedup(theirs[0], of[lane]) if theirs and lane in of else None
+
+    p20, median, p80 = quantiles(times[lane], (0.2, 0.5, 0.8))
+    graph = quantiles(graphs[lane], (0.5,))[0] if lane in graphs else None
+    least = median if graph is None else graph
+    return {
+        "provider": provider.name,
+        "role": provider.role,
+        "dtype": dtype,
+        "setting": provider.setting(dtype),
+        "rounds": len(times[lane]),
+        "median_ms": digits(1e3 * median),
+        "p20_ms": digits(1e3 * p20),
+        "p80_ms": digits(1e3 * p80),
+        "tokens_per_s": digits(case.valid_tokens / median),
+        "speedup_a": ratio(BASELINE, times),
+        "speedup_b": ratio(CAREFUL, times),
+        "speedup_a_fp32": ratio(BASELINE, times, "fp32"),
+        "graph_ms": digits(None if graph is None else 1e3 * graph),
+        "graph_speedup_a": ratio(BASELINE, graphs),
+        "graph_speedup_b": ratio(CAREFUL, graphs),
+        **(achieved(case.work(dtype), least, ceiling) if case.work is not None else {}),
+    }
+
+
+def achieved(work: Work, seconds: float, ceiling: dict[str, float]) -> dict[str, float | None]:
+    """Rates of a job, and the least time that the machine's ceilings allow it."""
+    bound = None
+    if ceiling:
+        arithmetic = work.flops / (1e9 * ceiling["matmul_gflops"])
+        bound = max(arithmetic, work.bytes / (1e9 * ceiling["copy_gbytes"]))
+    return {
+        "tflops": digits(1e-12 * work.flops / seconds),
+        "gbytes_per_s": digits(1e-9 * work.bytes / seconds),
+        "bound_ms": digits(None if bound is None else 1e3 * bound),
+    }
