@@ -45,8 +45,8 @@ LOSSES = ("full", "student")
 
 
 def _gradient(x: Tensor, impl: str) -> Tensor:
-    """An uninitialised gradient; the kernels leave bf16's, which has the range of fp32, in bf16."""
-    bf16 = (impl, x.dtype) == ("triton", torch.bfloat16)
+    """An uninitialised gradient; kernels and C++ leave bf16's, which has fp32's range, in bf16."""
+    bf16 = impl in ("triton", "native") and x.dtype == torch.bfloat16
     return x.new_empty(x.shape) if bf16 else in_fp32(x)
 
 
