@@ -5,26 +5,33 @@
 
 #include "isa.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace tbf {
 namespace {
 
 constexpr int64_t kChunk = 128;  // tokens at a time of the Gram form
 constexpr int64_t kChunkStride = kChunk + kSpare;
+static_assert(kQueries <= 16 + kSpare);  // a tile fits the rows of any sequence
 
 // What one thread works in. Rows (tokens, padded), columns (both widths, tokens): those of the
-// student come first, and right behind them those of the teacher.
+// student come first, and right behind them those of the teacher. Paired, a width is half as much.
 struct ScoreWorkspace {
   Sizes student, teacher;
   int64_t stride;  // of y_columns
-  // Direct: x of a tile of queries, y of the sequence. Gram: y alone, a chunk of either side.
-  float *q_rows, *p_rows, *x_columns, *k_rows, *r_rows, *y_columns;
-  float *dq_columns, *dk, *error, *scores;
+  // Direct: x of a tile of queries, y of the sequence; r_rows is what becomes columns of either.
+  // Gram: y alone, a chunk of either side.
+  float *q_rows, *x_columns, *k_rows, *r_rows, *y_columns;
+  float *dq, *dk, *error, *scores;
   float* gram[2][3];  // of x and y: by themselves the student (D, D), teacher (Dt, D) and (Dt, Dt)
 };
 
 }  // namespace
 }  // namespace tbf
 
+#define TBF_WITH_DOTS
 #define TBF_EACH_ISA "attention_score_mse_pair.h"
 #include "each_isa.h"
 
@@ -41,14 +48,13 @@ ScoreWorkspace workspace(const AttentionScoreMse& call, int64_t longest, Arrays&
   w.teacher = {call.heads, call.teacher_width, Dt};
   w.stride = rows;
   w.k_rows = arrays.take(rows * D + kSpare);
-  w.r_rows = arrays.take(rows * Dt + kSpare);
+  w.r_rows = arrays.take(rows * std::max(D, Dt) + kSpare);
   w.y_columns = arrays.take(rows * (D + Dt) + kSpare);
   w.dk = arrays.take(rows * D);
   if (direct) {
     w.q_rows = arrays.take(kQueries * D);
-    w.p_rows = arrays.take(kQueries * Dt);
     w.x_columns = arrays.take(kQueries * (D + Dt));
-    w.dq_columns = arrays.take(kQueries * (D + kSpare));
+    w.dq = arrays.take((kQueries + kSpare) * (D + kSpare));
     w.error = arrays.take((kKeys + kSpare) * kQueries);
     if (call.student) w.scores = arrays.take((kKeys + kSpare) * kQueries);
   }
@@ -63,7 +69,7 @@ ScoreWorkspace workspace(const AttentionScoreMse& call, int64_t longest, Arrays&
 
 }  // namespace
 
-void attention_score_mse_cpu(const AttentionScoreMse& call, float* loss, float* dq, float* dk,
+void attention_score_mse_cpu(const AttentionScoreMse& call, float* loss, void* dq, void* dk,
                              int threads) {
   double pairs = 0.0, total = 0.0;
   for (int64_t b = 0; b < call.sequences; ++b) {

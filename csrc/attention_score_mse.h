@@ -7,8 +7,10 @@
 //     direct   E as it stands, one tile of queries and one block of keys          O(n^2 D)
 //     gram     |E|^2 = <X^T X, Y^T Y>,  E K = X (Y^T K),  E^T (a Q) = Y (X^T (a Q))   O(n D^2)
 //
-// All sums are fp32, those of the loss fp64 beyond a tile. The sums of a (sequence, head) are added
-// in order, so the number of threads changes no bit.
+// All sums are fp32, those of the loss fp64 beyond a tile. E and the Gram matrices of bf16 operands
+// are products of pairs where the CPU has them (AVX-512 BF16); what is multiplied by a sum is fp32
+// everywhere. The sums of a (sequence, head) are added in order, so the number of threads changes
+// no bit.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +28,8 @@ struct AttentionScoreMse {
   int64_t direct_up_to;  // tokens of a sequence; longer ones take the Gram form
 };
 
-// loss is one number; dq and dk (T, H, D) are contiguous.
-void attention_score_mse_cpu(const AttentionScoreMse& call, float* loss, float* dq, float* dk,
+// loss is one number; dq and dk (T, H, D), of the operands' dtype, are contiguous.
+void attention_score_mse_cpu(const AttentionScoreMse& call, float* loss, void* dq, void* dk,
                              int threads);
 
 }  // namespace tbf

@@ -36,68 +36,142 @@ inline double inner(const float* a, const float* b, int64_t rows, int64_t column
 }
 
 struct Factors {
-  float a, b;          // of the student's and the teacher's scores
-  float dq, dk;        // of the gradients
+  float a, b;      // of the student's and the teacher's scores
+  float gradient;  // 2 w
 };
 
-// Returns |E|^2, or its part that depends on the student.
+// How products of operands with each other take them: as fp32, X = [a Q, -b P]; or in pairs as they
+// are, X = [Q, P], whose sums get the factors. What is a sum itself, E or a Gram matrix, is
+// multiplied in fp32.
 template <class Number>
-double direct(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace& w,
-              const Factors& factors, float* dq, float* dk) {
-  const int64_t n = at.length, rows = (n + 15) / 16 * 16, D = w.student.width, C = w.student.padded,
-                Dt = w.teacher.width, Ct = w.teacher.padded;
-  // Zeros that fill up the student's last vector are overwritten by the teacher's numbers.
-  gather<Number>(call.k, at, 0, n, rows, w.student, 1.0f, w.k_rows);
-  transpose(w.k_rows, C, rows, C, w.y_columns, w.stride);
-  gather<Number>(call.r, at, 0, n, rows, w.teacher, 1.0f, w.r_rows);
-  transpose(w.r_rows, Ct, rows, Ct, w.y_columns + D * w.stride, w.stride);
-  std::memset(w.dk, 0, size_t((n + kSpare) * C) * sizeof(float));
-  double total = 0.0;
-  for (int64_t first = 0; first < n; first += kQueries) {
-    const int64_t count = n - first < kQueries ? n - first : kQueries;
-    gather<Number>(call.q, at, first, count, kQueries, w.student, factors.a, w.q_rows);
-    transpose(w.q_rows, C, kQueries, C, w.x_columns, kQueries);
-    gather<Number>(call.p, at, first, count, kQueries, w.teacher, -factors.b, w.p_rows);
-    transpose(w.p_rows, Ct, kQueries, Ct, w.x_columns + D * kQueries, kQueries);
-    for (int64_t block = 0; block < n; block += kKeys) {
-      const int64_t some = n - block < kKeys ? n - block : kKeys;
-      product<1>(some, kQueries, w.y_columns + block, w.stride, w.x_columns, kQueries, D + Dt,
-                 w.error, kQueries, false);
-      total += squares(w.error, some);
-      if (call.student) {
-        product<1>(some, kQueries, w.y_columns + D * w.stride + block, w.stride,
-                   w.x_columns + D * kQueries, kQueries, Dt, w.scores, kQueries, false);
-        total -= squares(w.scores, some);
-      }
-      std::memset(w.error + some * kQueries, 0, kSpare * kQueries * sizeof(float));
-      product<kQueries>(some, C, w.error, 1, w.q_rows, C, kQueries, w.dk + block * C, C, true);
-      product<1>(D, kQueries, w.k_rows + block * C, C, w.error, kQueries, some, w.dq_columns,
-                 kQueries, block > 0);
-    }
-    transpose(w.dq_columns, kQueries, C, kQueries, w.q_rows, C);
-    scatter<float>(w.q_rows, at, first, count, w.student, factors.dq, dq);
-  }
-  scatter<float>(w.dk, at, 0, n, w.student, factors.dk, dk);
-  return total;
-}
+struct TermsOf {
+  using Type = Single;
+};
+#if TBF_DOTS
+template <>
+struct TermsOf<BFloat16> {
+  using Type = Paired;
+};
+#endif
 
-// One side of the Gram form: X of queries or Y of keys, student and teacher, each with its factor.
+// One side: X of queries or Y of keys, student and teacher, each with its factor.
 struct Side {
   Heads student, teacher;
   float a, b;
 };
 
-// A chunk of a side as rows.
+// `count` tokens of a side from `first` on -> the student's as fp32 rows (rows, padded), and both
+// as columns. Zeros that fill up the student's last vector are overwritten by the teacher's.
 template <class Number>
-void gather_chunk(const Side& side, const Pair& at, int64_t first, int64_t count,
-                  const ScoreWorkspace& w) {
+void gather_columns(Single, const Side& side, const Pair& at, int64_t first, int64_t count,
+                    int64_t rows, const ScoreWorkspace& w, float* student, float* columns,
+                    int64_t stride) {
+  const int64_t C = w.student.padded, Ct = w.teacher.padded;
+  gather<Number>(side.student, at, first, count, rows, w.student, side.a, student);
+  transpose(student, C, rows, C, columns, stride);
+  gather<Number>(side.teacher, at, first, count, rows, w.teacher, side.b, w.r_rows);
+  transpose(w.r_rows, Ct, rows, Ct, columns + w.student.width * stride, stride);
+}
+
+#if TBF_DOTS
+template <class Number>
+void gather_columns(Paired, const Side& side, const Pair& at, int64_t first, int64_t count,
+                    int64_t rows, const ScoreWorkspace& w, float* student, float* columns,
+                    int64_t stride) {
+  const int64_t D = w.student.width, Dt = w.teacher.width;
+  const int64_t C = whole_vectors(Paired::lanes(D)), Ct = whole_vectors(Paired::lanes(Dt));
+  gather_pairs(side.student, at, first, count, rows, D, C, w.r_rows);
+  gather<Number>({w.r_rows, 2 * C, 0}, {}, 0, count, rows, w.student, 1.0f, student);
+  transpose(w.r_rows, C, rows, C, columns, stride);
+  gather_pairs(side.teacher, at, first, count, rows, Dt, Ct, w.r_rows);
+  transpose(w.r_rows, Ct, rows, Ct, columns + Paired::lanes(D) * stride, stride);
+}
+#endif
+
+// Returns |E|^2, or its part that depends on the student.
+template <class Number>
+double direct(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace& w,
+              const Factors& factors, void* dq, void* dk) {
+  using Terms = typename TermsOf<Number>::Type;
+  constexpr bool kPaired = Terms::kOfLane == 2;
+  const int64_t n = at.length, rows = (n + 15) / 16 * 16, C = w.student.padded;
+  const int64_t D = w.student.width, S = Terms::lanes(D), St = Terms::lanes(w.teacher.width);
+  const Side x = {call.q, call.p, factors.a, -factors.b}, y = {call.k, call.r, 1.0f, 1.0f};
+  // Of pairs, error = E / unit = (a / -b) Q K^T + P R^T, and rows of the student have no factor.
+  const float ratio = -factors.a / factors.b, unit = kPaired ? -factors.b : 1.0f;
+  gather_columns<Number>(Terms{}, y, at, 0, n, rows, w, w.k_rows, w.y_columns, w.stride);
+  std::memset(w.dk, 0, size_t((n + kSpare) * C) * sizeof(float));
+  // As rows, dQ needs no transposition; but of narrow heads the last vector may be half empty.
+  const bool dq_as_rows = C - D < kWide / 4;
+  double total = 0.0;
+  for (int64_t first = 0; first < n; first += kQueries) {
+    const int64_t count = n - first < kQueries ? n - first : kQueries;
+    gather_columns<Number>(Terms{}, x, at, first, count, kQueries, w, w.q_rows, w.x_columns,
+                           kQueries);
+    for (int64_t block = 0; block < n; block += kKeys) {
+      const int64_t some = n - block < kKeys ? n - block : kKeys;
+      const float* const keys = w.y_columns + block;
+      const float *const teacher_keys = keys + S * w.stride, *const p = w.x_columns + S * kQueries;
+      if (kPaired) {
+        product<1, Terms>(some, kQueries, keys, w.stride, w.x_columns, kQueries, S, w.error,
+                          kQueries, false);
+        product<1, Terms>(some, kQueries, teacher_keys, w.stride, p, kQueries, St, w.error,
+                          kQueries, ratio);
+      } else {
+        product<1>(some, kQueries, keys, w.stride, w.x_columns, kQueries, S + St, w.error, kQueries,
+                   false);
+      }
+      total += squares(w.error, some);
+      if (call.student) {
+        product<1, Terms>(some, kQueries, teacher_keys, w.stride, p, kQueries, St, w.scores,
+                          kQueries, false);
+        total -= squares(w.scores, some);
+      }
+      std::memset(w.error + some * kQueries, 0, kSpare * kQueries * sizeof(float));
+      product<kQueries>(some, C, w.error, 1, w.q_rows, C, kQueries, w.dk + block * C, C, true);
+      if (dq_as_rows) {
+        product<1>(count, C, w.error, kQueries, w.k_rows + block * C, C, some, w.dq, C, block > 0);
+      } else {
+        product<1>(D, kQueries, w.k_rows + block * C, C, w.error, kQueries, some, w.dq, kQueries,
+                   block > 0);
+      }
+    }
+    if (!dq_as_rows) transpose(w.dq, kQueries, C, kQueries, w.q_rows, C);
+    scatter<Number>(dq_as_rows ? w.dq : w.q_rows, at, first, count, w.student,
+                    factors.gradient * factors.a * unit, dq);
+  }
+  scatter<Number>(w.dk, at, 0, n, w.student,
+                  kPaired ? factors.gradient * factors.a * unit : factors.gradient, dk);
+  return total * unit * unit;
+}
+
+// A chunk of a side as rows (tokens, padded), or as pairs of rows. Returns how many.
+template <class Number>
+int64_t gather_chunk(Single, const Side& side, const Pair& at, int64_t first, int64_t count,
+                     const ScoreWorkspace& w) {
   gather<Number>(side.student, at, first, count, kChunk, w.student, side.a, w.k_rows);
   gather<Number>(side.teacher, at, first, count, kChunk, w.teacher, side.b, w.r_rows);
+  return count;
+}
+
+#if TBF_DOTS
+template <class Number>
+int64_t gather_chunk(Paired, const Side& side, const Pair& at, int64_t first, int64_t count,
+                     const ScoreWorkspace& w) {
+  gather_row_pairs(side.student, at, first, count, w.student, w.k_rows);
+  gather_row_pairs(side.teacher, at, first, count, w.teacher, w.r_rows);
+  return Paired::lanes(count);
+}
+#endif
+
+inline void scale(float* x, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
 }
 
 template <class Number>
 double gram(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace& w,
-            const Factors& factors, float* dq, float* dk) {
+            const Factors& factors, void* dq, void* dk) {
+  using Terms = typename TermsOf<Number>::Type;
   const int64_t n = at.length, D = w.student.width, C = w.student.padded, Dt = w.teacher.width,
                 Ct = w.teacher.padded;
   const Side sides[2] = {{call.q, call.p, factors.a, -factors.b}, {call.k, call.r, 1.0f, 1.0f}};
@@ -105,13 +179,18 @@ double gram(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace&
     float* const* const own = w.gram[side];
     for (int64_t first = 0; first < n; first += kChunk) {
       const int64_t count = n - first < kChunk ? n - first : kChunk;
-      gather_chunk<Number>(sides[side], at, first, count, w);
-      product<1>(D, C, w.k_rows, C, w.k_rows, C, count, own[0], C, first > 0);
-      product<1>(Dt, C, w.r_rows, Ct, w.k_rows, C, count, own[1], C, first > 0);
+      const int64_t steps = gather_chunk<Number>(Terms{}, sides[side], at, first, count, w);
+      product<1, Terms>(D, C, w.k_rows, C, w.k_rows, C, steps, own[0], C, first > 0);
+      product<1, Terms>(Dt, C, w.r_rows, Ct, w.k_rows, C, steps, own[1], C, first > 0);
       if (!call.student) {
-        product<1>(Dt, Ct, w.r_rows, Ct, w.r_rows, Ct, count, own[2], Ct, first > 0);
+        product<1, Terms>(Dt, Ct, w.r_rows, Ct, w.r_rows, Ct, steps, own[2], Ct, first > 0);
       }
     }
+    if (Terms::kOfLane == 1) continue;
+    const float of_student = sides[side].a, of_teacher = sides[side].b;
+    scale(own[0], D * C, of_student * of_student);
+    scale(own[1], Dt * C, of_student * of_teacher);
+    if (!call.student) scale(own[2], Dt * Ct, of_teacher * of_teacher);
   }
   const auto &x = w.gram[0], &y = w.gram[1];
   double total = inner(x[0], y[0], D, C) + 2.0 * inner(x[1], y[1], Dt, C);
@@ -123,13 +202,14 @@ double gram(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace&
     float* const* const other = w.gram[1 - side];
     for (int64_t first = 0; first < n; first += kChunk) {
       const int64_t count = n - first < kChunk ? n - first : kChunk;
-      gather_chunk<Number>(sides[side], at, first, count, w);
+      gather_chunk<Number>(Single{}, sides[side], at, first, count, w);
       transpose(w.k_rows, C, kChunk, C, w.y_columns, kChunkStride);
       product<1>(count, C, w.y_columns, kChunkStride, other[0], C, D, w.dk, C, false);
       transpose(w.r_rows, Ct, kChunk, Ct, w.y_columns, kChunkStride);
       product<1>(count, C, w.y_columns, kChunkStride, other[1], C, Dt, w.dk, C, true);
-      scatter<float>(w.dk, at, first, count, w.student, side == 0 ? factors.dq : factors.dk,
-                     side == 0 ? dq : dk);
+      scatter<Number>(w.dk, at, first, count, w.student,
+                      side == 0 ? factors.gradient * factors.a : factors.gradient,
+                      side == 0 ? dq : dk);
     }
   }
   return total;
@@ -137,10 +217,10 @@ double gram(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace&
 
 // The sum over the pairs of a (sequence, head), and its rows of the gradients.
 double score_mse(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace& w,
-                 double weight, float* dq, float* dk) {
+                 double weight, void* dq, void* dk) {
   const float a = 1.0f / __builtin_sqrtf(float(call.width));
   const float b = 1.0f / __builtin_sqrtf(float(call.teacher_width));
-  const Factors factors{a, b, float(2.0 * weight) * a, float(2.0 * weight)};
+  const Factors factors{a, b, float(2.0 * weight)};
   const bool tiles = at.length <= call.direct_up_to;
   const auto body = call.bf16 ? (tiles ? direct<BFloat16> : gram<BFloat16>)
                               : (tiles ? direct<float> : gram<float>);

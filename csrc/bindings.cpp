@@ -123,7 +123,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", tbf::isa_name, "The widest instruction set in use on this CPU.");
   m.def("mark_forked", tbf::mark_forked, "This process was forked before it loaded this module.");
   m.def("limit_isa", tbf::limit_isa, "isa"_a,
-        "2: AVX-512, 1: AVX2, 0: neither, -1: the widest. For tests.");
+        "3: AVX-512 with BF16, 2: AVX-512, 1: AVX2, 0: none, -1: the widest. For tests.");
 #ifdef TBF_CUDA
   m.attr("cuda_architectures") = TBF_CUDA;
 #else
@@ -162,7 +162,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "attention_score_mse_cpu",
       [](const tbf::AttentionScoreMse& call, Address loss, Address dq, Address dk, int threads) {
-        tbf::attention_score_mse_cpu(call, at<float>(loss), at<float>(dq), at<float>(dk), threads);
+        tbf::attention_score_mse_cpu(call, at<float>(loss), at<void>(dq), at<void>(dk), threads);
       },
       "call"_a, "loss"_a, "dq"_a, "dk"_a, "threads"_a, unlocked);
   m.def(

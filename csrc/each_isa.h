@@ -5,6 +5,9 @@
 //   #include "each_isa.h"
 //   TBF_WIDEST(f)(n, x);  // avx512::f, avx2::f or baseline::f
 //
+// Where TBF_WITH_DOTS is defined too, once more for AVX-512 with BF16, as avx512_bf16::f, and there
+// TBF_DOTS is 1: vectors.h has its products.
+//
 // What that file needs of others is included before. TBF_VARIANTS of isa.h serves plain loops; code
 // on vector types has to be compiled for its instruction set from the start.
 #include "isa.h"
@@ -17,10 +20,47 @@
 
 #if defined(__GNUC__) && defined(__x86_64__)
 
+#ifdef TBF_WITH_DOTS
+#define TBF_WIDEST(name)                        \
+  (tbf::widest_isa() == 3   ? avx512_bf16::name \
+   : tbf::widest_isa() == 2 ? avx512::name      \
+   : tbf::widest_isa() == 1 ? avx2::name        \
+                            : baseline::name)
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                           \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#endif
+#define TBF_LANES 16
+#define TBF_DOTS 1
+namespace tbf {
+namespace {
+namespace avx512_bf16 {
+#include TBF_EACH_ISA
+}
+}  // namespace
+}  // namespace tbf
+#undef TBF_DOTS
+#undef TBF_LANES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#else
+
 #define TBF_WIDEST(name)                   \
-  (tbf::widest_isa() == 2   ? avx512::name \
+  (tbf::widest_isa() >= 2   ? avx512::name \
    : tbf::widest_isa() == 1 ? avx2::name   \
                             : baseline::name)
+
+#endif
+#define TBF_DOTS 0
 
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -63,6 +103,7 @@ namespace avx2 {
 
 #else
 
+#define TBF_DOTS 0
 #define TBF_WIDEST(name) baseline::name
 
 #endif
@@ -76,4 +117,5 @@ namespace baseline {
 }  // namespace
 }  // namespace tbf
 #undef TBF_LANES
+#undef TBF_DOTS
 #undef TBF_EACH_ISA

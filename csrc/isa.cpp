@@ -11,7 +11,7 @@ static int detect() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return 2;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
   }
   return 1;
 #else
@@ -30,7 +30,7 @@ int widest_isa() {
 void limit_isa(int isa) { limit.store(isa, std::memory_order_relaxed); }
 
 const char* isa_name() {
-  static const char* const names[] = {"baseline", "AVX2", "AVX-512"};
+  static const char* const names[] = {"baseline", "AVX2", "AVX-512", "AVX-512 BF16"};
   return names[widest_isa()];
 }
 

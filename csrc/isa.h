@@ -18,7 +18,7 @@
   static void name##_base parameters { name##_body arguments; }
 
 #define TBF_BEST(name)                    \
-  (tbf::widest_isa() == 2   ? name##_avx512 \
+  (tbf::widest_isa() >= 2   ? name##_avx512 \
    : tbf::widest_isa() == 1 ? name##_avx2   \
                             : name##_base)
 
@@ -32,7 +32,8 @@
 
 namespace tbf {
 
-// 2: AVX-512 (F, BW, DQ, VL), 1: AVX2 and FMA, 0: what every CPU of this architecture has.
+// 3: AVX-512 with BF16, 2: AVX-512 (F, BW, DQ, VL), 1: AVX2 and FMA, 0: what every CPU of this
+// architecture has.
 int widest_isa();
 
 // At most `isa` from now on; -1: what the CPU has. For tests, which compare them.

@@ -34,6 +34,32 @@ inline void store(BFloat16* at, Floats x) {
 
 inline Floats all(float x) { return x - Floats{}; }
 
+// How a product adds y, one number for all lanes, times x.
+struct Single {
+  static constexpr int64_t kOfLane = 1;
+  static int64_t lanes(int64_t count) { return count; }
+  static Floats spread(const float* at) { return all(*at); }
+  static Floats add(Floats sum, Floats y, Floats x) { return sum + y * x; }
+};
+
+#if TBF_DOTS
+// A lane holds two bf16 numbers, whose products are added one after the other. They are exact, and
+// either sum is rounded as fp32, to the nearest, to even in the middle; but a number or a sum below
+// the normal range, 1.2e-38, counts as 0.
+struct Paired {
+  static constexpr int64_t kOfLane = 2;
+  static int64_t lanes(int64_t count) { return (count + 1) / 2; }
+  static Floats spread(const float* at) {
+    uint32_t pair;
+    std::memcpy(&pair, at, sizeof pair);
+    return Floats(Uints{} + pair);
+  }
+  static Floats add(Floats sum, Floats y, Floats x) {
+    return Floats(_mm512_dpbf16_ps(__m512(sum), __m512bh(y), __m512bh(x)));
+  }
+};
+#endif
+
 inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }
 
 // e^x to 1.2e-7 of itself for x up to 88; 0 below -86, where fp32 soon ends. NaN stays NaN.

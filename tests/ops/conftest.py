@@ -26,7 +26,7 @@ def device():
     return DEVICE
 
 
-@pytest.fixture(params=(0, 1, 2), ids=("baseline", "AVX2", "AVX-512"))
+@pytest.fixture(params=range(4), ids=("baseline", "AVX2", "AVX-512", "AVX-512 BF16"))
 def isa(request):
     """At most this instruction set: what a CPU lacks is run with the widest that it has."""
     from tinybert_fast import _native

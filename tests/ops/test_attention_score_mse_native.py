@@ -16,19 +16,45 @@ FORMS = ["direct", "gram"]
 BEYOND = (33, 0, 300, 1, 31, 129)  # a tile is 32 queries; a block of keys, and a chunk, 128
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("widths", [(1, 16), (7, 1), (16, 26), (26, 64), (64, 128)], ids=str)
+DTYPES = [torch.float32, torch.bfloat16]
+WIDTHS = [(1, 16), (7, 1), (16, 26), (26, 64), (35, 33), (64, 64), (64, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_widths(form, widths, dtype, isa):
-    """Narrower than a vector, a whole number of them, and not; products of all heights."""
+    """Narrower than a vector, a whole number of them, and not, of numbers or pairs; an odd one,
+    whose last pair is half empty; products of all heights.
+    """
     case = attention_score_mse((33, 150), 2, *widths, form=form, dtype=dtype)
     assert_within_budget(case, "native")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss", ["full", "student"])
 @pytest.mark.parametrize("form", [*FORMS, "auto"])
-def test_lengths_beyond_a_block(form, loss, isa):
-    assert_within_budget(attention_score_mse(BEYOND, form=form, loss=loss), "native")
+def test_lengths_beyond_a_block(form, loss, dtype, isa):
+    """Odd ones too: of the Gram form's pairs of tokens the last is half empty."""
+    assert_within_budget(attention_score_mse(BEYOND, form=form, loss=loss, dtype=dtype), "native")
+
+
+@pytest.mark.parametrize("widths", [(26, 64), (64, 64), (35, 33)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_but_the_result_is_rounded_to_bf16(form, widths, isa):
+    """Hardly a gradient is off by a unit in the last place, as every fourth would be if the error
+    were rounded; and the loss is fp32's.
+    """
+    layout = ops.SequenceLayout.from_lengths(BEYOND)
+    operands = [normal((layout.total, 2, widths[n // 2]), n, torch.bfloat16) for n in range(4)]
+    call = (layout.cu_seqlens, layout.max_length)
+    forward = torch.ops.tinybert_fast.attention_score_mse_fwd
+    loss, *gradients = forward(*operands, *call, form, "full", [], "native")
+    exact = forward(*(x.double() for x in operands), *call, "direct", "full", [], "torch")
+    assert loss.item() == pytest.approx(exact[0].item(), rel=1e-5)
+    for got, want in zip(gradients, exact[1:], strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got != want.bfloat16()).double().mean() < 0.002
 
 
 def test_auto_takes_the_cheaper_form():
@@ -80,10 +106,11 @@ def test_threads_change_no_bit(form):
         torch.testing.assert_close(other, found[0], rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_nan_stays_in_its_sequence(form):
+def test_nan_stays_in_its_sequence(form, dtype):
     """In the gradients; the loss is of all."""
-    q, k, p, r = leaves(*((70, 1, 26),) * 4)
+    q, k, p, r = leaves(*((70, 1, 26),) * 4, dtype=dtype)
     k.detach()[50, 0, 3] = torch.nan
     layout = ops.SequenceLayout.from_lengths((40, 30))
     loss = ops.attention_score_mse(

@@ -19,7 +19,7 @@ from tinybert_fast.ops.dispatch import (
     define,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.layout import SequenceLayout, full_cu_seqlens
 from tinybert_fast.ops.loss import ScalarLoss, check_sides, in_fp32
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 from tinybert_fast.reference.block_mask import allowed_pairs
@@ -45,8 +45,8 @@ LOSSES = ("full", "student")
 
 
 def _gradient(x: Tensor, impl: str) -> Tensor:
-    """An uninitialised gradient; the kernels leave bf16's, which has the range of fp32, in bf16."""
-    bf16 = (impl, x.dtype) == ("triton", torch.bfloat16)
+    """An uninitialised gradient; kernels and C++ leave bf16's, which has fp32's range, in bf16."""
+    bf16 = impl in ("triton", "native") and x.dtype == torch.bfloat16
     return x.new_empty(x.shape) if bf16 else in_fp32(x)
 
 
@@ -125,15 +125,20 @@ def attention_score_mse(
     if count_padded_queries and layout is not None:
         real = layout.pad(torch.ones_like(layout.rows, dtype=torch.bool), fill=0)[..., None, None]
         k, r, layout = k * real, r * real, None  # what is left counts every position
-    layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
-    operands = (q, k, p, r) if q.dim() == 3 else tuple(layout.pack(x) for x in (q, k, p, r))
+    if layout is None:  # short sequences' products take no longer than a whole layout
+        batch, longest = q.shape[:2]
+        cu_seqlens = full_cu_seqlens(batch, longest, q.device)
+        operands = tuple(x.flatten(0, 1) for x in (q, k, p, r))
+    else:
+        cu_seqlens, longest = layout.cu_seqlens, layout.max_length
+        operands = (q, k, p, r) if q.dim() == 3 else tuple(layout.pack(x) for x in (q, k, p, r))
     mask: list[Tensor] = []
     if block_mask is not None:
         form = "direct"
         mask = list(block_mask.lists) if isinstance(block_mask, BlockMask) else [block_mask]
     elif impls[0] == "triton" and form == "auto":  # all sequences in one launch
-        form = "gram" if layout.max_length > crossover(*widths) else "direct"
-    call = (*operands, layout.cu_seqlens, layout.max_length, form, loss, mask)
+        form = "gram" if longest > crossover(*widths) else "direct"
+    call = (*operands, cu_seqlens, longest, form, loss, mask)
     if impls[0] == "reference":
         return without_autocast(_by_definition, *call)
     return ScalarLoss.apply(_forward, _by_definition, impls, *call)

@@ -198,14 +198,19 @@ class SequenceLayout:
         return flat.index_copy(0, self.rows, packed).view(shape)
 
 
+def full_cu_seqlens(batch_size: int, width: int, device: torch.device | str) -> Tensor:
+    """Of a batch without padding."""
+    return torch.arange(batch_size + 1, dtype=torch.int32, device=device).mul_(width)
+
+
 def full_tables(batch_size: int, width: int, device: torch.device | str) -> Tables:
     """cu_seqlens, work and padded_work of a batch without padding.
 
     Made on the device: a copy from the host could not be part of a CUDA graph.
     """
-    numbers = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
-    stops = numbers * width
-    numbers, firsts, lengths = numbers[:-1], stops[:-1], stops[1:] - stops[:-1]
+    stops = full_cu_seqlens(batch_size, width, device)
+    numbers = torch.arange(batch_size, dtype=torch.int32, device=device)
+    firsts, lengths = stops[:-1], stops[1:] - stops[:-1]
     padded_work = _listed(numbers, lengths, torch.zeros_like(firsts))
     return stops, _listed(numbers, lengths, firsts), padded_work
 

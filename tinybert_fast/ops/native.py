@@ -183,11 +183,11 @@ def _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site) -> 
 def attention_score_mse(
     q, k, p, r, cu_seqlens, direct_up_to: int, loss: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 or bf16 (T, H, D) and (T, H, Dt) on the CPU, whose heads lie together -> loss, dq,
-    dk, in fp32. Sequences of more tokens than ``direct_up_to`` take the Gram form.
+    """fp32 or bf16 (T, H, D) and (T, H, Dt) on the CPU, whose heads lie together -> fp32
+    loss, dq, dk. Sequences of more tokens than ``direct_up_to`` take the Gram form.
     """
     total = torch.empty((), dtype=torch.float32, device="cpu")
-    dq, dk = (torch.empty(q.shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    dq, dk = (torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(2))
     call = module().AttentionScoreMse(
         q=_heads(q),
         k=_heads(k),

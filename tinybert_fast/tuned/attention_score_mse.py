@@ -72,16 +72,22 @@ def forward_native(
     q: Tensor, k: Tensor, p: Tensor, r: Tensor, cu_seqlens: Tensor, max_length: int, form: str,
     loss: str, block_mask: list[Tensor],
 ):  # fmt: skip
-    """``forward`` in the compiled module where that can: it knows no masks, and fp32 at most."""
-    dtypes = {x.dtype for x in (q, k, p, r)}
+    """``forward`` in the compiled module where that can: it knows no masks, and fp32 at most. Of
+    bf16 operands, gradients in bf16.
+    """
+    operands = q, k, p, r
+    dtypes = {x.dtype for x in operands}
     if block_mask or torch.float64 in dtypes:
-        return forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask)
-    if dtypes != {torch.bfloat16}:
-        q, k, p, r = (x.float() for x in (q, k, p, r))
-    cheaper = int(crossover(q.shape[2], p.shape[2]))
-    direct_up_to = {"direct": max_length, "gram": 0, "auto": cheaper}[form]
-    q, k, p, r = (rows_together(x) for x in (q, k, p, r))
-    return native.attention_score_mse(q, k, p, r, cu_seqlens, direct_up_to, loss)
+        total, dq, dk = forward(*operands, cu_seqlens, max_length, form, loss, block_mask)
+    else:
+        if dtypes != {torch.bfloat16}:
+            operands = tuple(x.float() for x in operands)
+        cheaper = int(crossover(q.shape[2], p.shape[2]))
+        direct_up_to = {"direct": max_length, "gram": 0, "auto": cheaper}[form]
+        operands = tuple(rows_together(x) for x in operands)
+        total, dq, dk = native.attention_score_mse(*operands, cu_seqlens, direct_up_to, loss)
+    dq, dk = (g.bfloat16() if x.dtype == torch.bfloat16 else g for g, x in ((dq, q), (dk, k)))
+    return total, dq, dk
 
 
 def crossover(d: int, d_teacher: int) -> float:
