@@ -20,7 +20,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, check_sides, in_fp32
+from tinybert_fast.ops.loss import ScalarLoss, check_sides, clearing, in_fp32
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 from tinybert_fast.reference.block_mask import allowed_pairs
 from tinybert_fast.tuned.attention_score_mse import crossover
@@ -125,8 +125,9 @@ def attention_score_mse(
     if count_padded_queries and layout is not None:
         real = layout.pad(torch.ones_like(layout.rows, dtype=torch.bool), fill=0)[..., None, None]
         k, r, layout = k * real, r * real, None  # what is left counts every position
-    layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
-    operands = (q, k, p, r) if q.dim() == 3 else tuple(layout.pack(x) for x in (q, k, p, r))
+    whole = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
+    operands = (q, k, p, r) if q.dim() == 3 else tuple(whole.pack(x) for x in (q, k, p, r))
+    layout = whole.counted
     mask: list[Tensor] = []
     if block_mask is not None:
         form = "direct"
@@ -136,7 +137,7 @@ def attention_score_mse(
     call = (*operands, layout.cu_seqlens, layout.max_length, form, loss, mask)
     if impls[0] == "reference":
         return without_autocast(_by_definition, *call)
-    return ScalarLoss.apply(_forward, _by_definition, impls, *call)
+    return ScalarLoss.apply(clearing(_forward, layout), _by_definition, impls, *call)
 
 
 def _check(operands, layout, form, loss, block_mask, count_padded_queries) -> None:

@@ -95,7 +95,7 @@ class DistillationTrainer(TermsTrainer):
     (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
     set, which then has the column ``index``; the teacher is not asked in training, and its config
     may stand for it. Checkpoints are plain Transformers folders of the student, with
-    ``projection.safetensors`` beside the weights.
+    ``projection.safetensors`` beside the weights. ``cuda_graphs``: see training/graphs.py.
     """
 
     inside = "student"
@@ -178,6 +178,9 @@ class DistillationTrainer(TermsTrainer):
     @property
     def projection(self) -> HiddenProjection | None:
         return self.model.projection
+
+    def models_of_a_step(self) -> list[Any]:
+        return [self.model, *([self.teacher] if self.lessons is None else [])]
 
     # ---- the loss ----
 
