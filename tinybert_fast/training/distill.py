@@ -14,7 +14,7 @@ from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import TermsTrainer
-from tinybert_fast.training.lessons import Lesson, LessonCache
+from tinybert_fast.training.lessons import Lesson, LessonCache, as_lesson
 from tinybert_fast.training.losses import PARITIES, Parity, prediction_loss
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.objectives import Matches
@@ -212,6 +212,12 @@ class DistillationTrainer(TermsTrainer):
         bf16 = self.teacher_dtype == "bf16"
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.graphs is not None and self.lessons is not None:  # no graph reads a disk
+            lengths, device = inputs["lengths"], self.args.device
+            inputs["lesson"] = self.lessons.rows(inputs["index"], lengths, device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -227,6 +233,8 @@ class DistillationTrainer(TermsTrainer):
     def _lesson(
         self, inputs: dict[str, Any], batch: dict[str, Tensor], layout: SequenceLayout | None
     ) -> Lesson:
+        if "lesson" in inputs:
+            return as_lesson(inputs["lesson"], layout)
         if self.lessons is None:
             return self.teach(batch, layout)
         return self.lessons.lesson(inputs["index"], layout, self.args.device)

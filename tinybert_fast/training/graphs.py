@@ -39,6 +39,7 @@ from transformers import TrainingArguments
 from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.heads import IGNORED
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.training.lessons import LOGITS
 
 DEVICES = ("cuda",)
 WIDTH_UNIT = 64
@@ -125,7 +126,7 @@ class Bucket:
             elif name == "targets":
                 found[name] = {k: self._targets(*pair, columns) for k, pair in value.items()}
             elif name == "lesson":
-                found[name] = tree_map(lambda x: _longer(x, self.rows), value)
+                found[name] = {k: x if k == LOGITS else self._longer(x) for k, x in value.items()}
             elif name not in HOST:
                 found[name] = value
         return found
@@ -137,17 +138,16 @@ class Bucket:
         moved = places // columns * self.width + places % columns
         return torch.cat((moved, filling)), F.pad(labels, (0, rest), value=IGNORED)
 
+    def _longer(self, rows: Tensor) -> Tensor:
+        """Those of the tokens, zeros behind them."""
+        return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, self.rows - len(rows)))
+
     def inputs(self, static: Inputs) -> Inputs:
         """What a step reads, the layout made of the lengths on the device."""
         layout = SequenceLayout.of_capacity(
             static["lengths"], self.width, self.rows, dummies=self.dummies, spare=self.spare
         )
         return {**{k: v for k, v in static.items() if k != "lengths"}, "layout": layout}
-
-
-def _longer(x: Tensor, rows: int) -> Tensor:
-    """(T, ...) with rows of zeros behind it."""
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, rows - len(x)))
 
 
 class CudaGraphs:
