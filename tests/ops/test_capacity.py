@@ -1,4 +1,4 @@
-"""Rows of a fixed number: the losses leave dummies out, whatever stands there, and so do layouts."""
+"""Rows of a fixed number: losses and layouts leave dummies out, whatever stands there."""
 
 import pytest
 import torch

@@ -171,10 +171,7 @@ class CudaGraphs:
     def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What ``call`` returns, and what fills it again; nothing has run yet."""
         graph = torch.cuda.CUDAGraph()
-        # Threads of a data loader may allocate meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             returned = call()
         return returned, graph.replay
 

@@ -117,8 +117,8 @@ def distill_task(
     texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
     the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`: see
     distill_general, whose output is the student meant here, its projection included; also for
-    `teacher_dtype`, `cache_teacher`, `cache_dtype`, `cuda_graphs`. Files and columns: `load_examples`.
-    `max_length`: 64 for single texts and 128 for pairs by default.
+    `teacher_dtype`, `cache_teacher`, `cache_dtype`, `cuda_graphs`. Files and columns:
+    `load_examples`. `max_length`: 64 for single texts and 128 for pairs by default.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
     check_parity(parity)
