@@ -359,7 +359,7 @@ KINDS = {
     "lessons": (from_disk, {}),
     "logits": (from_disk, {"stage": "prediction"}),
 }
-# Of whole trainings in the interpreter, 10 to 20 seconds each; TinyBERT's losses with dropout below.
+# Of whole trainings in the interpreter, 10 to 20 seconds each; TinyBERT's losses with dropout.
 INTERPRETED = ("minilm", "prediction", "reverse")
 
 

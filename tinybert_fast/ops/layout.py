@@ -277,7 +277,8 @@ class SequenceLayout:
         if self.is_full:
             return packed.reshape(shape)
         flat = packed.new_full((self.batch_size * self.width, *packed.shape[1:]), fill)
-        return flat.index_copy(0, self.rows, packed).view(shape)[: self.batch_size - self.dummies]
+        padded = flat.index_copy(0, self.rows, packed).view(shape)
+        return padded[: self.batch_size - self.dummies] if self.dummies else padded
 
 
 def full_tables(batch_size: int, width: int, device: torch.device | str) -> Tables:

@@ -132,7 +132,9 @@ class Bucket:
         return found
 
     def _targets(self, places: Tensor, labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Flat places b * N + n and labels -> (R,) each, at b * W + n; first tokens fill up."""
+        """Flat places b * N + n and labels -> (R,) each, at b * W + n. First tokens, which all
+        sequences have, fill the places up.
+        """
         rest = capacity(len(labels)) - len(labels)
         filling = torch.arange(rest, device=places.device) % self.sequences * self.width
         moved = places // columns * self.width + places % columns
