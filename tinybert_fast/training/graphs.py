@@ -18,8 +18,8 @@ included, and no number of the host. Buckets are few: 8 capacities for each doub
 widths up to 512 that go with them.
 
 Dropout's seed is drawn on the device, from the generator that every replay advances, as an eager
-step would. Gradients add up in tensors that stay: zero_grad(set_to_none=True) takes them from the
-parameters, and before a replay they are put back, zeroed.
+step would. Gradients add up in tensors that stay, those that the first step made: what
+zero_grad(set_to_none=True) takes from the parameters is put back before a step, zeroed.
 """
 
 from __future__ import annotations
@@ -237,11 +237,7 @@ class StepGraphs:
         recurring.load(fitted)
         if not recurring.seen:
             recurring.seen = True
-            found = self.eagerly(step, recurring.inputs())
-            for p in self.trained:
-                if p.grad is not None and p not in self.gradients:
-                    self.gradients[p] = torch.zeros_like(p.grad)
-            return found
+            return self.eagerly(step, recurring.inputs())
         self._put_back()
         if recurring.replay is None:
             self._capture(step, recurring)
@@ -251,8 +247,14 @@ class StepGraphs:
         return {name: x.clone() for name, x in recurring.returned.items()}
 
     def eagerly(self, step: Step, inputs: Inputs) -> dict[str, Tensor]:
+        """``step`` as it is, its gradients where those of graphs are."""
+        self._put_back()
         with self.backend.aside():
-            return step(inputs)
+            found = step(inputs)
+        for p in self.trained:
+            if p.grad is not None and p not in self.gradients:
+                self.gradients[p] = p.grad
+        return found
 
     def _capture(self, step: Step, recurring: _Recurring) -> None:
         torch.clear_autocast_cache()  # weights cast before are not those of later replays
@@ -273,15 +275,11 @@ class StepGraphs:
 
     def _put_back(self) -> None:
         """Each parameter's gradient where graphs add to it: 0, or what is there so far."""
-        fresh = []
-        for p, gradient in self.gradients.items():
-            if p.grad is None:
-                fresh.append(gradient)
-            elif p.grad is not gradient:
-                gradient.copy_(p.grad)
+        fresh = [(p, gradient) for p, gradient in self.gradients.items() if p.grad is None]
+        for p, gradient in fresh:
             p.grad = gradient
         if fresh:
-            torch._foreach_zero_(fresh)
+            torch._foreach_zero_([gradient for _, gradient in fresh])
 
 
 def _positions(model: nn.Module) -> int:
