@@ -200,10 +200,11 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
-    """Texts here are short; several widths are wanted, or interpreted one bucket for most."""
+    """Texts here are short; several widths are wanted, or interpreted one bucket for all."""
     monkeypatch.setattr(graphs, "WIDTH_UNIT", 32 if dispatch.INTERPRETED else 8)
     if dispatch.INTERPRETED:
         monkeypatch.setattr(graphs, "EIGHTHS", 0)
+        monkeypatch.setattr(graphs, "SMALLEST_STEP", 32)
 
 
 def examples_of(tokenizer, rows):
@@ -265,10 +266,11 @@ def pretraining(
     tmp_path, tokenizer, cuda_graphs, weights=False, bidirectional="off", **arguments
 ):  # fmt: skip
     draw = torch.Generator().manual_seed(0)
+    low, highs = (3, (6, 7)) if dispatch.INTERPRETED else (1, (9, 12))
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = []
     for number in range(4 if dispatch.INTERPRETED else 24):
-        a, b = (int(torch.randint(1, most, (), generator=draw)) for most in (9, 12))
+        a, b = (int(torch.randint(low, high, (), generator=draw)) for high in highs)
         words = torch.randint(5, len(tokenizer), (a + b,), generator=draw).tolist()
         ids = [cls, *words[:a], sep, *words[a:], sep]
         rows.append({"input_ids": ids, "first_length": a + 2, "next_sentence_label": number % 2,
@@ -417,7 +419,9 @@ def test_bf16(captured, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("make", [distillation, pretraining])
 def test_dummies_contribute_nothing(make, captured, tokenizer, tmp_path, monkeypatch):
-    """Other ids in their rows, and more of them: the same bits."""
+    """Other ids in their rows, and more of them: the same bits. On a GPU PyTorch adds up the
+    gradients of an id in groups of rows, and rows of zeros move the groups.
+    """
     found = [course(make(tmp_path / "before", tokenizer, True))]
     dummies, fitted = Bucket.dummies.fget, Bucket.fitted
 
@@ -431,9 +435,10 @@ def test_dummies_contribute_nothing(make, captured, tokenizer, tmp_path, monkeyp
     monkeypatch.setattr(Bucket, "fitted", spoilt)
     found.append(course(make(tmp_path / "after", tokenizer, True)))
     (want, theirs, _), (got, ours, _) = found
-    assert torch.equal(got, want)
+    bits = FP32 if captured == "cuda" else {"atol": 0.0, "rtol": 0.0}
+    torch.testing.assert_close(got, want, **bits)
     for one, other in zip(ours, theirs, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in other)
+        torch.testing.assert_close(one, other, **bits)
 
 
 def test_goes_on_from_a_checkpoint(captured, tokenizer, tmp_path):

@@ -99,11 +99,11 @@ def hidden_mse(
             return without_autocast(reference, *operands)
         return ScalarLoss.apply(_forward, reference, impls, *operands)
     layout = layout.counted
-    operands += (layout.dead,)
     if impls[0] == "reference":
-        loss = without_autocast(_reference_of_live, *operands)
+        loss = without_autocast(_reference_of_live, *operands, layout.dead)
     else:
-        loss = ScalarLoss.apply(_forward_of_live, _reference_of_live, impls, *operands)
+        call = (_forward_of_live, _reference_of_live, impls, *operands, layout.dead)
+        loss = ScalarLoss.apply(*call)
     return loss * max(len(rows) - layout.spare, 1) / layout.cu_seqlens[-1]
 
 

@@ -31,7 +31,7 @@ class _OnTheDevice(tuple):
             "compute with cu_seqlens"
         )
 
-    __iter__ = __len__ = __contains__ = __getitem__ = __eq__ = __hash__ = _refuse  # type: ignore
+    __iter__ = __len__ = __contains__ = __getitem__ = __eq__ = __hash__ = _refuse
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,17 +124,18 @@ class Bucket:
                 more = self.width - columns  # below 0 where the collator pads further
                 found[name] = F.pad(value, (0, more, 0, self.dummies))
             elif name == "targets":
-                found[name] = {k: self._targets(*pair, columns) for k, pair in value.items()}
+                found[name] = {k: self._targets(pair, columns) for k, pair in value.items()}
             elif name == "lesson":
                 found[name] = {k: x if k == LOGITS else self._longer(x) for k, x in value.items()}
             elif name not in HOST:
                 found[name] = value
         return found
 
-    def _targets(self, places: Tensor, labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    def _targets(self, pair: tuple[Tensor, Tensor], columns: int) -> tuple[Tensor, Tensor]:
         """Flat places b * N + n and labels -> (R,) each, at b * W + n. First tokens, which all
         sequences have, fill the places up.
         """
+        places, labels = pair
         rest = capacity(len(labels)) - len(labels)
         filling = torch.arange(rest, device=places.device) % self.sequences * self.width
         moved = places // columns * self.width + places % columns
@@ -284,8 +285,8 @@ class StepGraphs:
 
 def _positions(model: nn.Module) -> int:
     """Columns that the embeddings of the encoders inside have."""
-    tables = [m.position_embeddings for m in model.modules() if hasattr(m, "position_embeddings")]
-    return min(table.num_embeddings for table in tables)
+    tables: list[Any] = [getattr(module, "position_embeddings", None) for module in model.modules()]
+    return min(table.num_embeddings for table in tables if table is not None)
 
 
 def all_accelerated(models: Iterable[Any]) -> bool:
