@@ -493,6 +493,13 @@ def test_capacities():
     assert len({capacity(n) for n in range(513, 1025)}) == 8
 
 
+def test_texts_longer_than_the_model(captured, tokenizer, tmp_path):
+    long = {"input_ids": [5] * 41, "token_type_ids": [0] * 41, "length": 41}
+    more = {"train_dataset": Dataset.from_list([long] * 6)}
+    with pytest.raises(ValueError, match="41 tokens wide and the model has 40 positions"):
+        distillation(tmp_path, tokenizer, True, more=more).train()
+
+
 REFUSED = [
     ({"device": torch.device("cpu")}, "this run is on cpu, and they are NVIDIA's"),
     ({"world_size": 2}, "2 processes exchange gradients"),

@@ -98,9 +98,10 @@ class Bucket:
 
     @classmethod
     def of(cls, lengths: Sequence[int], widest: int) -> Bucket:
-        """``widest``: positions that the models have."""
-        width = -(-max(lengths) // WIDTH_UNIT) * WIDTH_UNIT
-        return cls(len(lengths), min(width, widest), capacity(sum(lengths)))
+        """``widest``: positions that the models have; the encoder refuses longer texts."""
+        longest = max(lengths)
+        width = max(min(-(-longest // WIDTH_UNIT) * WIDTH_UNIT, widest), longest)
+        return cls(len(lengths), width, capacity(sum(lengths)))
 
     @property
     def spare(self) -> int:

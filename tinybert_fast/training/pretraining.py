@@ -324,7 +324,8 @@ class PreTrainingTrainer(TermsTrainer):
             if self.batches.objectives.nsp:
                 found.append(len(batch["next_sentence_label"]))
             counts += torch.tensor(found)
-        counts = self.accelerator.reduce(counts.to(device, torch.float32), reduction="sum")
+        counts = counts.to(device, torch.float32, non_blocking=True)  # no wait for the last step
+        counts = self.accelerator.reduce(counts, reduction="sum")
         self._counts = counts.clamp_min(1.0)
         return batches, None
 
