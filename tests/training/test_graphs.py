@@ -266,11 +266,12 @@ def pretraining(
     tmp_path, tokenizer, cuda_graphs, weights=False, bidirectional="off", **arguments
 ):  # fmt: skip
     draw = torch.Generator().manual_seed(0)
-    low, highs = (3, (6, 7)) if dispatch.INTERPRETED else (1, (9, 12))
+    sizes = torch.stack([torch.randint(1, high, (24,), generator=draw) for high in (9, 12)], 1)
+    if dispatch.INTERPRETED:  # one bucket, and another number of targets in either batch
+        sizes = torch.tensor([[3, 3], [3, 3], [5, 6], [5, 6]])
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     rows = []
-    for number in range(4 if dispatch.INTERPRETED else 24):
-        a, b = (int(torch.randint(low, high, (), generator=draw)) for high in highs)
+    for number, (a, b) in enumerate(sizes.tolist()):
         words = torch.randint(5, len(tokenizer), (a + b,), generator=draw).tolist()
         ids = [cls, *words[:a], sep, *words[a:], sep]
         rows.append({"input_ids": ids, "first_length": a + 2, "next_sentence_label": number % 2,
