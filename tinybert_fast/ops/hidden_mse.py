@@ -45,11 +45,11 @@ _forward = define(
 
 def _forward_of_live(student, weight, bias, teacher, dead: Tensor, impl):
     """``_forward`` without the rows that ``dead`` names of the last ones, divided by the numbers
-    that the rows before those have. PyTorch takes the last ones: the device alone knows how many
-    are dead.
+    that the rows before those have, or a row if there is none. PyTorch takes the last ones: the
+    device alone knows how many are dead.
     """
     first = len(student) - len(dead)
-    n = max(teacher[:first].numel(), 1)
+    n = max(first, 1) * teacher.shape[1]
     loss, dstudent, *others = _forward(student[:first], weight, bias, teacher[:first], impl)
     last = (student[first:], weight, bias, teacher[first:], dead, n)
     more, dlast, *rest = without_autocast(tuned.forward, *last)
@@ -60,9 +60,8 @@ def _forward_of_live(student, weight, bias, teacher, dead: Tensor, impl):
 def _reference_of_live(student, weight, bias, teacher, dead: Tensor):
     first = len(student) - len(dead)
     alive = torch.cat((dead.new_ones(first), ~dead))
-    n = max(teacher[:first].numel(), 1)
     student, teacher = student[alive], teacher[alive]
-    return reference(student, weight, bias, teacher) * (teacher.numel() / n)
+    return reference(student, weight, bias, teacher) * (len(student) / max(first, 1))
 
 
 def hidden_mse(
