@@ -461,6 +461,18 @@ def test_only_what_eager_steps_train_gets_a_gradient(captured, tokenizer, tmp_pa
     assert not any(name.startswith("bert.embeddings.word") for name in idle)
 
 
+def test_gradients_of_ones_own_are_added_to(captured, tokenizer, tmp_path):
+    trainer = distillation(tmp_path, tokenizer, True)
+    trainer.train()
+    trained, kept = trainer.graphs.trained, trainer.graphs.gradients
+    p = next(p for p in trained if p in kept)
+    p.grad = torch.full_like(p, 3.0)
+    trainer.graphs._put_back()
+    assert p.grad is kept[p]
+    assert (p.grad == 3.0).all()
+    assert not any(kept[q].any() for q in trained if q in kept and q is not p)
+
+
 def test_a_bucket_is_captured_when_it_comes_again(captured, tokenizer, tmp_path):
     trainer = distillation(tmp_path, tokenizer, True, rows=27)
     backend, run = trainer.graphs.backend, trainer.graphs.run

@@ -277,11 +277,15 @@ class StepGraphs:
 
     def _put_back(self) -> None:
         """Each parameter's gradient where graphs add to it: 0, or what is there so far."""
-        fresh = [(p, gradient) for p, gradient in self.gradients.items() if p.grad is None]
-        for p, gradient in fresh:
+        fresh = []
+        for p, gradient in self.gradients.items():
+            if p.grad is None:
+                fresh.append(gradient)
+            elif p.grad is not gradient:  # somebody's own
+                gradient.copy_(p.grad)
             p.grad = gradient
         if fresh:
-            torch._foreach_zero_([gradient for _, gradient in fresh])
+            torch._foreach_zero_(fresh)
 
 
 def _positions(model: nn.Module) -> int:
