@@ -7,7 +7,7 @@ VENV   ?= .venv
 ARGS   ?=
 
 # Of the interpreted run, which ARGS of one's own leave out.
-INTERPRETED := tests/ops tests/training/test_launches.py -k 'triton or launches'
+INTERPRETED := tests/ops tests/training/test_graphs.py tests/training/test_launches.py -k 'triton or launches'
 
 # One process per core, and the tests of a file in one of them, which shares its fixtures.
 PARALLEL := -n auto --dist loadfile

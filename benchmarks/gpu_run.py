@@ -43,7 +43,7 @@ DATA = ROOT / "runs" / "gpu-data"  # git ignores it; gpu_data.py makes it
 PROGRAM = [sys.executable, "-m", "tinybert_fast.cli"]
 TESTS = (
     "tests/ops tests/modules tests/integrations tests/kernels tests/training/test_launches.py "
-    "tests/training/test_teacher.py"
+    "tests/training/test_teacher.py tests/training/test_graphs.py"
 )
 TESTS_DRY = "tests/ops/test_bias_gelu.py"
 NEEDED = (  # by the parts; pip names them alike, but for sklearn

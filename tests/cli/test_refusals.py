@@ -255,6 +255,22 @@ def test_parity_and_init_must_be_known(cli, files, out):
     assert "'5-6'" in cli(*run, "--matches", "5-6").line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for them")
+@pytest.mark.parametrize("job", ["finetune", "distill", "distill a task", "pretrain"])
+def test_cuda_graphs_need_a_gpu(cli, files, teacher, out, job):
+    encoder, student = files / "encoder", files / "student.json"
+    arguments = {
+        "finetune": ("finetune", encoder, "--train", files / "train.csv"),
+        "distill": ("distill", encoder, "--corpus", files / "corpus.txt", "--student", student),
+        "distill a task": ("distill", teacher, "--train", files / "train.csv",
+                           "--student", student),
+        "pretrain": ("pretrain", files / "corpus.txt", "--no-nsp"),
+    }[job]  # fmt: skip
+    answer = cli(*arguments, "-o", out, "--cuda-graphs")
+    assert "cuda_graphs cannot serve this run: this run is on cpu" in answer.line, answer.line
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

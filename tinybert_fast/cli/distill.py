@@ -249,6 +249,7 @@ def distill(
     bf16: options.Bf16 = False,
     accelerate: options.Accelerate = True,
     impl: options.Impl = "auto",
+    cuda_graphs: options.CudaGraphs = False,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
     keep_checkpoints: options.KeepCheckpoints = False,

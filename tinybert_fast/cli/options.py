@@ -105,6 +105,14 @@ Impl = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs",
+        help="On one NVIDIA GPU: replay steps instead of launching them from Python.",
+        rich_help_panel=HOW,
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=HOW),

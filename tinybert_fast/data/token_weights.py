@@ -119,13 +119,15 @@ class LossWeights:
     def update(
         self, ids: Tensor, losses: Tensor, over_processes: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """ids: int64 (R,), the masked tokens. losses: (R,), theirs, finite. ``over_processes``:
-        adds up an int64 tensor of each process, so that all of them keep the same averages.
+        """ids: int64 (R,), the masked tokens; one below 0 is none. losses: (R,), theirs, finite.
+        ``over_processes``: adds up an int64 tensor of each process, so that all of them keep the
+        same averages.
         """
-        units = (losses.double() / LOSS_UNIT).round().long()
+        real = (ids >= 0).long()
+        units, ids = (losses.double() / LOSS_UNIT).round().long() * real, ids.clamp_min(0)
         sums = torch.zeros((2, len(self.average)), dtype=torch.int64, device=self.average.device)
         sums[0].index_add_(0, ids, units)
-        sums[1].index_add_(0, ids, torch.ones_like(ids))
+        sums[1].index_add_(0, ids, real)
         totals, times = sums if over_processes is None else over_processes(sums)
         mean = (totals.double() * LOSS_UNIT / times.clamp_min(1)).float()
         moved = torch.lerp(mean, self.average, self.decay)

@@ -19,7 +19,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, check_sides, in_fp32
+from tinybert_fast.ops.loss import ScalarLoss, check_sides, clearing, in_fp32
 from tinybert_fast.reference.attention_relation_kl import attention_relation_kl as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
@@ -79,10 +79,11 @@ def attention_relation_kl(
     _check(operands, layout, relation_heads)
     widths = [x.shape[-2] * x.shape[-1] // relation_heads for x in (a_student, a_teacher)]
     impls = choose(impl, LIMITS, a_student, width=max(widths))
-    layout = layout or SequenceLayout.full(a_student.shape[0], a_student.shape[1], a_student.device)
+    whole = layout or SequenceLayout.full(a_student.shape[0], a_student.shape[1], a_student.device)
+    layout = whole.counted
 
     def regrouped(x: Tensor) -> Tensor:
-        rows = x if x.dim() == 3 else layout.pack(x)
+        rows = x if x.dim() == 3 else whole.pack(x)
         return rows.flatten(1).unflatten(1, (relation_heads, -1))
 
     a, c = regrouped(a_student), regrouped(a_teacher.detach())
@@ -91,8 +92,8 @@ def attention_relation_kl(
         b, d = regrouped(b_student), regrouped(b_teacher.detach())
     call = (a, b, c, d, layout.cu_seqlens, layout.work, layout.max_length)
     if impls[0] == "reference":
-        return without_autocast(reference, *call)
-    return ScalarLoss.apply(_forward, reference, impls, *call)
+        return layout.over_tokens(without_autocast(reference, *call))
+    return layout.over_tokens(ScalarLoss.apply(clearing(_forward, layout), reference, impls, *call))
 
 
 def _check(operands, layout, relation_heads) -> None:

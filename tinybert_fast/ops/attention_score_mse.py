@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout, full_cu_seqlens
-from tinybert_fast.ops.loss import ScalarLoss, check_sides, in_fp32
+from tinybert_fast.ops.loss import ScalarLoss, check_sides, clearing, in_fp32
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 from tinybert_fast.reference.block_mask import allowed_pairs
 from tinybert_fast.tuned.attention_score_mse import crossover
@@ -125,13 +126,16 @@ def attention_score_mse(
     if count_padded_queries and layout is not None:
         real = layout.pad(torch.ones_like(layout.rows, dtype=torch.bool), fill=0)[..., None, None]
         k, r, layout = k * real, r * real, None  # what is left counts every position
+    forward: Callable = _forward
     if layout is None:  # short sequences' products take no longer than a whole layout
         batch, longest = q.shape[:2]
         cu_seqlens = full_cu_seqlens(batch, longest, q.device)
         operands = tuple(x.flatten(0, 1) for x in (q, k, p, r))
     else:
-        cu_seqlens, longest = layout.cu_seqlens, layout.max_length
         operands = (q, k, p, r) if q.dim() == 3 else tuple(layout.pack(x) for x in (q, k, p, r))
+        layout = layout.counted
+        cu_seqlens, longest = layout.cu_seqlens, layout.max_length
+        forward = clearing(forward, layout)
     mask: list[Tensor] = []
     if block_mask is not None:
         form = "direct"
@@ -141,7 +145,7 @@ def attention_score_mse(
     call = (*operands, cu_seqlens, longest, form, loss, mask)
     if impls[0] == "reference":
         return without_autocast(_by_definition, *call)
-    return ScalarLoss.apply(_forward, _by_definition, impls, *call)
+    return ScalarLoss.apply(forward, _by_definition, impls, *call)
 
 
 def _check(operands, layout, form, loss, block_mask, count_padded_queries) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
@@ -17,8 +18,10 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layer_norm import refuses_columns
+from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.loss import ScalarLoss, in_fp32
 from tinybert_fast.reference.hidden_mse import hidden_mse as reference
+from tinybert_fast.tuned import hidden_mse as tuned
 
 LIMITS = Limits(
     "hidden_mse",
@@ -40,12 +43,34 @@ _forward = define(
 )
 
 
+def _forward_of_live(student, weight, bias, teacher, dead: Tensor, impl):
+    """``_forward`` without the rows that ``dead`` names of the last ones, divided by the numbers
+    that the rows before those have, or a row if there is none. PyTorch takes the last ones: the
+    device alone knows how many are dead.
+    """
+    first = len(student) - len(dead)
+    n = max(first, 1) * teacher.shape[1]
+    loss, dstudent, *others = _forward(student[:first], weight, bias, teacher[:first], impl)
+    last = (student[first:], weight, bias, teacher[first:], dead, n)
+    more, dlast, *rest = without_autocast(tuned.forward, *last)
+    sums = (a + b for a, b in zip(others, rest, strict=True))
+    return loss + more, torch.cat((dstudent, dlast)), *sums
+
+
+def _reference_of_live(student, weight, bias, teacher, dead: Tensor):
+    first = len(student) - len(dead)
+    alive = torch.cat((dead.new_ones(first), ~dead))
+    student, teacher = student[alive], teacher[alive]
+    return reference(student, weight, bias, teacher) * (len(student) / max(first, 1))
+
+
 def hidden_mse(
     student: Tensor,
     teacher: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    layout: SequenceLayout | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """``F.mse_loss(F.linear(student, weight, bias), teacher)``, no gradient to the teacher.
@@ -53,6 +78,7 @@ def hidden_mse(
     Args:
         student: (..., C). teacher: (..., Ct), the same leading sizes.
         weight, bias: (Ct, C) and (Ct,) of the projection; None where the widths agree.
+        layout: of packed (T, C) rows; the mean leaves out those of its dummies.
 
     Returns:
         Scalar, fp32 or wider: the mean over all entries (Jiao et al. 2020, equations 8 and 9), 0
@@ -62,17 +88,29 @@ def hidden_mse(
         ValueError: shapes that disagree, or a named ``impl`` that cannot serve the call.
     """
     impls = choose(impl, LIMITS, student, columns=teacher.shape[-1])
-    _check(student, teacher, weight, bias)
+    _check(student, teacher, weight, bias, layout)
     student = student if weight is None else autocast(student)
     rows = student.reshape(-1, student.shape[-1])
     targets = teacher.detach().reshape(-1, teacher.shape[-1])
     operands = (rows, weight, bias, targets)
+    if layout is None or not layout.spare:
+        if impls[0] == "reference":
+            return without_autocast(reference, *operands)
+        return ScalarLoss.apply(_forward, reference, impls, *operands)
+    layout = layout.counted
     if impls[0] == "reference":
-        return without_autocast(reference, *operands)
-    return ScalarLoss.apply(_forward, reference, impls, *operands)
+        loss = without_autocast(_reference_of_live, *operands, layout.dead)
+    else:
+        call = (_forward_of_live, _reference_of_live, impls, *operands, layout.dead)
+        loss = ScalarLoss.apply(*call)
+    return loss * max(len(rows) - layout.spare, 1) / layout.cu_seqlens[-1]
 
 
-def _check(student, teacher, weight, bias) -> None:
+def _check(student, teacher, weight, bias, layout) -> None:
+    if layout is not None and student.shape[:-1] != (layout.total,):
+        raise ValueError(
+            f"hidden_mse: the layout has {layout.total} packed rows; got {tuple(student.shape)}"
+        )
     width, projection = student.shape[-1], None if weight is None else tuple(weight.shape)
     if weight is not None and (weight.dim() != 2 or weight.shape[1] != width):
         raise ValueError(

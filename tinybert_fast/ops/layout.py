@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,18 @@ from torch import Tensor
 from tinybert_fast.ops.sequence_layout import sequence_extents, sequence_layout
 
 Tables = tuple[Tensor, Tensor, Tensor]  # cu_seqlens, work, padded_work
+
+
+class _OnTheDevice(tuple):
+    """Lengths that no one may read: what a CUDA graph was captured with is not what it runs on."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            "the lengths of this layout are on the device alone (SequenceLayout.of_capacity); "
+            "compute with cu_seqlens"
+        )
+
+    __iter__ = __len__ = __contains__ = __getitem__ = __eq__ = __hash__ = _refuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +54,9 @@ class SequenceLayout:
             longest come first, so that no long one is left to the end; of equal lengths the lower
             b.
         padded_work: the same for padded rows, with the column of the first token; 0 if none.
+        dummies: how many of the sequences, the last ones, are not of the batch but fill its rows up
+            to a fixed number (`of_capacity`): encoded like others, padded by nobody, counted by no
+            loss. spare: how many of the last rows may be theirs.
     """
 
     batch_size: int
@@ -55,6 +71,8 @@ class SequenceLayout:
     positions: Tensor
     work: Tensor
     padded_work: Tensor
+    dummies: int = field(default=0, kw_only=True)
+    spare: int = field(default=0, kw_only=True)
 
     @classmethod
     def from_mask(cls, mask: Tensor, impl: str = "auto") -> SequenceLayout:
@@ -119,6 +137,41 @@ class SequenceLayout:
         return cls._build(width, [width] * batch_size, rows, full_tables(batch_size, width, device))
 
     @classmethod
+    def of_capacity(
+        cls, lengths: Tensor, width: int, total: int, *, dummies: int, spare: int
+    ) -> SequenceLayout:
+        """Right-padded rows whose lengths, int64 (B,), the device alone knows: they add up to
+        ``total``, which the last ``dummies`` of them see to, with ``spare`` tokens or fewer.
+
+        Nothing is read on the host, nor copied from it, so a CUDA graph may hold the making. All
+        that the host decides by is the same for any lengths: ``max_length`` is the width.
+        """
+        real = len(lengths) - dummies
+        stops = F.pad(lengths.cumsum(0), (1, 0))
+        places = torch.arange(total, device=lengths.device)
+        sequences = torch.searchsorted(stops[1:], places, right=True)
+        positions = places - stops[sequences]
+        numbers = torch.arange(real, len(lengths), device=lengths.device)  # dummies are the longest
+        order = torch.cat((numbers, torch.argsort(lengths[:real], descending=True, stable=True)))
+        firsts = stops[order]
+        return cls(
+            batch_size=len(lengths),
+            width=width,
+            lengths=_OnTheDevice(),
+            max_length=width,
+            starts_padded=False,
+            has_holes=False,
+            cu_seqlens=stops.int(),
+            rows=sequences * width + positions,
+            sequences=sequences.int(),
+            positions=positions.int(),
+            work=_listed(order, lengths[order], firsts),
+            padded_work=_listed(order, lengths[order], torch.zeros_like(firsts)),
+            dummies=dummies,
+            spare=spare,
+        )
+
+    @classmethod
     def _build(cls, width: int, lengths: list[int], rows: Tensor, tables: Tables) -> SequenceLayout:
         """Of rows without padding before or between tokens."""
         sequences = torch.div(rows, max(width, 1), rounding_mode="floor")
@@ -173,7 +226,34 @@ class SequenceLayout:
     @cached_property
     def is_full(self) -> bool:
         """No position is padding, so packing is a reshape."""
-        return self.total == self.batch_size * self.width
+        return self.total == self.batch_size * self.width and not self.spare
+
+    @property
+    def counted(self) -> SequenceLayout:
+        """Without dummies, whose rows then stand behind all sequences: what a loss counts."""
+        return self._counted if self.dummies else self
+
+    @cached_property
+    def _counted(self) -> SequenceLayout:
+        real = self.batch_size - self.dummies
+        return replace(
+            self,
+            batch_size=real,
+            cu_seqlens=self.cu_seqlens[: real + 1],
+            work=self.work[self.dummies :],
+            padded_work=self.padded_work[self.dummies :],
+            dummies=0,
+        )
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """bool (spare,), of the last rows: those behind all sequences."""
+        places = torch.arange(self.total - self.spare, self.total, device=self.rows.device)
+        return places >= self.cu_seqlens[-1]
+
+    def over_tokens(self, mean: Tensor) -> Tensor:
+        """The mean over tokens of what has been averaged over all rows, the dead ones being 0."""
+        return mean * self.total / self.cu_seqlens[-1] if self.spare else mean
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, N, ...) -> (T, ...): drop the padding rows."""
@@ -186,7 +266,9 @@ class SequenceLayout:
         return flat if self.is_full else flat.index_select(0, self.rows)
 
     def pad(self, packed: Tensor, fill: float = 0.0) -> Tensor:
-        """(T, ...) -> (B, N, ...): put the tokens back, ``fill`` in the padding rows."""
+        """(T, ...) -> (B, N, ...): put the tokens back, ``fill`` in the padding rows; without the
+        dummies, if there are any.
+        """
         if packed.shape[0] != self.total:
             raise ValueError(
                 f"expected {self.total} packed rows; got a tensor of shape {tuple(packed.shape)}"
@@ -195,7 +277,8 @@ class SequenceLayout:
         if self.is_full:
             return packed.reshape(shape)
         flat = packed.new_full((self.batch_size * self.width, *packed.shape[1:]), fill)
-        return flat.index_copy(0, self.rows, packed).view(shape)
+        padded = flat.index_copy(0, self.rows, packed).view(shape)
+        return padded[: self.batch_size - self.dummies] if self.dummies else padded
 
 
 def full_cu_seqlens(batch_size: int, width: int, device: torch.device | str) -> Tensor:

@@ -58,6 +58,24 @@ def check_sides(
             raise ValueError(f"{op}: the layout has leading sizes {expected}; got {shapes()}")
 
 
+def clearing(forward_op: Callable, layout: SequenceLayout) -> Callable:
+    """``forward_op`` with gradients of 0 in the rows behind all sequences, which it leaves as they
+    were allocated.
+    """
+    if not layout.spare:
+        return forward_op
+
+    def forward(*operands):
+        loss, *gradients = forward_op(*operands)
+        for gradient in gradients:
+            if gradient.numel():
+                dead = layout.dead.view(-1, *(1,) * (gradient.dim() - 1))
+                gradient[-layout.spare :].masked_fill_(dead, 0.0)
+        return loss, *gradients
+
+    return forward
+
+
 class ScalarLoss(torch.autograd.Function):
     """``forward_op(*operands, impl) -> loss, *gradients`` of the leading operands.
 

@@ -22,6 +22,7 @@ from tinybert_fast.data.collate import lengths_of
 from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
+from tinybert_fast.training.graphs import StepGraphs, all_accelerated, check_graphs
 from tinybert_fast.training.loading import quiet
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class RunTrainer(transformers.Trainer):
     - stops at a NaN or infinite loss, and says plainly that another process has gone;
     - divides by the accumulation steps, which Trainer leaves to the model: BERT's heads do not;
     - hands a packed encoder its layout (`LengthCollator(lengths=True)`);
+    - with `cuda_graphs` replays its steps (training/graphs.py);
     - shows one progress bar and writes TensorBoard logs to `logs`.
     """
 
@@ -141,11 +143,20 @@ class RunTrainer(transformers.Trainer):
         logs: Path | None = None,
         title: str = "training",
         progress: bool = True,
+        cuda_graphs: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.packs = is_accelerated(self.model)
+        self.left: dict[str, Tensor] = {}  # by compute_loss, for whoever reads it after the step
+        self.graphs: StepGraphs | None = None
+        if cuda_graphs:
+            models = self.models_of_a_step()
+            check_graphs(self.args, accelerated=all_accelerated(models))
+            self.graphs = StepGraphs(models, self.args.device)
+            # A batch that is copied while a step still runs keeps nobody waiting for that.
+            self.accelerator.dataloader_config.non_blocking = True
         self.guard = StopOnNonFinite()
         self.add_callback(self.guard)
         self.remove_callback(PrinterCallback)
@@ -171,10 +182,27 @@ class RunTrainer(transformers.Trainer):
         finally:
             self.bar.close()
 
+    def models_of_a_step(self) -> list[Any]:
+        """What is trained, and whatever else computes in a step."""
+        return [self.model]
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.observe(loss, self.state.global_step + 1)
-        return loss
+        def step(inputs: dict[str, Any]) -> dict[str, Tensor]:
+            loss = super(RunTrainer, self).training_step(model, inputs, num_items_in_batch)
+            return {"loss": loss, **self.left}
+
+        if self.graphs is None:
+            found = step(inputs)
+        elif self.current_gradient_accumulation_steps < self.args.gradient_accumulation_steps:
+            found = self.graphs.eagerly(step, inputs)  # divides by another number
+        else:
+            found = self.graphs.run(step, inputs)
+        self.guard.observe(found["loss"], self.state.global_step + 1)
+        self.read(found)
+        return found["loss"]
+
+    def read(self, found: dict[str, Tensor]) -> None:
+        """What a step gave: its loss, and all that compute_loss has `left`."""
 
     def _prepare_inputs(self, inputs):
         """On the device; a packed encoder gets its layout, from the lengths the collator gave."""
@@ -251,9 +279,12 @@ class TermsTrainer(RunTrainer):
         each = torch.stack(list(terms.values()))
         if training:
             self._terms = tuple(terms)
-            self._term_sums = self._term_sums + each.detach()
-            self._terms_counted += 1
+            self.left["terms"] = each.detach()
         return each.sum()
+
+    def read(self, found: dict[str, Tensor]) -> None:
+        self._term_sums = self._term_sums + found["terms"]
+        self._terms_counted += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each loss term since the last log: only here they leave the device."""

@@ -14,7 +14,7 @@ from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import TermsTrainer
-from tinybert_fast.training.lessons import Lesson, LessonCache
+from tinybert_fast.training.lessons import Lesson, LessonCache, as_lesson
 from tinybert_fast.training.losses import PARITIES, Parity, prediction_loss
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.objectives import Matches
@@ -95,7 +95,7 @@ class DistillationTrainer(TermsTrainer):
     (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
     set, which then has the column ``index``; the teacher is not asked in training, and its config
     may stand for it. Checkpoints are plain Transformers folders of the student, with
-    ``projection.safetensors`` beside the weights.
+    ``projection.safetensors`` beside the weights. ``cuda_graphs``: see training/graphs.py.
     """
 
     inside = "student"
@@ -179,6 +179,9 @@ class DistillationTrainer(TermsTrainer):
     def projection(self) -> HiddenProjection | None:
         return self.model.projection
 
+    def models_of_a_step(self) -> list[Any]:
+        return [self.model, *([self.teacher] if self.lessons is None else [])]
+
     # ---- the loss ----
 
     @torch.no_grad()
@@ -209,6 +212,12 @@ class DistillationTrainer(TermsTrainer):
         bf16 = self.teacher_dtype == "bf16"
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.graphs is not None and self.lessons is not None:  # no graph reads a disk
+            lengths, device = inputs["lengths"], self.args.device
+            inputs["lesson"] = self.lessons.rows(inputs["index"], lengths, device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -224,6 +233,8 @@ class DistillationTrainer(TermsTrainer):
     def _lesson(
         self, inputs: dict[str, Any], batch: dict[str, Tensor], layout: SequenceLayout | None
     ) -> Lesson:
+        if "lesson" in inputs:
+            return as_lesson(inputs["lesson"], layout)
         if self.lessons is None:
             return self.teach(batch, layout)
         return self.lessons.lesson(inputs["index"], layout, self.args.device)

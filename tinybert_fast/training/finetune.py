@@ -17,6 +17,7 @@ from tinybert_fast.data import (
 )
 from tinybert_fast.data.tasks import class_order
 from tinybert_fast.training.common import RunTrainer, training_arguments
+from tinybert_fast.training.graphs import check_graphs
 from tinybert_fast.training.loading import (
     check_model_path,
     load_classifier,
@@ -53,6 +54,7 @@ def finetune(
     bf16: bool = False,
     accelerate: bool = True,
     impl: str = "auto",
+    cuda_graphs: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     keep_checkpoints: bool = False,
@@ -65,6 +67,7 @@ def finetune(
     accuracy or the mean of Pearson and Spearman; or "loss"), evaluated each epoch or every
     `eval_steps` steps; without `dev_file` the last one is. Files and columns: `load_examples`.
     `accelerate`: packed encoder of tinybert_fast; the saved model is plain Transformers either way.
+    `cuda_graphs`: replay steps on one GPU (training/graphs.py).
     Effective batch: batch_size x accumulation x processes.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
@@ -94,6 +97,8 @@ def finetune(
         ddp_find_unused_parameters=False,  # a classifier uses all it has
         **recipe,
     )
+    if cuda_graphs:
+        check_graphs(arguments, accelerated=accelerate)
     settings = {
         "model": str(model_path),
         "model_weights": weights_digest(model_path),
@@ -134,6 +139,7 @@ def finetune(
         logs=run.logs(),
         title="fine-tuning",
         progress=progress,
+        cuda_graphs=cuda_graphs,
     )
     outcome = train_stage(trainer, run)
     panels = panels_of(trainer.state.log_history)

@@ -10,6 +10,7 @@ from transformers import BertConfig, TrainerCallback
 from tinybert_fast.data.lines import Lines, encode_lines
 from tinybert_fast.data.progress import shown
 from tinybert_fast.training.common import at_least_one, training_arguments
+from tinybert_fast.training.graphs import check_graphs
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
 from tinybert_fast.training.losses import Parity
@@ -72,6 +73,7 @@ def distill_general(
     bf16: bool = False,
     accelerate: bool = True,
     impl: str = "auto",
+    cuda_graphs: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     keep_checkpoints: bool = False,
@@ -92,6 +94,7 @@ def distill_general(
     ``teacher_dtype``: fp32, bf16 or, on a CPU, int8; by default that of the run. ``cache_teacher``:
     ask the teacher once and keep what it says, in a folder named here or, with True, in the run's
     until its end; ``cache_dtype``: fp32, fp16 or bf16, by default as it was computed.
+    ``cuda_graphs``: replay steps on one GPU (training/graphs.py).
 
     ``output`` gets a BertModel that plain Transformers loads, and of TinyBERT's loss
     ``projection.safetensors``, with which task distillation goes on.
@@ -141,6 +144,8 @@ def distill_general(
         save_steps=checkpoint_steps,
         **more_arguments(parity, "intermediate"),
     )
+    if cuda_graphs:
+        check_graphs(arguments, accelerated=accelerate and parity != "official")
     settings = {
         "teacher": str(teacher),
         "teacher_weights": weights_digest(teacher),
@@ -203,6 +208,7 @@ def distill_general(
         logs=run.logs("general"),
         title="general distillation",
         progress=progress,
+        cuda_graphs=cuda_graphs,
     )
     outcome = train(trainer, run, "general")
     history = trainer.state.log_history

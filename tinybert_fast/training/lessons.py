@@ -199,6 +199,18 @@ class LessonCache:
         """What the teacher said of these examples, in the dtypes it computed in: a Capture of
         packed rows under ``layout`` (made here if not given), or logits (B, K).
         """
+        if layout is None:
+            lengths = self.index["rows"][torch.as_tensor(examples, dtype=torch.int64)].tolist()
+            layout = SequenceLayout.from_lengths(lengths, device=device)
+        return as_lesson(self.rows(examples, layout.lengths, device), layout)
+
+    def rows(
+        self,
+        examples: Sequence[int],
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        """The tensors of `lesson` by name, for texts of these lengths."""
         where = torch.as_tensor(examples, dtype=torch.int64)
         shards, starts, counts = (self.index[k][where].tolist() for k in ("shard", "row", "rows"))
         found = {}
@@ -208,21 +220,25 @@ class LessonCache:
                 for shard, start, count in zip(shards, starts, counts)
             ]
             found[name] = torch.cat(parts).to(device, one.computed)
-        if LOGITS in found:
-            return found[LOGITS]
-        lengths = counts if layout is None else list(layout.lengths)
-        if lengths != counts:
+        if LOGITS not in found and list(lengths) != counts:
             at = next(i for i, (a, b) in enumerate(zip(lengths, counts, strict=True)) if a != b)
             raise ValueError(
                 f"example {examples[at]} has {lengths[at]} tokens in the batch and {counts[at]} in "
                 f"the lessons in {self.folder}; give the lessons of this data set"
             )
-        capture = Capture()
-        capture.layout = layout or SequenceLayout.from_lengths(lengths, device=device)
-        for name, rows in found.items():
-            kind, m = name.split(".")
-            getattr(capture, kind)[int(m)] = rows
-        return capture
+        return found
+
+
+def as_lesson(found: Mapping[str, Tensor], layout: SequenceLayout | None) -> Lesson:
+    """Of tensors by name, in whose rows the tokens are as ``layout`` says."""
+    if LOGITS in found:
+        return found[LOGITS]
+    capture = Capture()
+    capture.layout = layout
+    for name, rows in found.items():
+        kind, m = name.split(".")
+        getattr(capture, kind)[int(m)] = rows
+    return capture
 
 
 @dataclass

@@ -71,7 +71,7 @@ def intermediate_terms(
     for m, g in matches.hidden:
         ours, theirs = pick(student.hidden[m], student), pick(teacher.hidden[g], teacher)
         terms[f"hidden_{m}" if m else "embedding"] = ops.hidden_mse(
-            ours, theirs.detach(), *projection.for_state(m)
+            ours, theirs.detach(), *projection.for_state(m), layout=None if official else layout
         )
     for m, g in matches.attention:
         terms[f"attention_{m}"] = ops.attention_score_mse(

@@ -16,6 +16,7 @@ from tinybert_fast.data import Corpus, PreTrainingCollator, Shards, sort_by_leng
 from tinybert_fast.data.shards import Survey, fingerprint, shards_of, survey
 from tinybert_fast.data.wordpiece import SMALLEST
 from tinybert_fast.training.common import at_least_one, training_arguments
+from tinybert_fast.training.graphs import check_graphs
 from tinybert_fast.training.loading import has_tokenizer, load_pretraining, load_tokenizer
 from tinybert_fast.training.masking import Masking
 from tinybert_fast.training.pretraining import (
@@ -88,6 +89,7 @@ def pretrain(
     fsdp: bool = False,
     accelerate: bool = True,
     impl: str = "auto",
+    cuda_graphs: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     keep_checkpoints: bool = False,
@@ -111,6 +113,7 @@ def pretrain(
         batch_size: per device and micro-batch; a step reads batch_size x accumulation x processes
             examples, and an incomplete last step of an epoch is left out.
         fsdp: shards parameters, gradients and optimizer over the GPUs instead of copying them.
+        cuda_graphs: replay steps on one GPU (training/graphs.py).
 
     Raises:
         ValueError, OSError: as ``write_shards``; settings that contradict each other; a corpus with
@@ -185,6 +188,8 @@ def pretrain(
         )
     if fsdp and arguments.world_size == 1:
         raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
+    if cuda_graphs:
+        check_graphs(arguments, accelerated=accelerate)
     agree(settings)
     if run.finished(settings):
         return run.metrics()
@@ -226,6 +231,7 @@ def pretrain(
         logs=run.logs("pretrain"),
         title="pre-training",
         progress=progress,
+        cuda_graphs=cuda_graphs,
     )
     outcome = train(trainer, run, "pretrain")
     history = trainer.state.log_history

@@ -199,7 +199,8 @@ class PreTraining(nn.Module):
         terms = list(batch["targets"])
         causal = self.objectives.bidirectional == "causal"
         ways = [("causal", terms[:1]), ("anti_causal", terms[1:])] if causal else [("both", terms)]
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
         found = []
         for direction, of in ways:
             rows = [batch["targets"][term][0] for term in of]
@@ -217,10 +218,11 @@ class PreTraining(nn.Module):
         """The last hidden states of first tokens (P, C) and of flat places (R, C) each."""
         sequences, width = inputs["input_ids"].shape
         starts = torch.arange(sequences, device=inputs["input_ids"].device) * width
-        parts = [starts, *rows]
+        layout = batch.get("layout")
+        parts = [starts if layout is None else starts[: sequences - layout.dummies], *rows]
         wanted = torch.cat(parts)
         if is_accelerated(self.model):
-            layout = batch.get("layout") or SequenceLayout.from_mask(inputs["attention_mask"])
+            layout = layout or SequenceLayout.from_mask(inputs["attention_mask"])
             padding = starts - layout.cu_seqlens[:-1]  # in front of each sequence
             read = wanted - padding[wanted // width]
             packed = self.model.encode_packed(
@@ -322,7 +324,8 @@ class PreTrainingTrainer(TermsTrainer):
             if self.batches.objectives.nsp:
                 found.append(len(batch["next_sentence_label"]))
             counts += torch.tensor(found)
-        counts = self.accelerator.reduce(counts.to(device, torch.float32), reduction="sum")
+        counts = counts.to(device, torch.float32, non_blocking=True)  # no wait for the last step
+        counts = self.accelerator.reduce(counts, reduction="sum")
         self._counts = counts.clamp_min(1.0)
         return batches, None
 
@@ -342,24 +345,29 @@ class PreTrainingTrainer(TermsTrainer):
     ) -> Any:
         """The share of this micro-batch, times what Trainer and DDP will divide by."""
         sums, each = model(inputs, each=self.losses is not None)
-        shares = self.args.world_size * self.current_gradient_accumulation_steps
-        assert self._counts is not None  # a step begins with its batches
-        means = torch.stack(list(sums.values())) * (shares / self._counts)
+        means = torch.stack(list(sums.values())) * inputs["shares"]
         if each is not None:
-            labels = torch.cat([target for _, target in inputs["targets"].values()])
-            self._token_losses.append((labels, each))
+            self.left["token_losses"] = each
+            self.left["tokens"] = torch.cat([labels for _, labels in inputs["targets"].values()])
         loss = self.sum_of(dict(zip(sums, means.unbind())), training=True)
         return (loss, sums) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        done = len(self._token_losses) == self.current_gradient_accumulation_steps
-        if self.losses is not None and done:
+        assert self._counts is not None  # a step begins with its batches
+        divided_by = self.args.world_size * self.current_gradient_accumulation_steps
+        inputs["shares"] = divided_by / self._counts  # (terms,)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def read(self, found: dict[str, Tensor]) -> None:
+        super().read(found)
+        if self.losses is None:
+            return
+        self._token_losses.append((found["tokens"], found["token_losses"]))
+        if len(self._token_losses) == self.current_gradient_accumulation_steps:
             labels, each = (torch.cat(parts) for parts in zip(*self._token_losses))
             self._token_losses.clear()
             self.losses.update(labels, each, self._over_processes)
             self._weigh()
-        return loss
 
     def speed(self) -> dict[str, float]:
         """Of the steps since this trainer was made; evaluation does not count. All processes ask.

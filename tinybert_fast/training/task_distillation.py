@@ -15,6 +15,7 @@ from tinybert_fast.training import evaluate
 from tinybert_fast.training.common import at_least_one, training_arguments
 from tinybert_fast.training.distill import Stage
 from tinybert_fast.training.finetune import load_dev
+from tinybert_fast.training.graphs import check_graphs
 from tinybert_fast.training.initialise import How
 from tinybert_fast.training.loading import load_classifier, load_config, load_tokenizer
 from tinybert_fast.training.losses import Parity
@@ -96,6 +97,7 @@ def distill_task(
     bf16: bool = False,
     accelerate: bool = True,
     impl: str = "auto",
+    cuda_graphs: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     keep_checkpoints: bool = False,
@@ -115,8 +117,8 @@ def distill_task(
     texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
     the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`: see
     distill_general, whose output is the student meant here, its projection included; also for
-    `teacher_dtype`, `cache_teacher`, `cache_dtype`. Files and columns: `load_examples`.
-    `max_length`: 64 for single texts and 128 for pairs by default.
+    `teacher_dtype`, `cache_teacher`, `cache_dtype`, `cuda_graphs`. Files and columns:
+    `load_examples`. `max_length`: 64 for single texts and 128 for pairs by default.
     """
     run = RunFolder(output, overwrite=overwrite, resume=resume)
     check_parity(parity)
@@ -199,6 +201,8 @@ def distill_task(
         log_steps=log_steps,
         **more_arguments(parity, PREDICTION),
     )
+    if cuda_graphs:
+        check_graphs(arguments[PREDICTION], accelerated=accelerate and parity != "official")
     settings = {
         "teacher": str(teacher),
         "teacher_weights": weights_digest(teacher),
@@ -275,6 +279,7 @@ def distill_task(
         "processing_class": tokenizer,
         "callbacks": list(callbacks),
         "progress": progress,
+        "cuda_graphs": cuda_graphs,
     }
     panels: Panels = {}
     if intermediate_epochs:

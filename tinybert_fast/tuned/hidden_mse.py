@@ -7,10 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def forward(student: Tensor, weight: Tensor | None, bias: Tensor | None, teacher: Tensor):
+def forward(
+    student: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    teacher: Tensor,
+    dead: Tensor | None = None,
+    n: int | None = None,
+):
     """-> loss, and its gradients with respect to student, weight and bias.
 
     E = S W^T + b - T,  dS = 2/n E W,  dW = 2/n E^T S,  db = 2/n sum E      (n entries of T)
+
+    E is 0 in rows that are ``dead``, bool (rows,); with another ``n`` it is no mean.
     """
     narrow, wide = student.dtype, torch.promote_types(student.dtype, torch.float32)
     projected = student
@@ -18,7 +27,9 @@ def forward(student: Tensor, weight: Tensor | None, bias: Tensor | None, teacher
         weight = weight.to(narrow)
         projected = F.linear(student, weight, None if bias is None else bias.to(narrow))
     error = projected.to(wide) - teacher
-    n = max(error.numel(), 1)
+    if dead is not None:
+        error.masked_fill_(dead[:, None], 0.0)
+    n = max(error.numel(), 1) if n is None else n
     # By rows: one dot product over millions of numbers would lose five digits of fp32.
     loss = torch.linalg.vector_norm(error, dim=1).square_().sum() / n
     dweight, dbias = (error.new_empty(0) for _ in range(2))
