@@ -1,0 +1,344 @@
+"""What losses are worth to a student whose teacher has other heads: a classifier of reactions.
+
+    pip install --no-deps rxnfp==0.1.0
+    python -P benchmarks/reactions.py [--steps 400] [--seeds 3] [--folder FOLDER] [--json FILE]
+
+The teacher is rxnfp's classifier (Schwaller et al., "Mapping the space of chemical reactions using
+attention-based neural networks", Nature Machine Intelligence 2021, MIT licence): BERT, 12 layers,
+256 wide, 4 heads of 64, fine-tuned by its authors on 50 classes of reactions written as SMILES. Its
+files are read where its package installs them, which is not imported.
+
+No package has reactions to train on, so they are made here from templates of textbook ones. What is
+measured is the student's likeness to the teacher, not chemistry: on held-out reactions, whose pairs
+of substituents no training reaction has, the share that both put into the same class, and the mean
+KL divergence of the teacher's distribution to the student's, in nats.
+
+Students are TinyBERT-4L-312 from a random start, which see the same reactions for the same number
+of steps: half of them in the intermediate stage and half in the prediction stage, or all of them in
+the latter. TinyBERT's attention loss compares heads one by one and refuses 12 against 4, so its
+student has 4 heads of 78, and a student of 4 heads without it stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+from datasets import Dataset
+from transformers import BertForSequenceClassification, BertTokenizerFast, set_seed
+
+from tinybert_fast.benchmarks.hardware import facts, has_bf16
+from tinybert_fast.benchmarks.real_heads import TOKEN, installed
+from tinybert_fast.cli.output import show
+from tinybert_fast.data import LengthCollator
+from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.integrations import TinyBertConfig, accelerate
+from tinybert_fast.training.common import training_arguments
+from tinybert_fast.training.distill import STAGES, DistillationTrainer
+from tinybert_fast.training.evaluate import predict
+from tinybert_fast.training.loading import load_classifier
+from tinybert_fast.training.objectives import Loss, matches_for
+
+CLASSIFIER = "bert_ft_10k_25s"  # bert_ft beside it is an encoder without its head
+BATCH = 32
+LR = 5e-4  # from a random start, either stage
+HELD_OUT = 10  # one pair of substituents of so many
+HEADS = 12  # TinyBERT-4L-312's own
+
+
+class Student(NamedTuple):
+    name: str
+    loss: Loss | None  # of the intermediate stage
+    heads: int | None  # None: as many as the teacher has
+
+
+STUDENTS = (
+    Student("prediction alone", None, HEADS),
+    Student("MiniLM, then prediction", "minilm", HEADS),
+    Student("prediction alone", None, None),
+    Student("TinyBERT, then prediction", "tinybert", None),
+)
+
+# ---- reactions -----------------------------------------------------------------------------------
+
+# A substituent begins with the atom that is bound, and closes its rings.
+_ON_RING = "F Cl C OC C#N CC C(C)C N(C)C".split()
+_RINGS = "c1ccc({})cc1 c1cccc({})c1 c1ccccc1{} c1ccc({})nc1 c1ccc({})cc1F".split()
+ARYL = ["c1ccccc1", "c1ccncc1", "c1cccnc1", "c1cccs1", "c1ccc2ccccc2c1", "c1cnc2ccccc2c1",
+        "c1ccc2[nH]ccc2c1", "c1ccc2c(c1)OCO2"]  # fmt: skip
+ARYL += [ring.format(group) for ring in _RINGS for group in _ON_RING]
+ALKYL = """CC CCC CCCC CCCCC CC(C)C CCC(C)C CC(C)(C)C C(C)C C(C)CC C1CCCC1 C1CCCCC1 C1CC1 CC1CC1
+CC1CCCCC1 CCOC CCCOC CCOCC CCC#N CC(F)(F)F CCC(F)(F)F CCN(C)C CCCN(C)C CCN1CCOCC1 CCCN1CCCC1
+C1CCOCC1 C1CCN(C)CC1 CC1CCCO1 CCSC CC=C CCC=C CCCCCC CC1CCOCC1""".split()
+ALKYL += [f"C{ring}" for ring in ARYL[:24]]
+SOLVENTS = "ClCCl CN(C)C=O C1CCOC1 CC#N Cc1ccccc1 C1COCCO1".split()
+
+# Sets of reagents, of which a reaction takes one.
+_BASES = "CCN(CC)CC CCN(C(C)C)C(C)C c1ccncc1 O=C([O-])[O-].[K+].[K+]"
+_CARBONATES = "O=C([O-])[O-].[K+].[K+] O=C([O-])[O-].[Cs+].[Cs+] [H-].[Na+]"
+_COUPLING = "CCN=C=NCCCN(C)C.Cl C(=NC1CCCCC1)=NC1CCCCC1"
+_HYDRIDES = "[BH3-]C#N.[Na+] [BH4-].[Na+]"
+_PALLADIUM = "[Pd].O=C([O-])[O-].[Na+].[Na+] [Pd].O=C([O-])[O-].[K+].[K+]"
+_AMINATION = "[Pd].CC(C)(C)[O-].[Na+] [Pd].O=C([O-])[O-].[Cs+].[Cs+]"
+_HYDROXIDES = "[Na+].[OH-] [Li+].[OH-] [K+].[OH-]"
+_ACIDS = "O=C(O)C(F)(F)F Cl"
+_OXIDANTS = "O=[Cr](=O)=O CS(C)=O.O=C(Cl)C(=O)Cl O=[Mn]=O"
+_REDUCTANTS = "[Pd].[H][H] [Fe].[Cl-].[NH4+] Cl[Sn]Cl"
+# type: its two substituents, reactants>>product, reagents
+TEMPLATES: dict[str, tuple[Sequence[str], Sequence[str], str, str]] = {
+    "amide of an acid": (ARYL, ALKYL, "O=C(O){a}.N{b}>>O=C({a})N{b}", _COUPLING),
+    "amide of a chloride": (ARYL, ALKYL, "O=C(Cl){a}.N{b}>>O=C({a})N{b}", _BASES),
+    "ester of a chloride": (ARYL, ALKYL, "O=C(Cl){a}.O{b}>>O=C({a})O{b}", _BASES),
+    "sulfonamide": (ARYL, ALKYL, "O=S(=O)(Cl){a}.N{b}>>O=S(=O)({a})N{b}", _BASES),
+    "urea": (ARYL, ALKYL, "O=C=N{a}.N{b}>>O=C(N{a})N{b}", _BASES),
+    "reductive amination, aldehyde": (ARYL, ALKYL, "O=C{a}.N{b}>>C({a})N{b}", _HYDRIDES),
+    "reductive amination, ketone": (ARYL, ALKYL, "CC(=O){a}.N{b}>>CC({a})N{b}", _HYDRIDES),
+    "N-alkylation": (ARYL, ALKYL, "BrC{a}.CN{b}>>CN(C{a}){b}", _CARBONATES),
+    "Buchwald, bromide": (ARYL, ALKYL, "Br{a}.N{b}>>N({a}){b}", _AMINATION),
+    "Buchwald, chloride": (ARYL, ALKYL, "Cl{a}.N{b}>>N({a}){b}", _AMINATION),
+    "SNAr": (ARYL, ALKYL, "F{a}.N{b}>>N({a}){b}", _BASES),
+    "Suzuki, bromide": (ARYL, ARYL, "Br{a}.OB(O){b}>>{a-b}", _PALLADIUM),
+    "Suzuki, chloride": (ARYL, ARYL, "Cl{a}.OB(O){b}>>{a-b}", _PALLADIUM),
+    "Sonogashira": (ARYL, ARYL, "I{a}.C#C{b}>>C(#C{b}){a}", "[Cu]I.[Pd].CCN(CC)CC"),
+    "Williamson": (ARYL, ALKYL, "O{a}.Br{b}>>O({a}){b}", _CARBONATES),
+    "thioether": (ARYL, ALKYL, "S{a}.Br{b}>>S({a}){b}", _CARBONATES),
+    "methyl ester, cleaved": (ARYL, ALKYL, "COC(=O)C({a}){b}>>O=C(O)C({a}){b}", _HYDROXIDES),
+    "ethyl ester, cleaved": (ARYL, ALKYL, "CCOC(=O)C({a}){b}>>O=C(O)C({a}){b}", _HYDROXIDES),
+    "Boc, taken off": (ARYL, ALKYL, "CC(C)(C)OC(=O)N(C{a}){b}>>N(C{a}){b}", _ACIDS),
+    "alcohol to ketone": (ARYL, ALKYL, "OC({a}){b}>>O=C({a}){b}", _OXIDANTS),
+    "nitro to amine": (
+        ARYL, ALKYL, "O=[N+]([O-])c1ccccc1N({a}){b}>>Nc1ccccc1N({a}){b}", _REDUCTANTS,
+    ),
+    "acid to chloride": (
+        ARYL, ALKYL, "O=C(O)C({a}){b}>>O=C(Cl)C({a}){b}", "O=S(Cl)Cl O=C(Cl)C(=O)Cl",
+    ),
+}  # fmt: skip
+
+
+def reaction(draw: random.Random, name: str, a: str, b: str) -> str:
+    """One of its type with these substituents: what reacts, a set of reagents and perhaps a
+    solvent in random order, and the product.
+    """
+    _, _, text, reagents = TEMPLATES[name]
+    inner = b.translate(str.maketrans("123", "234"))  # while the ring of a's first atom is open
+    text = text.replace("{a-b}", f"{a[:2]}(-{inner}){a[2:]}")
+    left, product = text.format(a=a, b=b).split(">>")
+    beside = [draw.choice(reagents.split()), *draw.sample(SOLVENTS, draw.randint(0, 1))]
+    molecules = ".".join([left, *beside]).split(".")
+    draw.shuffle(molecules)
+    return f"{'.'.join(molecules)}>>{product}"
+
+
+def is_held_out(a: str, b: str) -> bool:
+    return crc32(f"{a} {b}".encode()) % HELD_OUT == 0
+
+
+def reactions(of_each: int, *, held_out: bool, seed: int = 0) -> dict[str, list[str]]:
+    """``of_each`` different ones of every type, whose pairs of substituents are held out or not."""
+    made = {}
+    for name, (first, second, _, _) in TEMPLATES.items():
+        draw = random.Random(f"{seed} {name}")
+        found: dict[str, None] = {}
+        while len(found) < of_each:
+            a, b = draw.choice(first), draw.choice(second)
+            if is_held_out(a, b) == held_out:
+                found[reaction(draw, name, a, b)] = None
+        made[name] = list(found)
+    return made
+
+
+def encoded(texts: Iterable[str], tokenizer: Any) -> Dataset:
+    """Columns as `LengthCollator` reads them."""
+    rows = [
+        tokenizer.convert_tokens_to_ids(["[CLS]", *TOKEN.findall(text), "[SEP]"]) for text in texts
+    ]
+    return Dataset.from_dict(
+        {
+            "input_ids": rows,
+            "token_type_ids": [[0] * len(row) for row in rows],
+            "length": [len(row) for row in rows],
+        }
+    )
+
+
+# ---- the experiment ------------------------------------------------------------------------------
+
+
+def taught(
+    student: Student, teacher: Any, train: Dataset, tokenizer: Any, *, steps: int, seed: int
+) -> Any:
+    """A new student after all its steps."""
+    theirs = teacher.config
+    config = TinyBertConfig.tiny_4l_312(
+        vocab_size=theirs.vocab_size,
+        max_position_embeddings=theirs.max_position_embeddings,
+        num_attention_heads=student.heads or theirs.num_attention_heads,
+        num_labels=theirs.num_labels,
+    )
+    set_seed(seed)
+    model = accelerate(BertForSequenceClassification(config))
+    matches = matches_for(None, config, theirs, loss=student.loss) if student.loss else None
+    lengths = (steps // 2, steps - steps // 2) if matches else (0, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (stage, share) in enumerate(zip(STAGES, lengths, strict=True)):
+            if not share:
+                continue
+            arguments = training_arguments(
+                folder,
+                max_steps=share,
+                lr=LR,
+                batch_size=BATCH,
+                seed=seed,
+                data_seed=len(STAGES) * seed + number,
+                bf16=has_bf16(torch.device("cpu")),
+                use_cpu=True,
+                evaluate=False,
+                save_strategy="no",
+            )
+            DistillationTrainer(
+                model,
+                teacher,
+                args=arguments,
+                stage=stage,
+                matches=matches,
+                train_dataset=train,
+                data_collator=LengthCollator(tokenizer, lengths=True),
+                title=f"{student.name}, seed {seed}, {stage}",
+            ).train()
+    return model
+
+
+def likeness(logits: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
+    """Of a student's logits (rows, classes) to the teacher's."""
+    theirs, ours = teacher.log_softmax(-1), logits.log_softmax(-1)
+    return {
+        "fidelity": (logits.argmax(-1) == teacher.argmax(-1)).double().mean().item(),
+        "kl": (theirs.exp() * (theirs - ours)).sum(-1).mean().item(),
+    }
+
+
+def refusal(teacher: Any) -> str:
+    """What TinyBERT's losses say to a student of TinyBERT-4L-312's own heads."""
+    try:
+        matches_for(None, TinyBertConfig.tiny_4l_312(), teacher.config, loss="tinybert")
+    except ValueError as error:
+        return str(error)
+    raise ValueError(f"the teacher has {HEADS} heads too; take one that has not")
+
+
+def measure(
+    teacher: Any, tokenizer: Any, *, steps: int, seeds: int, of_each: int, held_out_of_each: int
+) -> dict[str, Any]:
+    """Every student and seed, in turn; the teacher is used accelerated."""
+    accelerate(teacher)
+    refused = refusal(teacher)
+    kinds = reactions(held_out_of_each, held_out=True)
+    train = encoded(chain(*reactions(of_each, held_out=False).values()), tokenizer)
+    held_out = encoded(chain(*kinds.values()), tokenizer)
+    wanted = torch.from_numpy(predict(teacher, held_out, tokenizer)).double()
+    classes = wanted.argmax(-1).view(len(kinds), held_out_of_each).tolist()
+    rows = []
+    for seed in range(seeds):
+        for student in STUDENTS:
+            model = taught(student, teacher, train, tokenizer, steps=steps, seed=seed)
+            logits = torch.from_numpy(predict(model, held_out, tokenizer)).double()
+            rows.append(
+                {
+                    "student": student.name,
+                    "loss": student.loss,
+                    "heads": model.config.num_attention_heads,
+                    "seed": seed,
+                    **likeness(logits, wanted),
+                }
+            )
+    return {
+        "settings": {
+            "teacher_layers": teacher.config.num_hidden_layers,
+            "teacher_width": teacher.config.hidden_size,
+            "teacher_heads": teacher.config.num_attention_heads,
+            "steps": steps,
+            "batch": BATCH,
+            "lr": LR,
+            "train_reactions": len(train),
+            "held_out_reactions": len(held_out),
+            "mean_tokens": fmean(held_out["length"]),
+            "bf16": has_bf16(torch.device("cpu")),
+        },
+        "refusal": refused,
+        "teacher_confidence": wanted.softmax(-1).amax(-1).mean().item(),
+        "teacher_classes": {
+            kind: dict(Counter(map(str, found)).most_common())
+            for kind, found in zip(kinds, classes, strict=True)
+        },
+        "rows": rows,
+        "machine": facts(torch.device("cpu")),
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+    """A line per student: name, heads, seeds, fidelity and KL as mean ± sample deviation."""
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["student"], row["heads"]), []).append(row)
+    return [
+        (
+            name,
+            str(heads),
+            str(len(found)),
+            _spread([100 * row["fidelity"] for row in found], ".1f"),
+            _spread([row["kl"] for row in found], ".3f"),
+        )
+        for (name, heads), found in lines.items()
+    ]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    mean = format(fmean(values), form)
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):{form}}"
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """The teacher and a tokenizer that looks whole tokens up."""
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=False)
+    return load_classifier(folder), tokenizer
+
+
+def main() -> None:
+    """Print the table, and write everything where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    there = installed(CLASSIFIER)
+    parser.add_argument("--folder", type=Path, default=there, help="of the teacher's files")
+    parser.add_argument("--steps", type=int, default=200, help="of each student")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.folder is None:
+        parser.error("rxnfp is not installed: pip install --no-deps rxnfp==0.1.0")
+    result = measure(
+        *load(given.folder), steps=given.steps, seeds=given.seeds, of_each=400, held_out_of_each=40
+    )
+    show(
+        ("held-out reactions of", "the teacher's classes"),
+        [
+            (kind, ", ".join(f"{label}: {n}" for label, n in found.items()))
+            for kind, found in result["teacher_classes"].items()
+        ],
+    )
+    print(f"TinyBERT's losses, {HEADS} heads: {result['refusal']}\n")
+    show(("student", "heads", "seeds", "same class, %", "KL, nats"), summary(result["rows"]))
+    if given.json is not None:
+        atomic_write(given.json, json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Generated reactions, and the experiment on them with a teacher of a few kilobytes."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification, BertTokenizerFast
+
+from tinybert_fast.benchmarks import reactions as script
+from tinybert_fast.benchmarks.real_heads import TOKEN, installed
+from tinybert_fast.testing.tiny_models import SPECIAL, tiny_config
+
+OF_EACH = 30
+MADE = {held_out: script.reactions(OF_EACH, held_out=held_out) for held_out in (False, True)}
+TEXTS = [text for made in MADE.values() for texts in made.values() for text in texts]
+
+
+def test_types_are_balanced_and_reactions_distinct():
+    assert all(len(texts) == OF_EACH for made in MADE.values() for texts in made.values())
+    assert len(set(TEXTS)) == len(TEXTS) == 2 * OF_EACH * len(script.TEMPLATES)
+    assert MADE[True] == script.reactions(OF_EACH, held_out=True)  # seeded
+
+
+def test_reactions_fall_into_tokens_and_close_what_they_open():
+    for text in TEXTS:
+        tokens = TOKEN.findall(text)
+        assert "".join(tokens) == text
+        assert tokens.count(">>") == 1
+        for molecule in text.replace(">>", ".").split("."):
+            atoms = TOKEN.findall(molecule)
+            assert atoms.count("(") == atoms.count(")"), molecule
+            assert all(atoms.count(ring) % 2 == 0 for ring in "1234"), molecule
+
+
+def test_a_biaryl_gives_its_second_ring_other_numbers():
+    made = script.reaction(random.Random(0), "Suzuki, bromide", "c1ccncc1", "c1ccc(F)cc1")
+    assert made.endswith(">>c1(-c2ccc(F)cc2)ccncc1")
+
+
+def test_held_out_pairs_of_substituents_are_in_no_training_reaction(monkeypatch):
+    """Seen where reactions are made: the pairs that either half asks for."""
+    pairs = {False: set(), True: set()}
+    for held_out, seen in pairs.items():
+        monkeypatch.setattr(script, "reaction", lambda draw, name, a, b, s=seen: s.add((a, b)) or
+                            f"{name} {a} {b}")  # fmt: skip
+        script.reactions(OF_EACH, held_out=held_out)
+    assert all(pairs.values())
+    assert not pairs[True] & pairs[False]
+
+
+@pytest.mark.skipif(
+    installed(script.CLASSIFIER) is None, reason="pip install --no-deps rxnfp==0.1.0"
+)
+def test_the_teacher_knows_every_token_and_gives_each_type_a_class_of_its_own():
+    teacher, tokenizer = script.load(installed(script.CLASSIFIER))
+    rows = script.encoded(TEXTS, tokenizer)["input_ids"]
+    assert not any(tokenizer.unk_token_id in row for row in rows)
+    held_out = script.encoded([texts[0] for texts in MADE[True].values()], tokenizer)
+    found = script.predict(teacher, held_out, tokenizer).argmax(-1).tolist()
+    assert len(set(found)) >= len(script.TEMPLATES) - 2
+
+
+def test_likeness():
+    teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert script.likeness(3 + teacher, teacher) == {"fidelity": 1.0, "kl": pytest.approx(0)}
+    found = script.likeness(torch.zeros(2, 2, dtype=torch.float64), teacher)
+    entropy = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1).mean()
+    assert found["fidelity"] == 0.5
+    assert found["kl"] == pytest.approx(float(torch.tensor(2.0).log() - entropy))
+
+
+def test_the_experiment_with_a_tiny_teacher(tmp_path, monkeypatch):
+    words = (*SPECIAL, *sorted({token for text in TEXTS for token in TOKEN.findall(text)}))
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    config = tiny_config(
+        vocab_size=len(words), num_hidden_layers=4, max_position_embeddings=200, num_labels=5
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    assert isinstance(script.load(tmp_path)[1], BertTokenizerFast)
+    monkeypatch.setattr(script, "BATCH", 4)
+    found = script.measure(*script.load(tmp_path), steps=2, seeds=1, of_each=2, held_out_of_each=1)
+    json.dumps(found)
+    assert "12 heads and the teacher 2" in found["refusal"]
+    assert [row["heads"] for row in found["rows"]] == [12, 12, 2, 2]
+    assert all(0 <= row["fidelity"] <= 1 and row["kl"] > 0 for row in found["rows"])
+    lines = script.summary(found["rows"])
+    assert [line[0] for line in lines] == [student.name for student in script.STUDENTS]
+    teacher, _ = script.load(tmp_path)
+    teacher.config.num_attention_heads = 12
+    with pytest.raises(ValueError, match="the teacher has 12 heads too"):
+        script.refusal(teacher)
