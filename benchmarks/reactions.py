@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -35,11 +36,12 @@ from zlib import crc32
 
 import torch
 from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
 from transformers import BertForSequenceClassification, BertTokenizerFast, set_seed
 
 from tinybert_fast.benchmarks.hardware import facts, has_bf16
 from tinybert_fast.benchmarks.real_heads import TOKEN, installed
-from tinybert_fast.cli.output import show
 from tinybert_fast.data import LengthCollator
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.integrations import TinyBertConfig, accelerate
@@ -280,31 +282,36 @@ def measure(
             kind: dict(Counter(map(str, found)).most_common())
             for kind, found in zip(kinds, classes, strict=True)
         },
+        "students": summary(rows),
         "rows": rows,
         "machine": facts(torch.device("cpu")),
     }
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str, str]]:
-    """A line per student: name, heads, seeds, fidelity and KL as mean ± sample deviation."""
-    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each student: mean and sample deviation (None of one seed) of both figures over seeds."""
+    students: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault((row["student"], row["heads"]), []).append(row)
-    return [
-        (
-            name,
-            str(heads),
-            str(len(found)),
-            _spread([100 * row["fidelity"] for row in found], ".1f"),
-            _spread([row["kl"] for row in found], ".3f"),
-        )
-        for (name, heads), found in lines.items()
-    ]
+        students.setdefault((row["student"], row["heads"]), []).append(row)
+    lines = []
+    for (name, heads), found in students.items():
+        line: dict[str, Any] = {"student": name, "heads": heads, "seeds": len(found)}
+        for figure in ("fidelity", "kl"):
+            values = [row[figure] for row in found]
+            line[figure] = fmean(values)
+            line[f"{figure}_sd"] = stdev(values) if len(values) > 1 else None
+        lines.append(line)
+    return lines
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    mean = format(fmean(values), form)
-    return mean if len(values) < 2 else f"{mean} ± {stdev(values):{form}}"
+def in_words(line: dict[str, Any]) -> tuple[str, ...]:
+    """A line of `summary`; fidelity in percent."""
+    words = [line["student"], str(line["heads"]), str(line["seeds"])]
+    for figure, factor, form in (("fidelity", 100, ".1f"), ("kl", 1, ".3f")):
+        spread = line[f"{figure}_sd"]
+        words.append(format(factor * line[figure], form))
+        words[-1] += "" if spread is None else f" ± {factor * spread:{form}}"
+    return tuple(words)
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -327,15 +334,14 @@ def main() -> None:
     result = measure(
         *load(given.folder), steps=given.steps, seeds=given.seeds, of_each=400, held_out_of_each=40
     )
-    show(
-        ("held-out reactions of", "the teacher's classes"),
-        [
-            (kind, ", ".join(f"{label}: {n}" for label, n in found.items()))
-            for kind, found in result["teacher_classes"].items()
-        ],
-    )
-    print(f"TinyBERT's losses, {HEADS} heads: {result['refusal']}\n")
-    show(("student", "heads", "seeds", "same class, %", "KL, nats"), summary(result["rows"]))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    classes = Table("held-out reactions of", "the teacher's classes")
+    for kind, found in result["teacher_classes"].items():
+        classes.add_row(kind, ", ".join(f"{label}: {n}" for label, n in found.items()))
+    students = Table("student", "heads", "seeds", "same class, %", "KL, nats")
+    for line in result["students"]:
+        students.add_row(*in_words(line))
+    console.print(classes, f"TinyBERT's losses, {HEADS} heads: {result['refusal']}", students)
     if given.json is not None:
         atomic_write(given.json, json.dumps(result, indent=2) + "\n")
 

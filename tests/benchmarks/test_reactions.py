@@ -70,6 +70,17 @@ def test_likeness():
     assert found["kl"] == pytest.approx(float(torch.tensor(2.0).log() - entropy))
 
 
+def test_seeds_are_summed_up():
+    rows = [
+        {"student": "A", "heads": heads, "fidelity": share, "kl": 0.5}
+        for heads, share in ((12, 0.5), (4, 1.0), (12, 0.7))
+    ]
+    assert [script.in_words(line) for line in script.summary(rows)] == [
+        ("A", "12", "2", "60.0 ± 14.1", "0.500 ± 0.000"),
+        ("A", "4", "1", "100.0", "0.500"),
+    ]
+
+
 def test_the_experiment_with_a_tiny_teacher(tmp_path, monkeypatch):
     words = (*SPECIAL, *sorted({token for text in TEXTS for token in TOKEN.findall(text)}))
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -85,8 +96,8 @@ def test_the_experiment_with_a_tiny_teacher(tmp_path, monkeypatch):
     assert "12 heads and the teacher 2" in found["refusal"]
     assert [row["heads"] for row in found["rows"]] == [12, 12, 2, 2]
     assert all(0 <= row["fidelity"] <= 1 and row["kl"] > 0 for row in found["rows"])
-    lines = script.summary(found["rows"])
-    assert [line[0] for line in lines] == [student.name for student in script.STUDENTS]
+    names = [student.name for student in script.STUDENTS]
+    assert [line["student"] for line in found["students"]] == names
     teacher, _ = script.load(tmp_path)
     teacher.config.num_attention_heads = 12
     with pytest.raises(ValueError, match="the teacher has 12 heads too"):
