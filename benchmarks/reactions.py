@@ -13,10 +13,10 @@ measured is the student's likeness to the teacher, not chemistry: on held-out re
 of substituents no training reaction has, the share that both put into the same class, and the mean
 KL divergence of the teacher's distribution to the student's, in nats.
 
-Students are TinyBERT-4L-312 from a random start, which see the same reactions for the same number
-of steps: half of them in the intermediate stage and half in the prediction stage, or all of them in
-the latter. TinyBERT's attention loss compares heads one by one and refuses 12 against 4, so its
-student has 4 heads of 78, and a student of 4 heads without it stands beside.
+Students are TinyBERT-4L-312 from a random start, which see the same reactions, each once: half of
+them in the intermediate stage and half in the prediction stage, or all of them in the latter.
+TinyBERT's attention loss compares heads one by one and refuses 12 against 4, so its student has 4
+heads of 78, and a student of 4 heads without it stands beside.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from math import ceil
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ CLASSIFIER = "bert_ft_10k_25s"  # bert_ft beside it is an encoder without its he
 BATCH = 32
 LR = 5e-4  # from a random start, either stage
 HELD_OUT = 10  # one pair of substituents of so many
+HELD_OUT_OF_EACH = 50  # type
 HEADS = 12  # TinyBERT-4L-312's own
 
 
@@ -142,7 +144,8 @@ def reaction(draw: random.Random, name: str, a: str, b: str) -> str:
 
 
 def is_held_out(a: str, b: str) -> bool:
-    return crc32(f"{a} {b}".encode()) % HELD_OUT == 0
+    """Whether this pair, in either order, is."""
+    return crc32(" ".join(sorted((a, b))).encode()) % HELD_OUT == 0
 
 
 def reactions(of_each: int, *, held_out: bool, seed: int = 0) -> dict[str, list[str]]:
@@ -179,7 +182,7 @@ def encoded(texts: Iterable[str], tokenizer: Any) -> Dataset:
 def taught(
     student: Student, teacher: Any, train: Dataset, tokenizer: Any, *, steps: int, seed: int
 ) -> Any:
-    """A new student after all its steps."""
+    """A new student after all its steps, in which it sees as many reactions once each."""
     theirs = teacher.config
     config = TinyBertConfig.tiny_4l_312(
         vocab_size=theirs.vocab_size,
@@ -190,18 +193,18 @@ def taught(
     set_seed(seed)
     model = accelerate(BertForSequenceClassification(config))
     matches = matches_for(None, config, theirs, loss=student.loss) if student.loss else None
-    lengths = (steps // 2, steps - steps // 2) if matches else (0, steps)
+    first = steps // 2 if matches else 0
+    rows = train.shuffle(seed=seed).select(range(steps * BATCH))
     with tempfile.TemporaryDirectory() as folder:
-        for number, (stage, share) in enumerate(zip(STAGES, lengths, strict=True)):
-            if not share:
+        for stage, begin, end in zip(STAGES, (0, first), (first, steps), strict=True):
+            if begin == end:
                 continue
             arguments = training_arguments(
                 folder,
-                max_steps=share,
+                max_steps=end - begin,
                 lr=LR,
                 batch_size=BATCH,
                 seed=seed,
-                data_seed=len(STAGES) * seed + number,
                 bf16=has_bf16(torch.device("cpu")),
                 use_cpu=True,
                 evaluate=False,
@@ -213,7 +216,7 @@ def taught(
                 args=arguments,
                 stage=stage,
                 matches=matches,
-                train_dataset=train,
+                train_dataset=rows.select(range(begin * BATCH, end * BATCH)),
                 data_collator=LengthCollator(tokenizer, lengths=True),
                 title=f"{student.name}, seed {seed}, {stage}",
             ).train()
@@ -239,12 +242,19 @@ def refusal(teacher: Any) -> str:
 
 
 def measure(
-    teacher: Any, tokenizer: Any, *, steps: int, seeds: int, of_each: int, held_out_of_each: int
+    teacher: Any,
+    tokenizer: Any,
+    *,
+    steps: int,
+    seeds: int,
+    held_out_of_each: int = HELD_OUT_OF_EACH,
 ) -> dict[str, Any]:
     """Every student and seed, in turn; the teacher is used accelerated."""
     accelerate(teacher)
     refused = refusal(teacher)
+    relations = matches_for(None, TinyBertConfig.tiny_4l_312(), teacher.config, loss="minilm")
     kinds = reactions(held_out_of_each, held_out=True)
+    of_each = ceil(steps * BATCH / len(TEMPLATES))
     train = encoded(chain(*reactions(of_each, held_out=False).values()), tokenizer)
     held_out = encoded(chain(*kinds.values()), tokenizer)
     wanted = torch.from_numpy(predict(teacher, held_out, tokenizer)).double()
@@ -268,6 +278,7 @@ def measure(
             "teacher_layers": teacher.config.num_hidden_layers,
             "teacher_width": teacher.config.hidden_size,
             "teacher_heads": teacher.config.num_attention_heads,
+            "relations": str(relations),
             "steps": steps,
             "batch": BATCH,
             "lr": LR,
@@ -331,9 +342,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.folder is None:
         parser.error("rxnfp is not installed: pip install --no-deps rxnfp==0.1.0")
-    result = measure(
-        *load(given.folder), steps=given.steps, seeds=given.seeds, of_each=400, held_out_of_each=40
-    )
+    result = measure(*load(given.folder), steps=given.steps, seeds=given.seeds)
     console = Console(width=None if sys.stdout.isatty() else 120)
     classes = Table("held-out reactions of", "the teacher's classes")
     for kind, found in result["teacher_classes"].items():

@@ -40,10 +40,15 @@ def test_a_biaryl_gives_its_second_ring_other_numbers():
 
 def test_held_out_pairs_of_substituents_are_in_no_training_reaction(monkeypatch):
     """Seen where reactions are made: the pairs that either half asks for."""
-    pairs = {False: set(), True: set()}
-    for held_out, seen in pairs.items():
-        monkeypatch.setattr(script, "reaction", lambda draw, name, a, b, s=seen: s.add((a, b)) or
-                            f"{name} {a} {b}")  # fmt: skip
+    pairs = {}
+    for held_out in (False, True):
+        seen = pairs[held_out] = set()
+
+        def note(draw, name, a, b, seen=seen):
+            seen.add(frozenset((a, b)))
+            return f"{name} {a} {b}"
+
+        monkeypatch.setattr(script, "reaction", note)
         script.reactions(OF_EACH, held_out=held_out)
     assert all(pairs.values())
     assert not pairs[True] & pairs[False]
@@ -91,7 +96,7 @@ def test_the_experiment_with_a_tiny_teacher(tmp_path, monkeypatch):
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     assert isinstance(script.load(tmp_path)[1], BertTokenizerFast)
     monkeypatch.setattr(script, "BATCH", 4)
-    found = script.measure(*script.load(tmp_path), steps=2, seeds=1, of_each=2, held_out_of_each=1)
+    found = script.measure(*script.load(tmp_path), steps=2, seeds=1, held_out_of_each=1)
     json.dumps(found)
     assert "12 heads and the teacher 2" in found["refusal"]
     assert [row["heads"] for row in found["rows"]] == [12, 12, 2, 2]
