@@ -28,7 +28,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, product
 from math import ceil
 from pathlib import Path
 from statistics import fmean, stdev
@@ -53,7 +53,7 @@ from tinybert_fast.training.loading import load_classifier
 from tinybert_fast.training.objectives import Loss, matches_for
 
 CLASSIFIER = "bert_ft_10k_25s"  # bert_ft beside it is an encoder without its head
-BATCH = 32
+BATCH = 16
 LR = 5e-4  # from a random start, either stage
 HELD_OUT = 10  # one pair of substituents of so many
 HELD_OUT_OF_EACH = 50  # type
@@ -81,66 +81,45 @@ _RINGS = "c1ccc({})cc1 c1cccc({})c1 c1ccccc1{} c1ccc({})nc1 c1ccc({})cc1F".split
 ARYL = ["c1ccccc1", "c1ccncc1", "c1cccnc1", "c1cccs1", "c1ccc2ccccc2c1", "c1cnc2ccccc2c1",
         "c1ccc2[nH]ccc2c1", "c1ccc2c(c1)OCO2"]  # fmt: skip
 ARYL += [ring.format(group) for ring in _RINGS for group in _ON_RING]
-ALKYL = """CC CCC CCCC CCCCC CC(C)C CCC(C)C CC(C)(C)C C(C)C C(C)CC C1CCCC1 C1CCCCC1 C1CC1 CC1CC1
-CC1CCCCC1 CCOC CCCOC CCOCC CCC#N CC(F)(F)F CCC(F)(F)F CCN(C)C CCCN(C)C CCN1CCOCC1 CCCN1CCCC1
-C1CCOCC1 C1CCN(C)CC1 CC1CCCO1 CCSC CC=C CCC=C CCCCCC CC1CCOCC1""".split()
-ALKYL += [f"C{ring}" for ring in ARYL[:24]]
-SOLVENTS = "ClCCl CN(C)C=O C1CCOC1 CC#N Cc1ccccc1 C1COCCO1".split()
-
-# Sets of reagents, of which a reaction takes one.
-_BASES = "CCN(CC)CC CCN(C(C)C)C(C)C c1ccncc1 O=C([O-])[O-].[K+].[K+]"
-_CARBONATES = "O=C([O-])[O-].[K+].[K+] O=C([O-])[O-].[Cs+].[Cs+] [H-].[Na+]"
-_COUPLING = "CCN=C=NCCCN(C)C.Cl C(=NC1CCCCC1)=NC1CCCCC1"
-_HYDRIDES = "[BH3-]C#N.[Na+] [BH4-].[Na+]"
-_PALLADIUM = "[Pd].O=C([O-])[O-].[Na+].[Na+] [Pd].O=C([O-])[O-].[K+].[K+]"
-_AMINATION = "[Pd].CC(C)(C)[O-].[Na+] [Pd].O=C([O-])[O-].[Cs+].[Cs+]"
-_HYDROXIDES = "[Na+].[OH-] [Li+].[OH-] [K+].[OH-]"
-_ACIDS = "O=C(O)C(F)(F)F Cl"
-_OXIDANTS = "O=[Cr](=O)=O CS(C)=O.O=C(Cl)C(=O)Cl O=[Mn]=O"
-_REDUCTANTS = "[Pd].[H][H] [Fe].[Cl-].[NH4+] Cl[Sn]Cl"
-# type: its two substituents, reactants>>product, reagents
-TEMPLATES: dict[str, tuple[Sequence[str], Sequence[str], str, str]] = {
-    "amide of an acid": (ARYL, ALKYL, "O=C(O){a}.N{b}>>O=C({a})N{b}", _COUPLING),
-    "amide of a chloride": (ARYL, ALKYL, "O=C(Cl){a}.N{b}>>O=C({a})N{b}", _BASES),
-    "ester of a chloride": (ARYL, ALKYL, "O=C(Cl){a}.O{b}>>O=C({a})O{b}", _BASES),
-    "sulfonamide": (ARYL, ALKYL, "O=S(=O)(Cl){a}.N{b}>>O=S(=O)({a})N{b}", _BASES),
-    "urea": (ARYL, ALKYL, "O=C=N{a}.N{b}>>O=C(N{a})N{b}", _BASES),
-    "reductive amination, aldehyde": (ARYL, ALKYL, "O=C{a}.N{b}>>C({a})N{b}", _HYDRIDES),
-    "reductive amination, ketone": (ARYL, ALKYL, "CC(=O){a}.N{b}>>CC({a})N{b}", _HYDRIDES),
-    "N-alkylation": (ARYL, ALKYL, "BrC{a}.CN{b}>>CN(C{a}){b}", _CARBONATES),
-    "Buchwald, bromide": (ARYL, ALKYL, "Br{a}.N{b}>>N({a}){b}", _AMINATION),
-    "Buchwald, chloride": (ARYL, ALKYL, "Cl{a}.N{b}>>N({a}){b}", _AMINATION),
-    "SNAr": (ARYL, ALKYL, "F{a}.N{b}>>N({a}){b}", _BASES),
-    "Suzuki, bromide": (ARYL, ARYL, "Br{a}.OB(O){b}>>{a-b}", _PALLADIUM),
-    "Suzuki, chloride": (ARYL, ARYL, "Cl{a}.OB(O){b}>>{a-b}", _PALLADIUM),
-    "Sonogashira": (ARYL, ARYL, "I{a}.C#C{b}>>C(#C{b}){a}", "[Cu]I.[Pd].CCN(CC)CC"),
-    "Williamson": (ARYL, ALKYL, "O{a}.Br{b}>>O({a}){b}", _CARBONATES),
-    "thioether": (ARYL, ALKYL, "S{a}.Br{b}>>S({a}){b}", _CARBONATES),
-    "methyl ester, cleaved": (ARYL, ALKYL, "COC(=O)C({a}){b}>>O=C(O)C({a}){b}", _HYDROXIDES),
-    "ethyl ester, cleaved": (ARYL, ALKYL, "CCOC(=O)C({a}){b}>>O=C(O)C({a}){b}", _HYDROXIDES),
-    "Boc, taken off": (ARYL, ALKYL, "CC(C)(C)OC(=O)N(C{a}){b}>>N(C{a}){b}", _ACIDS),
-    "alcohol to ketone": (ARYL, ALKYL, "OC({a}){b}>>O=C({a}){b}", _OXIDANTS),
-    "nitro to amine": (
-        ARYL, ALKYL, "O=[N+]([O-])c1ccccc1N({a}){b}>>Nc1ccccc1N({a}){b}", _REDUCTANTS,
-    ),
-    "acid to chloride": (
-        ARYL, ALKYL, "O=C(O)C({a}){b}>>O=C(Cl)C({a}){b}", "O=S(Cl)Cl O=C(Cl)C(=O)Cl",
-    ),
-}  # fmt: skip
+ALKYL = """CC CCC CCCC CCCCC CCCCCC CC(C)C CCC(C)C C(C)C C(C)CC C1CCCC1 C1CCCCC1 C1CC1 CC1CC1 CCOC
+CCCOC CCOCC CCC#N CCN(C)C CCCN(C)C C1CCOCC1 CC1CCCO1 CCSC CC=C CCC=C""".split()
+ALKYL += [f"C{ring}" for ring in ARYL[:7]]
+# type: its two substituents, and the reaction
+TEMPLATES: dict[str, tuple[Sequence[str], Sequence[str], str]] = {
+    "amide of an acid": (ARYL, ALKYL, "O=C(O){a}.N{b}>>O=C({a})N{b}"),
+    "amide of a chloride": (ARYL, ALKYL, "O=C(Cl){a}.N{b}>>O=C({a})N{b}"),
+    "ester of a chloride": (ARYL, ALKYL, "O=C(Cl){a}.O{b}>>O=C({a})O{b}"),
+    "sulfonamide": (ARYL, ALKYL, "O=S(=O)(Cl){a}.N{b}>>O=S(=O)({a})N{b}"),
+    "urea": (ARYL, ALKYL, "O=C=N{a}.N{b}>>O=C(N{a})N{b}"),
+    "reductive amination, aldehyde": (ARYL, ALKYL, "O=C{a}.N{b}>>C({a})N{b}"),
+    "reductive amination, ketone": (ARYL, ALKYL, "CC(=O){a}.N{b}>>CC({a})N{b}"),
+    "N-alkylation": (ARYL, ALKYL, "BrC{a}.CN{b}>>CN(C{a}){b}"),
+    "Buchwald, bromide": (ARYL, ALKYL, "Br{a}.N{b}>>N({a}){b}"),
+    "Buchwald, chloride": (ARYL, ALKYL, "Cl{a}.N{b}>>N({a}){b}"),
+    "SNAr": (ARYL, ALKYL, "F{a}.N{b}>>N({a}){b}"),
+    "Suzuki, bromide": (ARYL, ARYL, "Br{a}.OB(O){b}>>{a-b}"),
+    "Suzuki, chloride": (ARYL, ARYL, "Cl{a}.OB(O){b}>>{a-b}"),
+    "Sonogashira": (ARYL, ARYL, "I{a}.C#C{b}>>C(#C{b}){a}"),
+    "Williamson": (ARYL, ALKYL, "O{a}.Br{b}>>O({a}){b}"),
+    "thioether": (ARYL, ALKYL, "S{a}.Br{b}>>S({a}){b}"),
+    "methyl ester, cleaved": (ARYL, ALKYL, "COC(=O)C({a}){b}>>O=C(O)C({a}){b}"),
+    "ethyl ester, cleaved": (ARYL, ALKYL, "CCOC(=O)C({a}){b}>>O=C(O)C({a}){b}"),
+    "Boc, taken off": (ARYL, ALKYL, "CC(C)(C)OC(=O)N(C{a}){b}>>N(C{a}){b}"),
+    "alcohol to ketone": (ARYL, ALKYL, "OC({a}){b}>>O=C({a}){b}"),
+    "nitro to amine": (ARYL, ALKYL, "O=[N+]([O-])c1ccccc1N({a}){b}>>Nc1ccccc1N({a}){b}"),
+    "acid to chloride": (ARYL, ALKYL, "O=C(O)C({a}){b}>>O=C(Cl)C({a}){b}"),
+}
 
 
 def reaction(draw: random.Random, name: str, a: str, b: str) -> str:
-    """One of its type with these substituents: what reacts, a set of reagents and perhaps a
-    solvent in random order, and the product.
-    """
-    _, _, text, reagents = TEMPLATES[name]
+    """One of its type with these substituents; what reacts stands in random order."""
+    _, _, text = TEMPLATES[name]
     inner = b.translate(str.maketrans("123", "234"))  # while the ring of a's first atom is open
     text = text.replace("{a-b}", f"{a[:2]}(-{inner}){a[2:]}")
-    left, product = text.format(a=a, b=b).split(">>")
-    beside = [draw.choice(reagents.split()), *draw.sample(SOLVENTS, draw.randint(0, 1))]
-    molecules = ".".join([left, *beside]).split(".")
+    left, right = text.format(a=a, b=b).split(">>")
+    molecules = left.split(".")
     draw.shuffle(molecules)
-    return f"{'.'.join(molecules)}>>{product}"
+    return f"{'.'.join(molecules)}>>{right}"
 
 
 def is_held_out(a: str, b: str) -> bool:
@@ -151,14 +130,15 @@ def is_held_out(a: str, b: str) -> bool:
 def reactions(of_each: int, *, held_out: bool, seed: int = 0) -> dict[str, list[str]]:
     """``of_each`` different ones of every type, whose pairs of substituents are held out or not."""
     made = {}
-    for name, (first, second, _, _) in TEMPLATES.items():
+    for name, (first, second, _) in TEMPLATES.items():
+        pairs = [pair for pair in product(first, second) if is_held_out(*pair) == held_out]
+        if of_each > len(pairs):
+            raise ValueError(
+                f"{of_each} reactions of the type {name!r} are asked for, and there are "
+                f"{len(pairs)} pairs of substituents; take fewer steps"
+            )
         draw = random.Random(f"{seed} {name}")
-        found: dict[str, None] = {}
-        while len(found) < of_each:
-            a, b = draw.choice(first), draw.choice(second)
-            if is_held_out(a, b) == held_out:
-                found[reaction(draw, name, a, b)] = None
-        made[name] = list(found)
+        made[name] = [reaction(draw, name, *pair) for pair in draw.sample(pairs, of_each)]
     return made
 
 

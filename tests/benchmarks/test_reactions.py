@@ -22,6 +22,11 @@ def test_types_are_balanced_and_reactions_distinct():
     assert MADE[True] == script.reactions(OF_EACH, held_out=True)  # seeded
 
 
+def test_more_reactions_than_pairs_are_refused():
+    with pytest.raises(ValueError, match="99999 reactions of the type 'amide of an acid'"):
+        script.reactions(99999, held_out=False)
+
+
 def test_reactions_fall_into_tokens_and_close_what_they_open():
     for text in TEXTS:
         tokens = TOKEN.findall(text)
