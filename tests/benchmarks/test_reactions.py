@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,38 @@ def test_seeds_are_summed_up():
     ]
 
 
+def test_who_learns_what_from_which_reactions(monkeypatch):
+    """Halves of the same order: what a prediction stage sees is the same with a stage before it."""
+    seen = []
+
+    class Trainer:
+        def __init__(self, model, teacher, *, args, stage, matches, train_dataset, **_):
+            rows = [row[0] for row in train_dataset["input_ids"]]
+            seen.append((stage, getattr(matches, "loss", None), args.max_steps, rows))
+
+        def train(self):
+            pass
+
+    monkeypatch.setattr(script, "DistillationTrainer", Trainer)
+    monkeypatch.setattr(script, "BATCH", 2)
+    teacher = BertForSequenceClassification(tiny_config(num_hidden_layers=4))
+    train = script.Dataset.from_dict({"input_ids": [[n] for n in range(9)]})
+    for student in script.STUDENTS:
+        script.taught(student, teacher, train, SimpleNamespace(pad_token_id=0), steps=3, seed=0)
+    whole = seen[0][-1]
+    assert len(set(whole)) == 6
+    first, second = whole[:2], whole[2:]
+    assert seen == [
+        ("prediction", None, 3, whole),
+        ("prediction", None, 2, second),
+        ("intermediate", "minilm", 1, first),
+        ("prediction", "minilm", 2, second),
+        ("prediction", None, 3, whole),
+        ("intermediate", "tinybert", 1, first),
+        ("prediction", "tinybert", 2, second),
+    ]
+
+
 def test_the_experiment_with_a_tiny_teacher(tmp_path, monkeypatch):
     words = (*SPECIAL, *sorted({token for text in TEXTS for token in TOKEN.findall(text)}))
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -104,7 +137,7 @@ def test_the_experiment_with_a_tiny_teacher(tmp_path, monkeypatch):
     found = script.measure(*script.load(tmp_path), steps=2, seeds=1, held_out_of_each=1)
     json.dumps(found)
     assert "12 heads and the teacher 2" in found["refusal"]
-    assert [row["heads"] for row in found["rows"]] == [12, 12, 2, 2]
+    assert [row["heads"] for row in found["rows"]] == [12, 12, 12, 2, 2]
     assert all(0 <= row["fidelity"] <= 1 and row["kl"] > 0 for row in found["rows"])
     names = [student.name for student in script.STUDENTS]
     assert [line["student"] for line in found["students"]] == names
