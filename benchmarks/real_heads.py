@@ -25,7 +25,8 @@ from tinybert_fast.data import PreTrainingCollator
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.integrations import accelerate
 
-INSIDE = "models/transformers/bert_pretrained"
+INSIDE = "models/transformers"
+PRETRAINED = "bert_pretrained"
 SEEDS = 8  # of masks
 # An atom in brackets, one or two letters, a ring number, a bond or a separator is a token.
 TOKEN = re.compile(r"\[[^\]]+\]|Br|Cl|%\d\d|>>|[A-Za-z0-9().=#+\\/:~@?>*$-]")
@@ -69,11 +70,11 @@ CC(C)(C)[Si](C)(C)Cl.OCc1ccccc1>>CC(C)(C)[Si](C)(C)OCc1ccccc1
 """.split()
 
 
-def installed() -> Path | None:
-    """The model's folder, if the package is there."""
+def installed(name: str = PRETRAINED) -> Path | None:
+    """The folder of one of its models, if the package is there."""
     spec = find_spec("rxnfp")
     places = [] if spec is None else spec.submodule_search_locations or []
-    found = [Path(place, INSIDE) for place in places]
+    found = [Path(place, INSIDE, name) for place in places]
     return next((folder for folder in found if folder.is_dir()), None)
 
 

@@ -60,6 +60,7 @@ CASES = {
     "inference_4l_312": "answers, 4L-312",
 }
 WHO = {"ours": "tinybert_fast"}
+REACTIONS = RESULTS / f"reactions-{CPU}.json"
 
 
 class NoRows(ValueError):
@@ -618,6 +619,25 @@ def demo(page: Path) -> str:
     )
 
 
+def reactions(page: Path) -> str:
+    from tinybert_fast.benchmarks.reactions import in_words
+
+    found = json.loads(REACTIONS.read_text(encoding="utf-8"))
+    given, machine = found["settings"], found["machine"]
+    numbers = "bf16" if given["bf16"] else "fp32"
+    heads = "student, 4 layers, 312 wide|heads|seeds|teacher's class, %|KL to the teacher, nats"
+    return (
+        f"{markdown(heads, 1, map(in_words, found['students']))}\n\n"
+        f"{given['steps']} steps of {given['batch']} reactions each, {numbers}, rate "
+        f"{given['lr']:g}; {given['train_reactions']:,} reactions to train on and "
+        f"{given['held_out_reactions']:,} held out, of {given['mean_tokens']:.0f} tokens; teacher: "
+        f"{given['teacher_layers']} layers, {given['teacher_width']} wide, "
+        f"{given['teacher_heads']} heads. `python -P benchmarks/reactions.py --steps "
+        f"{given['steps']}`; {machine['cpu']}, torch {machine['torch']}, {machine['date']} in "
+        f"{link(REACTIONS, page)}."
+    )
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-steps": partial(table_of, "step", CPU, cpu_steps),
     "cpu-steps-all": partial(table_of, "step", CPU, partial(providers, graphs=False)),
@@ -638,6 +658,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "agreement": agreement,
     "demo": demo,
 }
+if REACTIONS.exists():
+    TABLES["reactions"] = reactions
 
 
 # ---- pages ---------------------------------------------------------------------------------------
