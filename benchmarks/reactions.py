@@ -21,8 +21,8 @@ prediction stage. Each reaction is seen once. TinyBERT's attention loss compares
 and refuses 12 against 4, so its student has 4 heads of 78, and so has one of the logits alone.
 
 A few hundred steps compare how fast students learn, not where they end. All have the same rate,
-which was not tuned for any; rate and steps were set after one look at single runs with another
-seed, on held-out reactions drawn from the same pairs.
+which was not tuned for any; rate, steps, batch and the reactions were settled after several looks
+at single runs with another seed, on held-out reactions drawn from the same pairs.
 """
 
 from __future__ import annotations

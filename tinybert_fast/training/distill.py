@@ -27,7 +27,7 @@ from tinybert_fast.training.teacher import (
 )
 
 Stage = Literal["intermediate", "prediction"]
-STAGES = ("intermediate", "prediction")
+STAGES: tuple[Stage, ...] = ("intermediate", "prediction")
 FORWARD_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 

@@ -75,10 +75,10 @@ def forward_native(
     """``forward`` in the compiled module where that can: it knows no masks, and fp32 at most. Of
     bf16 operands, gradients in bf16.
     """
-    operands = q, k, p, r
+    operands: tuple[Tensor, ...] = q, k, p, r
     dtypes = {x.dtype for x in operands}
     if block_mask or torch.float64 in dtypes:
-        total, dq, dk = forward(*operands, cu_seqlens, max_length, form, loss, block_mask)
+        total, dq, dk = forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask)
     else:
         if dtypes != {torch.bfloat16}:
             operands = tuple(x.float() for x in operands)
