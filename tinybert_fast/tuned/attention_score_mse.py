@@ -75,17 +75,15 @@ def forward_native(
     """``forward`` in the compiled module where that can: it knows no masks, and fp32 at most. Of
     bf16 operands, gradients in bf16.
     """
-    operands: tuple[Tensor, ...] = q, k, p, r
-    dtypes = {x.dtype for x in operands}
+    dtypes = {x.dtype for x in (q, k, p, r)}
     if block_mask or torch.float64 in dtypes:
         total, dq, dk = forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask)
     else:
-        if dtypes != {torch.bfloat16}:
-            operands = tuple(x.float() for x in operands)
+        wide = (q, k, p, r) if dtypes == {torch.bfloat16} else (x.float() for x in (q, k, p, r))
         cheaper = int(crossover(q.shape[2], p.shape[2]))
         direct_up_to = {"direct": max_length, "gram": 0, "auto": cheaper}[form]
-        operands = tuple(rows_together(x) for x in operands)
-        total, dq, dk = native.attention_score_mse(*operands, cu_seqlens, direct_up_to, loss)
+        a, b, c, d = (rows_together(x) for x in wide)
+        total, dq, dk = native.attention_score_mse(a, b, c, d, cu_seqlens, direct_up_to, loss)
     dq, dk = (g.bfloat16() if x.dtype == torch.bfloat16 else g for g, x in ((dq, q), (dk, k)))
     return total, dq, dk
 
