@@ -356,7 +356,7 @@ def call(command: Command, seconds: float, output: Any, env: dict[str, str]) -> 
     try:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
-            cwd=ROOT, start_new_session=True,
+            cwd=ROOT, start_new_session=True, preexec_fn=heed_interrupts,
         )  # fmt: skip
     except OSError as error:
         output.write(f"{error}\n".encode())
@@ -372,6 +372,11 @@ def call(command: Command, seconds: float, output: Any, env: dict[str, str]) -> 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def heed_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def environment(run: Run, part: Part) -> dict[str, str]:

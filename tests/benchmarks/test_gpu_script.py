@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -78,9 +79,14 @@ def test_a_part_ends_with_its_first_failure(run):
     assert (outcome.code, outcome.found, outcome.failed) == (3, "one", True)
 
 
-def test_a_part_that_takes_too_long_is_interrupted_first(run):
+@pytest.mark.parametrize("ours", [signal.SIG_DFL, signal.SIG_IGN])  # a background job's
+def test_a_part_that_takes_too_long_is_interrupted_first(run, ours):
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('summary')"
-    outcome = gpu_run.execute(Part("tune", 1, python(code), last_line), run, 4)
+    before = signal.signal(signal.SIGINT, ours)
+    try:
+        outcome = gpu_run.execute(Part("tune", 1, python(code), last_line), run, 4)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (outcome.code, outcome.found) == (gpu_run.TIMED_OUT, "summary")
 
 
