@@ -4,8 +4,8 @@ import csv
 import importlib.util
 import json
 import os
-import subprocess
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
