@@ -9,7 +9,7 @@ from torch import Tensor
 def forward(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * upstream`` in fp32 or wider, rounded to ``dtype``, in one pass."""
     factor: Tensor | float
-    if gradient.dtype == dtype and gradient.device.type == "cpu":
+    if gradient.dtype == dtype != upstream.dtype and gradient.device.type == "cpu":
         factor = upstream.item()  # a number meets bf16 as fp32, and nothing is copied to be wider
     else:
         factor = upstream.reshape((1,) * gradient.dim())  # of no dimension it would take bf16
