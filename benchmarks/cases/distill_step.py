@@ -9,7 +9,7 @@ On a GPU the batches are larger, with every position real or lengths as drawn, a
 also replayed as CUDA graphs. Where the official N x N tensors of B = 256, N = 512 would not fit,
 `official` is left out and measured at B = 32 instead. `student_step`: the same without the teacher,
 whose answers are there before anything is timed. On a CPU TextBrewer takes part where it is
-installed, which no extra of this package does.
+installed, as the extra ``test`` does.
 """
 
 from __future__ import annotations

@@ -214,7 +214,6 @@ def test_real_cases_agree_and_a_dropped_loss_term_is_seen(monkeypatch):
         checking.check(case, "fp32")
 
 
-@pytest.mark.skipif(not textbrewer.is_installed(), reason="pip install --no-deps textbrewer")
 def test_textbrewer_computes_the_same_loss_in_fp32_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(textbrewer, "is_installed", lambda: True)
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ from tinybert_fast.data.collate import lengths_of
 from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
-from tinybert_fast.training.graphs import StepGraphs, all_accelerated, check_graphs
+from tinybert_fast.training.graphs import StepGraphs, check_graphs
 from tinybert_fast.training.loading import quiet
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class RunTrainer(transformers.Trainer):
         self.graphs: StepGraphs | None = None
         if cuda_graphs:
             models = self.models_of_a_step()
-            check_graphs(self.args, accelerated=all_accelerated(models))
+            check_graphs(self.args, accelerated=all(map(is_accelerated, models)))
             self.graphs = StepGraphs(models, self.args.device)
             # A batch that is copied while a step still runs keeps nobody waiting for that.
             self.accelerator.dataloader_config.non_blocking = True

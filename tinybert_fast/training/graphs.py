@@ -24,7 +24,7 @@ zero_grad(set_to_none=True) takes from the parameters is put back before a step,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,6 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import TrainingArguments
 
-from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.heads import IGNORED
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.lessons import LOGITS
@@ -292,7 +291,3 @@ def _positions(model: nn.Module) -> int:
     """Columns that the embeddings of the encoders inside have."""
     tables: list[Any] = [getattr(module, "position_embeddings", None) for module in model.modules()]
     return min(table.num_embeddings for table in tables if table is not None)
-
-
-def all_accelerated(models: Iterable[Any]) -> bool:
-    return all(is_accelerated(model) for model in models)
