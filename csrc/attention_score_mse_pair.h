@@ -40,6 +40,38 @@ struct Factors {
   float gradient;  // 2 w
 };
 
+// <a, b> of symmetric matrices of which the upper triangle counts, in squares of kWide.
+inline double inner_of_upper(const float* a, const float* b, int64_t rows, int64_t columns) {
+  double on = 0.0, above = 0.0;  // the diagonal squares, the rest
+  for (int64_t i = 0; i < rows; ++i, a += columns, b += columns) {
+    const int64_t square = i / kWide * kWide;
+    Floats sum{};
+    for (int64_t n = square + kWide; n < columns; n += kWide) sum += load(a + n) * load(b + n);
+    on += lanes_sum(load(a + square) * load(b + square));
+    above += lanes_sum(sum);
+  }
+  return on + 2.0 * above;
+}
+
+// c (width, row) = keep * c + X^T X, its upper triangle in squares of kWide; x (steps, row).
+template <class Terms>
+void gram_of_upper(int64_t width, const float* x, int64_t row, int64_t steps, float* c, bool keep) {
+  static_assert(kWide % kMiddle == 0 && kWide <= 2 * kMiddle);  // no square spills into the next
+  for (int64_t i = 0; i < width; i += kWide) {
+    product<1, Terms>(width - i < kWide ? width - i : kWide, row - i, x + i, row, x + i, row, steps,
+                      c + i * row + i, row, keep);
+  }
+}
+
+// Fills the lower triangle of c (row, row) from the upper.
+inline void mirror(float* c, int64_t row) {
+  for (int64_t i = 0; i < row; i += kWide) {
+    for (int64_t j = i + kWide; j < row; j += kWide) {
+      transpose(c + i * row + j, row, kWide, kWide, c + j * row + i, row);
+    }
+  }
+}
+
 // How products of operands with each other take them: as fp32, X = [a Q, -b P]; or in pairs as they
 // are, X = [Q, P], whose sums get the factors. What is a sum itself, E or a Gram matrix, is
 // multiplied in fp32.
@@ -180,12 +212,13 @@ double gram(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace&
     for (int64_t first = 0; first < n; first += kChunk) {
       const int64_t count = n - first < kChunk ? n - first : kChunk;
       const int64_t steps = gather_chunk<Number>(Terms{}, sides[side], at, first, count, w);
-      product<1, Terms>(D, C, w.k_rows, C, w.k_rows, C, steps, own[0], C, first > 0);
+      gram_of_upper<Terms>(D, w.k_rows, C, steps, own[0], first > 0);
       product<1, Terms>(Dt, C, w.r_rows, Ct, w.k_rows, C, steps, own[1], C, first > 0);
       if (!call.student) {
-        product<1, Terms>(Dt, Ct, w.r_rows, Ct, w.r_rows, Ct, steps, own[2], Ct, first > 0);
+        gram_of_upper<Terms>(Dt, w.r_rows, Ct, steps, own[2], first > 0);
       }
     }
+    mirror(own[0], C);
     if (Terms::kOfLane == 1) continue;
     const float of_student = sides[side].a, of_teacher = sides[side].b;
     scale(own[0], D * C, of_student * of_student);
@@ -195,7 +228,7 @@ double gram(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace&
   const auto &x = w.gram[0], &y = w.gram[1];
   double total = inner(x[0], y[0], D, C) + 2.0 * inner(x[1], y[1], Dt, C);
   if (!call.student) {
-    total += inner(x[2], y[2], Dt, Ct);
+    total += inner_of_upper(x[2], y[2], Dt, Ct);
     total = total < 0.0 ? 0.0 : total;  // a difference of large numbers; NaN stays NaN
   }
   for (int side = 0; side < 2; ++side) {
