@@ -25,8 +25,8 @@ RATIOS = {  # column -> its words, and whose time is divided
 }
 # Where these differ, two runs are not of one code on one machine.
 CONDITIONS = (
-    "cpu", "cpu_instructions", "cores", "gpu", "driver", "torch", "transformers", "triton",
-    "tinybert_fast", "commit",
+    "cpu", "cpu_instructions", "cores", "allocator", "gpu", "driver", "torch", "transformers",
+    "triton", "tinybert_fast", "commit",
 )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def show(found: list[Spread], console: Any) -> None:
     over = sum(one.apart > WITHIN for one in found)
     lines.append(
         f"{over} of them differ by more than {WITHIN:.0%}. Leave the machine alone while it "
-        "measures, and take more --rounds."
+        "measures, and take more --sweeps."
         if over
         else f"All agree within {WITHIN:.0%}."
     )

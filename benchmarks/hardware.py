@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import tinybert_fast
+from tinybert_fast.cli.allocator import keeps_freed_memory
 
 Fact = str | int
 # Rows, inner size and columns of the product: on a CPU BERT-base's largest of 2,048 tokens, on a
@@ -35,6 +36,7 @@ def facts(device: torch.device) -> dict[str, Fact]:
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
+        "allocator": "keeps" if keeps_freed_memory() else "system",
         "gpu": torch.cuda.get_device_name(device) if cuda else "none",
         "driver": _driver() if cuda else "none",
         "bf16_hardware": "yes" if has_bf16(device) else "no",

@@ -7,14 +7,17 @@
    whole step is a provider of its own;
 5. one more run of each under the allocation profiler gives its peak memory.
 A provider that cannot run here says so in 1, on stderr, and the case goes on without it.
+
+Further sweeps, later and with tensors made anew, repeat 1, 3 and 4; their rounds count together.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +28,6 @@ from tinybert_fast.benchmarks.memory import peak_bytes
 from tinybert_fast.benchmarks.rounds import (
     SECONDS,
     SECONDS_OF_OPS,
-    Lane,
     interleave,
     quantiles,
     repetitions,
@@ -37,6 +39,31 @@ from tinybert_fast.benchmarks.table import COLUMNS, Row, digits
 Say = Callable[[str], None]
 
 
+class Who(NamedTuple):
+    provider: str
+    role: str
+    dtype: str
+
+
+@dataclass(eq=False)
+class Sweeps:
+    """What the sweeps over a case gave so far. Settings and seconds of a call: of every sweep; the
+    first alone finds errors and peak memory (``once``)."""
+
+    count: int = 0
+    left_out: dict[tuple[str, str], str] = field(default_factory=dict)  # (provider, dtype): why
+    once: dict[Who, Row] = field(default_factory=dict)
+    settings: dict[Who, list[str]] = field(default_factory=dict)
+    times: dict[Who, list[float]] = field(default_factory=dict)
+    graphs: dict[Who, list[float]] = field(default_factory=dict)
+
+    def forget_left_out(self) -> None:
+        """Who could run in earlier sweeps alone."""
+        for found in (self.once, self.settings, self.times, self.graphs):
+            for who in [who for who in found if (who.provider, who.dtype) in self.left_out]:
+                del found[who]
+
+
 def measure(
     case: Case,
     dtypes: tuple[str, ...],
@@ -46,25 +73,31 @@ def measure(
     common: dict[str, Any],
     say: Say = lambda _: None,
     ceilings: dict[str, dict[str, float]] | None = None,
+    sweeps: Sweeps | None = None,
 ) -> list[Row]:
     """The rows of one case; ``common`` are the columns that all rows of a run share, ``ceilings``
     those that rows of a dtype do. ``rounds``, ``warm_up``: None lets their time decide. Providers
-    that cannot run here are left out, and stderr says why."""
+    that cannot run here are left out, and stderr says why. ``sweeps``: of this case, made anew,
+    earlier in the run; this one is added."""
+    sweeps = Sweeps() if sweeps is None else sweeps
     clock = Clock(device)
     dtypes = case.dtypes or dtypes
-    left_out = tune(case, dtypes, clock, say)
+    known = set(sweeps.left_out)
+    tune(case, dtypes, clock, say, sweeps.left_out)
     errors: dict[tuple[str, str], tuple[float, float]] = {}
-    for dtype in dtypes:
+    for dtype in dtypes if not sweeps.count else ():
         say(f"{dtype}: comparing losses and gradients")
-        for name, error in check(case, dtype, left_out).items():
+        for name, error in check(case, dtype, sweeps.left_out).items():
             errors[name, dtype] = error
-    for (name, dtype), why in left_out.items():
-        print(f"{case.title}: no {name} in {dtype}: {why.strip()[:400]}", file=sys.stderr)
+    for (name, dtype), why in sweeps.left_out.items():
+        if (name, dtype) not in known:
+            print(f"{case.title}: no {name} in {dtype}: {why.strip()[:400]}", file=sys.stderr)
+    sweeps.forget_left_out()
     lanes = [
         (provider, dtype)
         for dtype in dtypes
         for provider in case.providers
-        if (provider.name, dtype) not in left_out
+        if (provider.name, dtype) not in sweeps.left_out
     ]
     if rounds is None or warm_up is None:
         given = SECONDS_OF_OPS if case.optimizer == "none" else SECONDS
@@ -72,34 +105,50 @@ def measure(
         rounds, warm_up = rounds or fitting[0], warm_up or fitting[1]
     times = interleave(lanes, rounds, warm_up, clock, say, case.calls)
     graphs = replays(lanes, case.calls, rounds, clock, say) if case.captured else {}
-    say("peak memory")
-    rows = []
     for lane in lanes:
         provider, dtype = lane
-        ceiling = (ceilings or {}).get(dtype, {})
+        who = Who(provider.name, provider.role, dtype)
+        sweeps.times.setdefault(who, []).extend(times[lane])
+        if lane in graphs:
+            sweeps.graphs.setdefault(who, []).extend(graphs[lane])
+        sweeps.settings.setdefault(who, []).append(provider.setting(dtype))
+        if sweeps.count:
+            continue
+        say(f"{provider.name} {dtype}: peak memory")
         run = partial(getattr(provider, "run_uncaptured", provider.run), dtype)
         loss_error, gradient_error = errors.get((provider.name, dtype), (None, None))
-        rows.append(
-            {
-                **dict.fromkeys(COLUMNS),
-                **common,
-                **ceiling,
-                **inputs_of(case),
-                **times_of(case, lane, times, graphs, ceiling),
-                "peak_mib": digits(peak_bytes(run, device) / 2**20),
-                "loss_error": digits(loss_error),
-                "gradient_error": digits(gradient_error),
-            }
-        )
-    return rows
+        sweeps.once[who] = {
+            "peak_mib": digits(peak_bytes(run, device) / 2**20),
+            "loss_error": digits(loss_error),
+            "gradient_error": digits(gradient_error),
+        }
+    sweeps.count += 1
+    return [
+        {
+            **dict.fromkeys(COLUMNS),
+            **common,
+            **(ceilings or {}).get(who.dtype, {}),
+            **inputs_of(case),
+            **times_of(case, who, sweeps, (ceilings or {}).get(who.dtype, {})),
+            **once,
+        }
+        for who, once in sweeps.once.items()
+    ]
 
 
-def tune(case: Case, dtypes: tuple[str, ...], clock: Clock, say: Say) -> dict[tuple[str, str], str]:
-    """Every provider keeps its fastest setting. {(provider, dtype): why it is left out}."""
-    left_out: dict[tuple[str, str], str] = {}
+def tune(
+    case: Case,
+    dtypes: tuple[str, ...],
+    clock: Clock,
+    say: Say,
+    left_out: dict[tuple[str, str], str],
+) -> None:
+    """Every provider keeps its fastest setting; ``left_out`` gets those that can't run, and why."""
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(clock.device) else ("fp32",):
         for provider in case.providers:
+            if (provider.name, dtype) in left_out:
+                continue
             say(f"{provider.name} {dtype}: choosing its fastest setting")
             try:
                 provider.tune(dtype, clock.best)
@@ -109,7 +158,6 @@ def tune(case: Case, dtypes: tuple[str, ...], clock: Clock, say: Say) -> dict[tu
                 if not may_miss(case, provider.name, refusal):
                     raise
                 left_out[provider.name, dtype] = str(refusal)
-    return left_out
 
 
 def inputs_of(case: Case) -> Row:
@@ -125,29 +173,22 @@ def inputs_of(case: Case) -> Row:
     }
 
 
-def times_of(
-    case: Case,
-    lane: Lane,
-    times: dict[Lane, list[float]],
-    graphs: dict[Lane, list[float]],
-    ceiling: dict[str, float],
-) -> Row:
+def times_of(case: Case, who: Who, sweeps: Sweeps, ceiling: dict[str, float]) -> Row:
     """Who it was, how long it took, and how that compares with the others of the same rounds."""
-    provider, dtype = lane
 
-    def ratio(role: str, of: dict[Lane, list[float]], dtype: str = dtype) -> float | None:
-        theirs = [of[other] for other in of if (other[0].role, other[1]) == (role, dtype)]
-        return speedup(theirs[0], of[lane]) if theirs and lane in of else None
+    def ratio(role: str, of: dict[Who, list[float]], dtype: str = who.dtype) -> float | None:
+        theirs = [of[other] for other in of if (other.role, other.dtype) == (role, dtype)]
+        return speedup(theirs[0], of[who]) if theirs and who in of else None
 
-    p20, median, p80 = quantiles(times[lane], (0.2, 0.5, 0.8))
-    graph = quantiles(graphs[lane], (0.5,))[0] if lane in graphs else None
+    times, graphs = sweeps.times, sweeps.graphs
+    p20, median, p80 = quantiles(times[who], (0.2, 0.5, 0.8))
+    graph = quantiles(graphs[who], (0.5,))[0] if who in graphs else None
     least = median if graph is None else graph
     return {
-        "provider": provider.name,
-        "role": provider.role,
-        "dtype": dtype,
-        "setting": provider.setting(dtype),
-        "rounds": len(times[lane]),
+        **who._asdict(),
+        "setting": " / ".join(dict.fromkeys(sweeps.settings[who])),
+        "sweeps": sweeps.count,
+        "rounds": len(times[who]),
         "median_ms": digits(1e3 * median),
         "p20_ms": digits(1e3 * p20),
         "p80_ms": digits(1e3 * p80),
@@ -158,7 +199,7 @@ def times_of(
         "graph_ms": digits(None if graph is None else 1e3 * graph),
         "graph_speedup_a": ratio(BASELINE, graphs),
         "graph_speedup_b": ratio(CAREFUL, graphs),
-        **(achieved(case.work(dtype), least, ceiling) if case.work is not None else {}),
+        **(achieved(case.work(who.dtype), least, ceiling) if case.work is not None else {}),
     }
 
 

@@ -1,5 +1,7 @@
 """Runs a suite: its cases one after the other (measuring.py), then the printed table and the files.
 
+Where tensors happen to lie, and what else the machine does for a minute, move a ratio more than its
+rounds show: several sweeps over all cases, each of which makes its tensors anew, average over both.
 If asked for, one more run of ours in each case goes through the time profiler, which shows where
 its time goes (breakdown.py), and on a GPU one of the careful baseline too.
 """
@@ -11,7 +13,8 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,15 @@ from tinybert_fast.benchmarks.agreement import read_earlier, spreads
 from tinybert_fast.benchmarks.agreement import show as show_spreads
 from tinybert_fast.benchmarks.breakdown import Breakdown, breakdowns
 from tinybert_fast.benchmarks.breakdown import show as show_breakdown
-from tinybert_fast.benchmarks.case import DTYPES, Failed, Setup
+from tinybert_fast.benchmarks.case import DTYPES, Case, Cases, Failed, Setup
 from tinybert_fast.benchmarks.hardware import copy_gbytes, facts, has_bf16, matmul_gflops
-from tinybert_fast.benchmarks.measuring import measure
+from tinybert_fast.benchmarks.measuring import Sweeps, inputs_of, measure
 from tinybert_fast.benchmarks.rounds import ROUNDS, ROUNDS_SHORT, WARM_UP
 from tinybert_fast.benchmarks.suites import keep, load_cases, selected
 from tinybert_fast.benchmarks.table import CsvFile, Row, digits, growth_exponents, show, write_json
 
 DTYPE_CHOICES = {"fp32": ("fp32",), "bf16": ("bf16",), "both": ("fp32", "bf16")}
+Key = tuple[Any, ...]  # what a case is, of inputs_of
 ENTRIES = 6  # of the traceback of a case that failed, the last ones
 WIDTH = 120  # columns of the printed table
 
@@ -40,6 +44,7 @@ def run_suite(
     providers: Collection[str] = (),
     dtype: str = "fp32",
     rounds: int | None = None,
+    sweeps: int = 1,
     threads: int | None = 2,
     dropout: float = 0.1,
     device: str = "auto",
@@ -65,14 +70,15 @@ def run_suite(
         cases: names, or beginnings of names, of the cases to run; all by default.
         providers: names of those to run, beside the one that others are held to; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
-        rounds: repetitions; by default 10 on a CPU (3 where bf16 is emulated); on a GPU what fits
-            into SECONDS, from 10 to 50.
+        rounds: repetitions in each sweep; by default 10 on a CPU (3 where bf16 is emulated); on a
+            GPU what fits into SECONDS, from 10 to 50.
+        sweeps: over all cases, each of which is built anew in every one.
         threads: of PyTorch on the CPU, None leaves them as they are.
         dropout: while timed. Values are always checked at 0.
         device: "auto" takes a GPU if there is one.
         smoke: tiny models, seconds: shows that it works, its times mean nothing.
         profile: also show, and write to ``json_path``, where the time of our runs goes.
-        minutes: after which no further case begins.
+        minutes: after which no further case begins; nor does a further sweep.
         json_path: file to write; csv_path: file to append to; plots_path: folder to draw to.
         against: .csv or .json of an earlier run, also ``csv_path`` itself: how far the ratios are
             from its last ones is shown.
@@ -90,7 +96,7 @@ def run_suite(
         console.width = max(console.width, WIDTH)  # a wrapped line is better than a cut number
     on = _device(device)
     builders = selected(load_cases(suite, on_gpu=on.type == "cuda"), cases)
-    _refuse(dtype, rounds, threads, dropout, minutes)
+    _refuse(dtype, rounds, sweeps, threads, dropout, minutes)
     earlier = read_earlier(Path(against), suite) if against is not None else []
     file = CsvFile(Path(csv_path)) if csv_path is not None else None
     setup = Setup(on, dropout=dropout, seed=seed, smoke=smoke)
@@ -105,45 +111,48 @@ def run_suite(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    rows: list[Row] = []
     profiles: list[Breakdown] = []
-    failures: list[Exception] = []
+    found: dict[Key, Sweeps] = {}
+    of_case: dict[Key, list[Row]] = {}
+    failures: dict[Key, Exception] = {}
+    rows: list[Row] = []
     try:
         common = {"suite": suite, **facts(setup.device)}
         ceilings = _ceilings(setup.device, dtypes)
-        for build in builders.values():
-            for case in build(setup):
-                if deadline is not None and time.monotonic() > deadline:
-                    failures.append(Failed(f"{case.title}: not begun after {minutes} minutes"))
-                    continue
-                if providers:
-                    keep(case, providers)
-                try:
-                    with _progress(case.title) as say, _stream(setup.device):
-                        found = measure(
-                            case, dtypes, rounds, warm_up, setup.device, common, say, ceilings
-                        )
-                        if profile:
-                            say("profile")
-                            profiles += breakdowns(case, dtypes, setup.device)
-                except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler raises
-                    print(f"{case.title} has no rows:", file=sys.stderr)
-                    traceback.print_exception(error, limit=-ENTRIES)
-                    _forget_locals(error)
-                    failures.append(error)
-                    continue
-                finally:
-                    del case
-                    _free(setup.device)
-                rows += found
-                if suite == "memory":
-                    growth_exponents(rows)
-                if json_path is not None:
-                    write_json(Path(json_path), suite, rows, profiles)
-                if file is not None:
-                    file.write(rows)
-            if setup.on_gpu:
-                torch.compiler.reset()  # of code compiled for this case's shapes
+        for first, case in _in_turn(builders, setup, sweeps):
+            key = tuple(inputs_of(case).values())
+            late = deadline is not None and time.monotonic() > deadline
+            if late and first:
+                failures[key] = Failed(f"{case.title}: not begun after {minutes} minutes")
+            if late or key in failures:
+                del case
+                continue
+            if providers:
+                keep(case, providers)
+            try:
+                with _progress(case.title) as say, _stream(setup.device):
+                    of_case[key] = measure(
+                        case, dtypes, rounds, warm_up, setup.device, common, say, ceilings,
+                        found.setdefault(key, Sweeps()),
+                    )  # fmt: skip
+                    if profile and first:
+                        say("profile")
+                        profiles += breakdowns(case, dtypes, setup.device)
+            except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler raises
+                print(f"{case.title} has no rows:", file=sys.stderr)
+                traceback.print_exception(error, limit=-ENTRIES)
+                _forget_locals(error)
+                failures[key] = error
+                of_case.pop(key, None)
+            finally:
+                del case
+            rows = list(chain.from_iterable(of_case.values()))
+            if suite == "memory":
+                growth_exponents(rows)
+            if rows and json_path is not None:
+                write_json(Path(json_path), suite, rows, profiles)
+            if rows and file is not None:
+                file.write(rows)
     finally:
         torch.set_num_threads(before)
     if rows:
@@ -158,19 +167,39 @@ def run_suite(
         title = f"{one['case']} N={one['width']}, {one['provider']} {one['dtype']}"
         rate = ceilings[one["dtype"]]["matmul_gflops"]
         show_breakdown(one, title, rate, console)
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise Failed("\n".join(str(error) for error in failures)) from failures[0]
+    errors = list(failures.values())
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise Failed("\n".join(str(error) for error in errors)) from errors[0]
     return rows
 
 
+def _in_turn(builders: Cases, setup: Setup, sweeps: int) -> Iterator[tuple[bool, Case]]:
+    """Whether it is the first sweep, and a case: built one at a time, and freed before the next."""
+    for number in range(sweeps):
+        for build in builders.values():
+            for case in build(setup):
+                yield number == 0, case
+                del case
+                gc.collect()
+                if setup.on_gpu:
+                    torch.cuda.empty_cache()
+            if setup.on_gpu:
+                torch.compiler.reset()  # of code compiled for this case's shapes
+
+
 def _refuse(
-    dtype: str, rounds: int | None, threads: int | None, dropout: float, minutes: float | None
+    dtype: str,
+    rounds: int | None,
+    sweeps: int,
+    threads: int | None,
+    dropout: float,
+    minutes: float | None,
 ) -> None:
     if dtype not in DTYPE_CHOICES:
         raise ValueError(f"--dtype {dtype!r} is not one of {', '.join(DTYPE_CHOICES)}")
-    for what, value in (("--rounds", rounds), ("--threads", threads)):
+    for what, value in (("--rounds", rounds), ("--sweeps", sweeps), ("--threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{what} {value}: at least 1 is needed")
     if minutes is not None and not minutes > 0:
@@ -204,13 +233,6 @@ def _forget_locals(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def _free(device: torch.device) -> None:
-    """What the last case had, for the next: memory and graphs."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _device(name: str) -> torch.device:

@@ -33,7 +33,8 @@ COLUMNS = {
     "dropout": "probability while timed",
     "optimizer": "inside what is timed; none if it is not",
     "setting": "what the provider chose by timing itself before the rounds",
-    "rounds": "interleaved repetitions: one run of every provider and dtype per round",
+    "sweeps": "over the whole suite, each with tensors made anew",
+    "rounds": "interleaved repetitions of all sweeps: one run of every provider and dtype each",
     "median_ms": "over the rounds",
     "p20_ms": "over the rounds",
     "p80_ms": "over the rounds",
@@ -58,6 +59,8 @@ COLUMNS = {
     "cpu_instructions": "what PyTorch's kernels use",
     "cores": "usable by the process",
     "threads": "used",
+    "allocator": "keeps: of host memory what was freed (tinybert_fast/cli/allocator.py); system: "
+    "as it comes",
     "gpu": "model",
     "driver": "version",
     "matmul_gflops": "of one large matrix product in the row's dtype, measured in the same run",
@@ -125,7 +128,9 @@ def read(path: Path) -> list[Row]:
     """Rows of a .csv or .json file, numbers as numbers."""
     if path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return rows if isinstance(rows, list) else [row for suite in rows.values() for row in suite]
+        if not isinstance(rows, list):
+            rows = [row for suite in rows.values() for row in suite]
+        return [{**dict.fromkeys(COLUMNS), **row} for row in rows]  # a column may be newer than it
     with path.open(encoding="utf-8", newline="") as file:
         return [{k: _value(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
 

@@ -158,8 +158,11 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
         machine_of(first),
         f"dropout {each(row['dropout'] for row in rows)}",
         f"{between(100 * row['valid_fraction'] for row in rows)} % of positions real",
-        f"medians of {between(row['rounds'] for row in rows)} interleaved rounds",
+        f"medians of {between(row['rounds'] for row in rows)} interleaved rounds"
+        + several(between(row["sweeps"] or 1 for row in rows)),
     ]
+    if first["allocator"] == "keeps":
+        said.append("freed memory is kept")
     if rates:
         said.append(f"one large product in the same runs: {', '.join(rates)}")
     runs: dict[str, list[Row]] = {}
@@ -170,6 +173,10 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
         dates.setdefault(command(run, rows), []).append(date)
     commands = "; ".join(f"`{line}`, {', '.join(when)}" for line, when in dates.items())
     return f"{'; '.join(said)}. {commands}; rows in {link(file, page)}."
+
+
+def several(sweeps: str) -> str:
+    return "" if sweeps == "1" else f" in {sweeps} sweeps"
 
 
 def machine_of(row: Row) -> str:
@@ -190,7 +197,9 @@ def command(run: list[Row], rows: list[Row]) -> str:
     words = [f"tinybert-fast bench --suite {run[0]['suite']}"]
     words += [] if every else [f"--case {case}" for case in cases]
     words += ["--dtype both"] if len({row["dtype"] for row in run}) > 1 else []
-    words += [f"--threads {run[0]['threads']}", f"--rounds {run[0]['rounds']}"]
+    sweeps = run[0]["sweeps"] or 1
+    words += [f"--sweeps {sweeps}"] if sweeps > 1 else []
+    words += [f"--threads {run[0]['threads']}", f"--rounds {run[0]['rounds'] // sweeps}"]
     return " ".join(words)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -685,6 +686,55 @@ def test_no_case_begins_after_the_minutes(monkeypatch):
         runner.run_suite("ops", cases=["hidden"], smoke=True, rounds=1, minutes=2)
 
 
+def test_sweeps_count_together_and_only_the_first_checks():
+    log, sweeps = [], measuring.Sweeps()
+    for _ in range(2):
+        providers = [Fake("a", "a", log), Fake("o", "ours", log)]
+        rows = measuring.measure(
+            fake_case(*providers), ("fp32",), 3, 1, CPU, facts(), sweeps=sweeps
+        )
+    assert [(row["provider"], row["sweeps"], row["rounds"]) for row in rows] == [
+        ("a", 2, 6),
+        ("o", 2, 6),
+    ]
+    assert rows[1]["loss_error"] == 0.0
+    assert log.count("check o") == 1
+    assert log.count("tune o") == 2
+    assert log.count("o") == 2 * (1 + 3) + 1  # warm-ups, rounds, peak memory
+
+
+def test_who_cannot_run_in_a_later_sweep_has_no_row():
+    sweeps = measuring.Sweeps()
+    providers = [Fake("a", "a", []), Fake("o", "ours", [])]
+    measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+
+    def refuse(dtype, seconds):
+        raise Unavailable("not today")
+
+    providers[1].tune = refuse
+    rows = measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+    assert [row["provider"] for row in rows] == ["a"]
+
+
+def test_a_suite_is_swept_as_a_whole(tmp_path, monkeypatch):
+    log = []
+
+    def build(name):
+        def cases(setup):
+            yield replace(fake_case(Fake(name, "a", log), Fake("o", "ours", [])), name=name)
+
+        return cases
+
+    builders = {name: build(name) for name in "xy"}
+    monkeypatch.setattr(runner, "load_cases", lambda suite, on_gpu: builders)
+    target = tmp_path / "rows.csv"
+    runner.run_suite("ops", smoke=True, rounds=1, sweeps=2, csv_path=target)
+    assert [word[-1] for word in log if word.startswith("tune")] == ["x", "y", "x", "y"]
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["sweeps"]) for row in rows] == [("x", "2")] * 2 + [("y", "2")] * 2
+
+
 def test_passes_of_an_op():
     (case,) = suites.load_cases("ops")["hidden_mse_d312"](SMOKE)
     case.work = lambda dtype: Work(flops=2e9, bytes=1e9)
@@ -713,6 +763,7 @@ def test_passes_of_an_op():
         ({"providers": ["oours"]}, "--provider oours: mlm_step N=16 has none of them but transf"),
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),
+        ({"sweeps": 0}, "--sweeps 0: at least 1"),
         ({"threads": 0}, "--threads 0: at least 1"),
         ({"dropout": 1.0}, "--dropout 1.0: a probability in"),
         ({"device": "tpu"}, "--device 'tpu' is not one of auto, cpu, cuda"),

@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 
 from tinybert_fast.cli import options, output
+from tinybert_fast.cli.allocator import keep_freed_memory
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
     "tinybert-fast bench\n\n"
     "tinybert-fast bench --suite step --case mlm --dtype both --json step.json\n\n"
     "tinybert-fast bench --suite memory\n\n"
-    "tinybert-fast bench --csv rows.csv, then bench --csv rows.csv --against rows.csv: whether two "
-    "runs agree\n\n"
+    "tinybert-fast bench --sweeps 8 --rounds 3 --csv rows.csv, and again with --against rows.csv: "
+    "whether two runs agree\n\n"
     "tinybert-fast bench --tune --head 32\n\n"
     "Before any speed is shown, all candidates must agree in loss and gradients at dropout 0 "
     "(exit code 1 if they don't). They then take turns; medians are shown."
@@ -46,6 +47,10 @@ def bench(
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
     rounds: Annotated[int | None, typer.Option(help="Repetitions; by device by default.")] = None,
+    sweeps: Annotated[
+        int,
+        typer.Option(help="Over all cases, with tensors made anew: two runs agree better."),
+    ] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     dropout: Annotated[float, typer.Option(help="While timed.")] = 0.1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -106,6 +111,7 @@ def bench(
         return
     if head:
         raise ValueError("--head chooses what --tune tunes; give --tune too")
+    keep_freed_memory()  # as the training commands do, for everybody
     from tinybert_fast.benchmarks.case import Failed
     from tinybert_fast.benchmarks.runner import run_suite
 
@@ -116,6 +122,7 @@ def bench(
             providers=provider or (),
             dtype=dtype,
             rounds=rounds,
+            sweeps=sweeps,
             threads=threads,
             dropout=dropout,
             device=device,
