@@ -28,6 +28,7 @@ ARROWS = {
 # Single modules: what they may import besides. The last two work on the kernels themselves.
 BESIDES = {
     "benchmarks.run": {"cli.main"},
+    "benchmarks.hardware": {"cli.allocator"},
     "benchmarks.pretraining": {"cli.allocator"},
     "benchmarks.machine_code": {"kernels"},
     "benchmarks.tune": {"kernels"},

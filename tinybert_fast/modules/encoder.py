@@ -232,10 +232,10 @@ def encode_layer(
     weight = _pad_heads(dense.weight.mT, size, padding).mT if padding else None
     hidden = _output(attention.output, context, hidden, site + ATTENTION_OUTPUT, weight, **common)
     inner = layer.intermediate
-    if is_erf_gelu(inner.intermediate_act_fn) and is_plain(inner.dense):
+    if adds_bias(inner.dense, hidden) and is_erf_gelu(inner.intermediate_act_fn):
         expanded = ops.bias_gelu(F.linear(hidden, inner.dense.weight), inner.dense.bias, impl=impl)
     else:
-        expanded = inner(hidden)
+        expanded = inner.intermediate_act_fn(inner.dense(hidden))
     hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, **common)
     if not give:
         return hidden
@@ -268,10 +268,12 @@ def _output(
     ``weight`` stands for that of ``block.dense``, which must be plain.
     """
     dense, norm = block.dense, block.LayerNorm
+    bias = dense.bias if adds_bias(dense, x) else None
     if is_plain(dense):
-        x, bias = F.linear(x, dense.weight if weight is None else weight), dense.bias
+        weight = dense.weight if weight is None else weight
+        x = F.linear(x, weight, dense.bias if bias is None else None)
     else:
-        x, bias = dense(x), None
+        x = dense(x)
     return ops.dropout_add_layer_norm(
         x,
         bias,
@@ -283,6 +285,12 @@ def _output(
         site=site,
         **common,
     )
+
+
+def adds_bias(dense: nn.Module, x: Tensor) -> bool:
+    """Whether the op behind a linear layer adds its bias: in a kernel, in passing. On a CPU that
+    would be another walk through memory, and the product starts from the bias at no cost."""
+    return x.is_cuda and is_plain(dense)
 
 
 def is_plain(dense: nn.Module) -> bool:
