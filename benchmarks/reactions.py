@@ -238,6 +238,7 @@ def measure(
     held_out_of_each: int = HELD_OUT_OF_EACH,
 ) -> dict[str, Any]:
     """Every student and seed, in turn; the teacher is used accelerated."""
+    machine = facts(torch.device("cpu"))
     accelerate(teacher)
     refused = refusal(teacher)
     relations = matches_for(None, TinyBertConfig.tiny_4l_312(), teacher.config, loss="minilm")
@@ -283,7 +284,7 @@ def measure(
         },
         "students": summary(rows),
         "rows": rows,
-        "machine": facts(torch.device("cpu")),
+        "machine": machine,
     }
 
 
