@@ -25,7 +25,8 @@ COLUMNS = {
     "provider": "who computes it",
     "role": "a: as it comes; b: as a careful user writes it; ours; others by their own name",
     "pass": "forward, backward or both",
-    "dtype": "fp32; bf16 autocast over fp32 weights, of inference bf16 weights; int64",
+    "dtype": "fp32; bf16: autocast over fp32 weights in steps, the operands of ops, the weights of "
+    "inference; int64",
     "batch": "sequences B",
     "width": "padded length N",
     "valid_tokens": "real positions of the batch",
@@ -42,6 +43,7 @@ COLUMNS = {
     "speedup_a": "median over rounds of time(a) / time, same dtype",
     "speedup_b": "median over rounds of time(b) / time, same dtype",
     "speedup_a_fp32": "median over rounds of time(a in fp32) / time",
+    "speedup_graph": "median over rounds of time(b as one CUDA graph) / time, same dtype",
     "graph_ms": "GPU: the same calls as one CUDA graph, which leaves out launches; median. Empty "
     "where they cannot be captured, and for attention's backward alone: the random state of "
     "PyTorch's fused forward is then on the host",
@@ -50,7 +52,9 @@ COLUMNS = {
     "tflops": "needed operations / (graph_ms, or median_ms without it), 1e12/s",
     "gbytes_per_s": "needed bytes, likewise: each operand read once, each result written once",
     "bound_ms": "predicted least time: at matmul_gflops or at copy_gbytes, whichever takes longer",
-    "peak_mib": "largest memory alive during one run beyond what was alive before it",
+    "of_bound": "bound_ms / (graph_ms, or median_ms without it)",
+    "peak_mib": "largest memory alive during one run beyond what was alive before it; of a graph, "
+    "of the step before it was captured",
     "growth": "exponent of peak_mib in N over this provider's three longest N",
     "loss_error": "of the result: relative difference from the check's reference at dropout 0",
     "gradient_error": "the same, the largest of any gradient",
@@ -228,7 +232,9 @@ def show(rows: list[Row], console: Any) -> None:
     if rates:
         each = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
         lines.append(f"One large matrix product in this run: {each}.")
-    errors = [(row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"]]
+    errors = [
+        (row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"] is not None
+    ]
     if errors:
         loss, gradient = (max(column) for column in zip(*errors, strict=True))
         found = f"losses within {loss:.1e}, gradients within {gradient:.1e}"

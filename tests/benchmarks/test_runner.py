@@ -679,10 +679,16 @@ def test_only_some_providers():
     assert [row["provider"] for row in rows] == ["transformers", "ours"]
 
 
+def test_only_some_passes():
+    chosen = {"cases": ["dropout_add_layer_norm_d312"], "passes": ["both"]}
+    rows = runner.run_suite("ops", smoke=True, rounds=1, **chosen)
+    assert {row["pass"] for row in rows} == {"both"}
+
+
 def test_no_case_begins_after_the_minutes(monkeypatch):
     ticks = iter(range(0, 10_000, 70))
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks))
-    with pytest.raises(Failed, match="hidden_mse_d768 N=16: not begun after 2 minutes"):
+    with pytest.raises(Failed, match="hidden_mse_d768: not done after 2 minutes"):
         runner.run_suite("ops", cases=["hidden"], smoke=True, rounds=1, minutes=2)
 
 
@@ -703,6 +709,92 @@ def test_sweeps_count_together_and_only_the_first_checks():
     assert log.count("o") == 2 * (1 + 3) + 1  # warm-ups, rounds, peak memory
 
 
+def test_a_setting_chosen_in_a_later_sweep_is_checked():
+    sweeps = measuring.Sweeps()
+    providers = [Fake("a", "a", []), Fake("o", "ours", [])]
+    measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+    providers[1].setting = lambda dtype: "another"
+    providers[1].loss = 3.0
+    with pytest.raises(Disagreement):
+        measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+
+
+def test_a_failure_in_a_later_sweep_leaves_the_rows_of_earlier_ones(tmp_path, monkeypatch):
+    builds = []
+
+    def build(setup):
+        builds.append(Fake("o", "ours", []))
+        if len(builds) > 1:
+            builds[-1].run = lambda dtype: 1 / 0
+        yield fake_case(Fake("a", "a", []), builds[-1])
+
+    monkeypatch.setattr(runner, "load_cases", lambda suite, on_gpu: {"fake": build})
+    target = tmp_path / "rows.csv"
+    with pytest.raises(Failed, match="ZeroDivisionError"):
+        runner.run_suite("ops", smoke=True, rounds=1, sweeps=3, csv_path=target)
+    with target.open(newline="") as file:
+        assert [row["sweeps"] for row in csv.DictReader(file)] == ["1", "1"]
+    assert len(builds) == 3  # the third was not measured
+
+
+def test_a_case_that_cannot_be_built_leaves_the_others(tmp_path, monkeypatch):
+    def broken(setup):
+        raise MemoryError("no room")
+        yield
+
+    def right(setup):
+        yield fake_case(Fake("a", "a", []), Fake("o", "ours", []))
+
+    builders = {"broken": broken, "right": right}
+    monkeypatch.setattr(runner, "load_cases", lambda suite, on_gpu: builders)
+    target = tmp_path / "rows.csv"
+    with pytest.raises(Failed, match="MemoryError: no room"):
+        runner.run_suite("ops", smoke=True, rounds=1, csv_path=target)
+    assert target.exists()
+
+
+def test_who_does_another_job_is_compared_with_nobody():
+    other = Fake("o", "o", [])
+    other.work = lambda dtype: Work(flops=1e6, bytes=1e9)
+    ceilings = {"fp32": {"matmul_gflops": 1.0, "copy_gbytes": 100.0}}
+    case = fake_case(Fake("a", "a", []), other)
+    case.work = lambda dtype: Work(flops=1e9, bytes=1e9)
+    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts(), ceilings=ceilings)
+    assert [row["bound_ms"] for row in rows] == [1000.0, 10.0]
+    assert [row["speedup_a"] for row in rows] == [1.0, None]
+    assert rows[1]["of_bound"] == pytest.approx(10.0 / rows[1]["median_ms"], rel=1e-2)
+
+
+def test_graphs_of_one_sweep_alone_are_not_compared():
+    sweeps, who = measuring.Sweeps(), measuring.Who("o", "ours", "fp32")
+    sweeps.add("graphs", who, [1.0])
+    sweeps.count = 1
+    sweeps.add("graphs", who, None)
+    sweeps.count = 2
+    sweeps.add("graphs", who, [1.0])
+    assert sweeps.graphs == {}
+
+
+def test_runs_take_copies_of_the_operands_in_turn(monkeypatch):
+    seen = []
+
+    def square(x):
+        seen.append((x.data_ptr(), x.stride()))
+        return (x * x).sum()
+
+    x = torch.randn(4, 8)[:, :6]
+    monkeypatch.setitem(op_call.CACHES, "cpu", 2 * x.nbytes)
+    call = op_call.OpCall("square", "ours", square, (x,), 1)
+    for _ in range(4):
+        call.run("fp32")
+    assert [seen[i] == seen[0] for i in range(4)] == [True, False, False, True]
+    assert {stride for _, stride in seen} == {x.stride()}
+    backward = call.of("backward")
+    for _ in range(4):
+        backward.run("fp32")
+    assert len(seen) == 4 + 3  # a forward for each copy
+
+
 def test_who_cannot_run_in_a_later_sweep_has_no_row():
     sweeps = measuring.Sweeps()
     providers = [Fake("a", "a", []), Fake("o", "ours", [])]
@@ -721,7 +813,8 @@ def test_a_suite_is_swept_as_a_whole(tmp_path, monkeypatch):
 
     def build(name):
         def cases(setup):
-            yield replace(fake_case(Fake(name, "a", log), Fake("o", "ours", [])), name=name)
+            case = fake_case(Fake(name, "a", log), Fake("o", "ours", []), reference=name)
+            yield replace(case, name=name)
 
         return cases
 
@@ -764,6 +857,7 @@ def test_passes_of_an_op():
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),
         ({"sweeps": 0}, "--sweeps 0: at least 1"),
+        ({"passes": ["back"]}, "--pass 'back' is not one of forward, backward, both"),
         ({"threads": 0}, "--threads 0: at least 1"),
         ({"dropout": 1.0}, "--dropout 1.0: a probability in"),
         ({"device": "tpu"}, "--device 'tpu' is not one of auto, cpu, cuda"),

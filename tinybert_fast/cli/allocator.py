@@ -17,12 +17,11 @@ def keep_freed_memory() -> None:
     2-core AMD EPYC guest) took 177 ms instead of 217. Elsewhere than on glibc only torch is told.
     """
     global _kept
-    _kept = True
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, NONE)
-        mallopt(M_TRIM_THRESHOLD, NEVER)
+        # mallopt answers 1 where it took the setting.
+        _kept = bool(mallopt(M_MMAP_MAX, NONE) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def keeps_freed_memory() -> bool:
