@@ -489,7 +489,7 @@ def test_masking_suite(monkeypatch):
         *(("collate_words", name) for name in names),
     ]  # fmt: skip
     assert all(row["dtype"] == "int64" and row["growth"] is None for row in rows)
-    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert all(row["tokens_per_s"] > 0 and not row["setting"] for row in rows)
 
     def another_draw(ids, rule, **options):
         if options.get("impl") != "reference":
@@ -499,6 +499,39 @@ def test_masking_suite(monkeypatch):
     monkeypatch.setattr(masking, "mlm_mask", another_draw)
     with pytest.raises(Disagreement, match="mlm_mask: input_ids differs"):
         runner.run_suite("masking", smoke=True, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("what", "broken", "says"),
+    [
+        ("labels", lambda x: x.roll(1, dims=1), "labels differs"),
+        ("input_ids", lambda x: x.index_fill(1, torch.tensor([0]), 7), "input_ids differs"),
+        ("attention_mask", torch.zeros_like, "attention_mask differs"),
+        ("example_id", lambda x: torch.arange(4), "expected input_ids, labels, token_type_ids"),
+    ],
+    ids=["elsewhere", "a-token", "no-token-real", "another-column"],
+)
+def test_a_broken_collator_gives_no_rows(what, broken, says, tmp_path, monkeypatch):
+    class Broken(masking.SparseMaskingCollator):
+        def __call__(self, examples, return_tensors=None):
+            batch = super().__call__(examples, return_tensors)
+            return {**batch, what: broken(batch.get(what))}
+
+    monkeypatch.setattr(masking, "SparseMaskingCollator", Broken)
+    file = tmp_path / "rows.csv"
+    with pytest.raises(Disagreement, match=says):
+        runner.run_suite("masking", cases=["collate_tokens"], smoke=True, rounds=1, csv_path=file)
+    assert not file.exists()
+
+
+def test_whole_words_are_held_to_their_words(monkeypatch):
+    class Words(masking.SparseMaskingCollator):
+        def _word_starts(self, ids, starts, offsets):
+            return None if self.rule.unit == "token" else torch.ones_like(ids, dtype=torch.bool)
+
+    monkeypatch.setattr(masking, "SparseMaskingCollator", Words)
+    with pytest.raises(Disagreement, match="differs from the reference's"):
+        list(masking.CASES["collate_words"](SMOKE))
 
 
 def test_inference_suite(capsys):
