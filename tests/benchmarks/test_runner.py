@@ -34,6 +34,7 @@ from tinybert_fast.benchmarks.case import (
 )
 from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
+    attention_score_mse_memory,
     distill_step,
     inference,
     masking,
@@ -649,7 +650,29 @@ def test_memory_suite_in_both_dtypes(capsys):
     assert growth[of_length, "ours", "fp32"] < 1.2
     assert growth[of_tokens, "autograd", "fp32"] > 0.7
     assert growth[of_tokens, "ours", "fp32"] < 0.2
+    of_batch = {
+        (row["batch"], row["provider"]): row["peak_mib"]
+        for row in rows
+        if row["case"] == "attention_score_mse_memory_of_batch" and row["dtype"] == "fp32"
+    }
+    assert {row["width"] for row in rows if row["case"].endswith("_of_batch")} == {64}
+    assert of_batch[2, "autograd"] > 1.7 * of_batch[1, "autograd"]
+    assert of_batch[2, "ours"] < 2.1 * of_batch[1, "ours"]
     assert {row["bf16_hardware"] for row in rows} <= {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("case", "fixed"),
+    [
+        ("attention_score_mse_memory", lambda batch, width: batch),
+        ("attention_score_mse_memory_of_tokens", lambda batch, width: batch * width),
+        ("attention_score_mse_memory_of_batch", lambda batch, width: width),
+    ],
+)
+def test_memory_is_measured_along_one_line(case, fixed):
+    for shapes in (attention_score_mse_memory.SHAPES, attention_score_mse_memory.SMOKE_SHAPES):
+        assert len({fixed(*shape) for shape in shapes[case]}) == 1
+        assert len(set(shapes[case])) > 1
 
 
 def test_ops_suite():
