@@ -34,6 +34,7 @@ from tinybert_fast.benchmarks.case import (
 )
 from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
+    attention_score_mse_memory,
     distill_step,
     inference,
     masking,
@@ -489,7 +490,7 @@ def test_masking_suite(monkeypatch):
         *(("collate_words", name) for name in names),
     ]  # fmt: skip
     assert all(row["dtype"] == "int64" and row["growth"] is None for row in rows)
-    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert all(row["tokens_per_s"] > 0 and not row["setting"] for row in rows)
 
     def another_draw(ids, rule, **options):
         if options.get("impl") != "reference":
@@ -499,6 +500,39 @@ def test_masking_suite(monkeypatch):
     monkeypatch.setattr(masking, "mlm_mask", another_draw)
     with pytest.raises(Disagreement, match="mlm_mask: input_ids differs"):
         runner.run_suite("masking", smoke=True, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("what", "broken", "says"),
+    [
+        ("labels", lambda x: x.roll(1, dims=1), "labels differs"),
+        ("input_ids", lambda x: x.index_fill(1, torch.tensor([0]), 7), "input_ids differs"),
+        ("attention_mask", torch.zeros_like, "attention_mask differs"),
+        ("example_id", lambda x: torch.arange(4), "expected input_ids, labels, token_type_ids"),
+    ],
+    ids=["elsewhere", "a-token", "no-token-real", "another-column"],
+)
+def test_a_broken_collator_gives_no_rows(what, broken, says, tmp_path, monkeypatch):
+    class Broken(masking.SparseMaskingCollator):
+        def __call__(self, examples, return_tensors=None):
+            batch = super().__call__(examples, return_tensors)
+            return {**batch, what: broken(batch.get(what))}
+
+    monkeypatch.setattr(masking, "SparseMaskingCollator", Broken)
+    file = tmp_path / "rows.csv"
+    with pytest.raises(Disagreement, match=says):
+        runner.run_suite("masking", cases=["collate_tokens"], smoke=True, rounds=1, csv_path=file)
+    assert not file.exists()
+
+
+def test_whole_words_are_held_to_their_words(monkeypatch):
+    class Words(masking.SparseMaskingCollator):
+        def _word_starts(self, ids, starts, offsets):
+            return None if self.rule.unit == "token" else torch.ones_like(ids, dtype=torch.bool)
+
+    monkeypatch.setattr(masking, "SparseMaskingCollator", Words)
+    with pytest.raises(Disagreement, match="differs from the reference's"):
+        list(masking.CASES["collate_words"](SMOKE))
 
 
 def test_inference_suite(capsys):
@@ -616,7 +650,29 @@ def test_memory_suite_in_both_dtypes(capsys):
     assert growth[of_length, "ours", "fp32"] < 1.2
     assert growth[of_tokens, "autograd", "fp32"] > 0.7
     assert growth[of_tokens, "ours", "fp32"] < 0.2
+    of_batch = {
+        (row["batch"], row["provider"]): row["peak_mib"]
+        for row in rows
+        if row["case"] == "attention_score_mse_memory_of_batch" and row["dtype"] == "fp32"
+    }
+    assert {row["width"] for row in rows if row["case"].endswith("_of_batch")} == {64}
+    assert of_batch[2, "autograd"] > 1.7 * of_batch[1, "autograd"]
+    assert of_batch[2, "ours"] < 2.1 * of_batch[1, "ours"]
     assert {row["bf16_hardware"] for row in rows} <= {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("case", "fixed"),
+    [
+        ("attention_score_mse_memory", lambda batch, width: batch),
+        ("attention_score_mse_memory_of_tokens", lambda batch, width: batch * width),
+        ("attention_score_mse_memory_of_batch", lambda batch, width: width),
+    ],
+)
+def test_memory_is_measured_along_one_line(case, fixed):
+    for shapes in (attention_score_mse_memory.SHAPES, attention_score_mse_memory.SMOKE_SHAPES):
+        assert len({fixed(*shape) for shape in shapes[case]}) == 1
+        assert len(set(shapes[case])) > 1
 
 
 def test_ops_suite():

@@ -13,8 +13,7 @@ def keep_freed_memory() -> None:
     """Freed memory stays in the process and large tensors get huge pages; before torch allocates.
 
     glibc returns each large block to the kernel, which hands out zeroed pages again at the next
-    step, one fault for 4 KiB. Without that a step of TinyBERT-4L-312 (bf16, 32 short sentences, a
-    2-core AMD EPYC guest) took 177 ms instead of 217. Elsewhere than on glibc only torch is told.
+    step, one fault for 4 KiB. Elsewhere than on glibc only torch is told.
     """
     global _kept
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
