@@ -25,7 +25,7 @@ from tinybert_fast.benchmarks.agreement import WITHIN, repeats
 from tinybert_fast.benchmarks.baselines.textbrewer import NAME as TEXTBREWER
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, CAREFUL_GRAPH, OURS
 from tinybert_fast.benchmarks.suites import SUITES
-from tinybert_fast.benchmarks.table import Row, case_of, newest, over_teacher, read
+from tinybert_fast.benchmarks.table import Row, axis_of, case_of, newest, over_teacher, read
 from tinybert_fast.data.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parent
@@ -46,6 +46,7 @@ CASES = {
     "attention_score_mse_d64": "attention loss, 12 heads of 64 against 64",
     "attention_score_mse_memory": "B=4",
     "attention_score_mse_memory_of_tokens": "4,096 tokens",
+    "attention_score_mse_memory_of_batch": "N=512",
     "attention_relation_kl_qk": "relation of queries and keys",
     "attention_relation_kl_vv": "relation of values",
     "hidden_mse_d312": "hidden states, 312 to 768",
@@ -382,22 +383,34 @@ def scaling(rows: list[Row]) -> str:
 
 
 def memory(rows: list[Row]) -> str:
+    """Against the length, and in a table below against the batch."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    axes: dict[str, list[Row]] = {}
+    for of_case in cases.values():
+        axes.setdefault(axis_of(of_case), []).extend(of_case)
+    return "\n\n".join(memory_along(axis, of_axis) for axis, of_axis in axes.items())
+
+
+def memory_along(axis: str, rows: list[Row]) -> str:
     lanes: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
-        lanes.setdefault((row["case"], row["role"], row["dtype"]), {})[row["width"]] = row
-    widths = sorted({row["width"] for row in rows})
+        lanes.setdefault((row["case"], row["role"], row["dtype"]), {})[row[axis]] = row
+    sizes, letter = sorted({row[axis] for row in rows}), "N" if axis == "width" else "B"
     words = {
         BASELINE: "official formula",
         CAREFUL: "the faster of direct and Gram",
         OURS: "tinybert_fast",
     }
+    peaks = "|".join(f"{letter}={n}, MiB" for n in sizes)
     return markdown(
-        "|".join(["", "who", "dtype", *(f"N={n}, MiB" for n in widths), "grows as", "longest, ms"]),
+        f"|who|dtype|{peaks}|grows as|largest, ms",
         3,
         (
             [
-                CASES[case], words[role], dtype, *(cell(at[n], "peak_mib") for n in widths),
-                f"N^{at[widths[-1]]['growth']:.2f}", cell(at[widths[-1]], "median_ms"),
+                CASES[case], words[role], dtype, *(cell(at[n], "peak_mib") for n in sizes),
+                f"{letter}^{at[sizes[-1]]['growth']:.2f}", cell(at[sizes[-1]], "median_ms"),
             ]
             for (case, role, dtype), at in lanes.items()
         ),
@@ -432,7 +445,8 @@ def pretraining(page: Path) -> str:
             [
                 row["dtype"], f"{row['batch']}, {row['width']}",
                 *(milliseconds(row["step_seconds"].get(who)) for who in PRETRAINING),
-                times(row["speedup"]), times(row.get("speedup_kept")), three(row["tokens_per_second"]),
+                times(row["speedup"]), times(row.get("speedup_kept")),
+                three(row["tokens_per_second"]),
                 f"{100 * row['waiting_for_data']:.1f} %",
             ]
         )  # fmt: skip
