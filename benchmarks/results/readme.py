@@ -627,8 +627,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def demo(page: Path) -> str:
-    file = RESULTS / f"demo-full-{CPU}.json"
+def demo(target: str, page: Path) -> str:
+    """``target``: of make, "demo" or "demo-full"."""
+    file = RESULTS / f"{target}-{CPU}.json"
+    if not file.exists():
+        raise NoRows(f"there is no {file.name} yet")
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = []
     for model in found["models"].values():
@@ -656,7 +659,7 @@ def demo(page: Path) -> str:
     return (
         f"{markdown('model|parameters|seeds|held-out accuracy|sentences/s', 1, lines)}\n\n"
         f"The distilled student wins back {', '.join(won)}; {found['data']['held_out']} held-out "
-        f"sentences. `make demo-full ARGS='{options}'`; "
+        f"sentences. `make {target} ARGS='{options}'`; "
         f"{found['machine']['cpu']}, {found['machine']['date']} in {link(file, page)}."
     )
 
@@ -702,7 +705,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "slower": slower,
     "baselines": baselines,
     "agreement": agreement,
-    "demo": demo,
+    "demo": partial(demo, "demo-full"),
+    "demo-quick": partial(demo, "demo"),
     "reactions": reactions,
 }
 
