@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import tinybert_fast
-from tinybert_fast.cli.allocator import keeps_freed_memory
+from tinybert_fast.allocator import keeps_freed_memory
 
 Fact = str | int
 # Rows, inner size and columns of the product: on a CPU BERT-base's largest of 2,048 tokens, on a

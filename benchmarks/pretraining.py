@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tinybert_fast.cli.allocator import keep_freed_memory
+from tinybert_fast.allocator import keep_freed_memory
 
 BATCH, WIDTH, WARM_UP = 32, 128, 3
 STEPS = {"transformers": 10, "transformers kept": 10, "ours": 24}

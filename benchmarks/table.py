@@ -63,7 +63,7 @@ COLUMNS = {
     "cpu_instructions": "what PyTorch's kernels use",
     "cores": "usable by the process",
     "threads": "used",
-    "allocator": "keeps: of host memory what was freed (tinybert_fast/cli/allocator.py); system: "
+    "allocator": "keeps: of host memory what was freed (tinybert_fast/allocator.py); system: "
     "as it comes",
     "gpu": "model",
     "driver": "version",

@@ -13,6 +13,7 @@ MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed insid
 
 # Part of the package -> what it may import of the package: a part, or one module of it.
 ARROWS = {
+    "allocator": set(),
     "reference": {"reference.philox"},
     "tuned": {"tuned", "reference.philox", "reference.block_mask", "ops.layout", "ops.native"},
     "kernels": {"kernels", "reference.philox"},
@@ -22,14 +23,31 @@ ARROWS = {
     "data": {"data", "ops"},
     "integrations": {"integrations", "modules", "ops"},
     "training": {"training", "integrations", "modules", "data", "ops"},
-    "benchmarks": {"benchmarks", "training", "integrations", "modules", "data", "testing", "ops"},
-    "cli": {"cli", "benchmarks", "training", "integrations", "modules", "data", "testing", "ops"},
+    "benchmarks": {
+        "benchmarks",
+        "training",
+        "integrations",
+        "modules",
+        "data",
+        "testing",
+        "ops",
+        "allocator",
+    },
+    "cli": {
+        "cli",
+        "benchmarks",
+        "training",
+        "integrations",
+        "modules",
+        "data",
+        "testing",
+        "ops",
+        "allocator",
+    },
 }
 # Single modules: what they may import besides. The last two work on the kernels themselves.
 BESIDES = {
     "benchmarks.run": {"cli.main"},
-    "benchmarks.hardware": {"cli.allocator"},
-    "benchmarks.pretraining": {"cli.allocator"},
     "benchmarks.machine_code": {"kernels"},
     "benchmarks.tune": {"kernels"},
 }

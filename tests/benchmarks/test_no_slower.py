@@ -1,8 +1,8 @@
 """Our steps have not slowed against the baselines' in the same run: a ratio, never a time.
 
 Rounds are interleaved and the median of their ratios counts, so that whatever else the machine does
-slows both sides; and a second try has to fail too. Bounds lie well above the ratios seen on a busy
-machine, which the comments give.
+slows both sides; and two more tries have to fail too. Bounds lie above the ratios that were seen on
+a busy machine, which the comments give.
 """
 
 import time
@@ -20,7 +20,7 @@ from tinybert_fast.benchmarks.rounds import interleave, quantiles
 from tinybert_fast.integrations import TinyBertConfig
 from tinybert_fast.ops import dispatch
 
-ROUNDS, TRIES = 3, 2
+ROUNDS, TRIES = 3, 3
 WORDS = 2048  # few, so that the update, the same for all, is little of a small batch's step
 TEACHER_LAYERS = 4
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_masked_lm_step(small):
     (case,) = mlm_step.cases(Setup(CPU), name="mlm_step", batch=4, width=128)
     providers = {one.name: one for one in case.providers}
     providers["careful"].choose("fp32", 4)  # what it chooses in the step suite
-    hold(providers, {"transformers": 0.7, "careful": 1.0})
+    hold(providers, {"transformers": 0.62, "careful": 0.87})  # 0.47 to 0.50, 0.67 to 0.69
 
 
 @needs_native
@@ -76,7 +76,7 @@ def test_distillation_step(small):
     (case,) = distill_step.cases(Setup(CPU), name="distill_step", batch=2, width=128)
     providers = {one.name: one for one in case.providers}
     providers["careful"].choose("fp32", Setting(2, "gram"))
-    hold(providers, {"official": 0.9, "careful": 1.15})
+    hold(providers, {"official": 0.85, "careful": 1.0})  # 0.60 to 0.79 but once, 0.44 to 0.83
 
 
 class Takes:
@@ -90,7 +90,7 @@ class Takes:
 
 
 def test_a_slow_step_is_seen():
-    with pytest.raises(pytest.fail.Exception, match="in 2 tries, of which one should be within"):
+    with pytest.raises(pytest.fail.Exception, match="in 3 tries, of which one should be within"):
         hold({"careful": Takes(20), "ours": Takes(40)}, {"careful": 1.2})
 
 

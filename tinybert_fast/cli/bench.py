@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tinybert_fast.allocator import keep_freed_memory
 from tinybert_fast.cli import options, output
-from tinybert_fast.cli.allocator import keep_freed_memory
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n"

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tinybert_fast.allocator import keep_freed_memory
 from tinybert_fast.cli import options, output
-from tinybert_fast.cli.allocator import keep_freed_memory
 from tinybert_fast.cli.options import DATA, HOW, TRAINING
 
 LEARNT = "What is learnt"

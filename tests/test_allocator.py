@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import resource, sys
-from tinybert_fast.cli.allocator import keep_freed_memory
+from tinybert_fast.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 import torch
