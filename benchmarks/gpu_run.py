@@ -4,7 +4,8 @@
 
 The parts run in the order of PARTS, the most precious first, each with its share of the minutes
 that are left; what one leaves unused goes to those behind it. A part that fails or runs out of time
-leaves the others theirs. OUT gets at most 8 files, written anew after every part:
+leaves the others theirs. OUT gets at most 8 files, written anew after every part, and may have none
+of an earlier run:
 
     results.json   facts, each part's outcome, what tests and validation found, tuning, distillation
     rows.csv       the benchmark rows of all suites       profile.json   kernel times of our steps
@@ -51,6 +52,9 @@ NEEDED = (  # by the parts; pip names them alike, but for sklearn
     "hypothesis pytest sklearn scipy triton"
 ).split()
 SUITES = ("step", "ops", "memory")
+FILES = (  # of OUT, where they were made
+    "results.json rows.csv profile.json settings.json log.txt bars.png memory.png roofline.png"
+).split()
 MAXIMAL_WORKERS = 12
 GRACE = 20.0  # seconds from an interrupt to the kill: pytest takes 10 to print its summary
 INSIDE = 0.85  # of a part's time is what a command that can stop by itself is given
@@ -530,7 +534,7 @@ def main(words: list[str] | None = None) -> int:
         description="Build, test and measure on this machine's GPU.",
         epilog="Parts, in order: " + ", ".join(part.name for part in PARTS),
     )
-    parser.add_argument("out", type=Path, help="folder for at most 8 files")
+    parser.add_argument("out", type=Path, help="folder for the files of this run alone")
     parser.add_argument("--minutes", type=float, default=9.0, help="all parts together")
     parser.add_argument("--parts", help="only these, by commas")
     parser.add_argument("--offline", action="store_true", help="install without the network")
@@ -544,6 +548,13 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--parts {unknown[0]!r} is not one of {', '.join(names)}")
     if not given.minutes > 0:
         parser.error(f"--minutes {given.minutes}: more than 0 are needed")
+    # What is not made this time would stay and pass for this run's.
+    earlier = [name for name in FILES if (given.out / name).exists()]
+    if earlier:
+        parser.error(
+            f"{given.out} has {', '.join(earlier)} of an earlier run: name another folder, or "
+            "remove them"
+        )
     given.out.mkdir(parents=True, exist_ok=True)
     # A caller that ignores interrupts would have the commands do so too.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -37,6 +37,7 @@ def rehearsed(tmp_path_factory):
 def test_a_dry_run_leaves_everything_but_a_gpus(rehearsed):
     out, printed = rehearsed
     files = {file.name: file.stat().st_size for file in out.iterdir()}
+    assert files.keys() <= set(gpu_run.FILES)
     always = {"results.json", "rows.csv", "profile.json", "bars.png", "memory.png", "log.txt"}
     assert always <= files.keys() <= always | {"roofline.png", "settings.json"}
     assert all(0 < size < 1 << 24 for size in files.values())
@@ -174,6 +175,17 @@ def test_refuses(words, says, tmp_path, capsys):
         gpu_run.main([str(tmp_path / "out"), *words])
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["profile.json", "settings.json", "roofline.png"])
+def test_a_folder_of_an_earlier_run_is_refused(name, tmp_path, capsys):
+    """A part that leaves nothing this time would leave that run's file beside the new rows."""
+    (tmp_path / name).write_text("measured")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_run.main([str(tmp_path), "--parts", "sanitize", "--dry-run", "--minutes", "0.01"])
+    assert f"{name} of an earlier run: name another folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "measured"
 
 
 # ---- filing the rows -----------------------------------------------------------------------------
