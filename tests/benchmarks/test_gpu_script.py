@@ -199,34 +199,73 @@ def filing():
     return module
 
 
+def rows_of(suite, case="c", date="2026-11-26T01:00:00Z", **cells):
+    """A case as a GPU's bench leaves it."""
+    same = {
+        "suite": suite, "case": case, "date": date, "gpu": GPU, "commit": "none", "pass": "both",
+        "dtype": "bf16", "batch": 2, "width": 4, "valid_tokens": 8, "valid_fraction": 1.0,
+        "threads": 2, "torch": "2.11.0", "triton": "3.6.0",
+    }  # fmt: skip
+    return [
+        {**dict.fromkeys(table.COLUMNS), **same, "provider": who, "role": role, "median_ms": ms,
+         **cells}
+        for who, role, ms in (("eager", "a", 4.0), ("ours", "ours", 2.0))
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def out(tmp_path):
-    """A folder as a GPU leaves it: two suites of a row each."""
-    rows = [
-        {**dict.fromkeys(table.COLUMNS), "suite": suite, "case": "c", "gpu": GPU, "commit": "none"}
-        for suite in ("step", "ops")
-    ]
-    table.CsvFile(tmp_path / "out" / "rows.csv").write(rows)
+    """A folder as a GPU leaves it: two suites of a case each."""
+    table.CsvFile(tmp_path / "out" / "rows.csv").write([*rows_of("step"), *rows_of("ops")])
     (tmp_path / "out" / "profile.json").write_text('{"profiles": [1]}')
-    (tmp_path / "out" / "bars.png").write_bytes(b"png")
+    (tmp_path / "out" / "bars.png").write_bytes(b"of this run alone")
     (tmp_path / "results").mkdir()
     return tmp_path / "out"
+
+
+NAME = "nvidia-h100-80gb-hbm3"
 
 
 def test_rows_are_filed_once(filing, out, tmp_path):
     results = tmp_path / "results"
     written = filing.file_results(out, results, commit="abc")
-    name = "nvidia-h100-80gb-hbm3"
     assert {file.name for file in written} == {
-        f"step-{name}.csv", f"ops-{name}.csv", f"profile-{name}.json", f"bars-{name}.png",
+        f"step-{NAME}.csv", f"ops-{NAME}.csv", f"profile-{NAME}.json", f"bars-{NAME}.png",
     }  # fmt: skip
-    (row,) = filing.read(results / f"ops-{name}.csv")
-    assert (row["suite"], row["commit"]) == ("ops", "abc")
-    assert json.loads((results / f"profile-{name}.json").read_text())["commit"] == "abc"
-    with pytest.raises(ValueError, match="already has 1 of these rows"):
-        filing.file_results(out, results, commit="abc")
-    filing.file_results(out, results, commit="abd")  # another measurement
-    assert len(filing.read(results / f"ops-{name}.csv")) == 2
+    rows = filing.read(results / f"ops-{NAME}.csv")
+    assert [(row["suite"], row["commit"]) for row in rows] == [("ops", "abc")] * 2
+    assert json.loads((results / f"profile-{NAME}.json").read_text())["commit"] == "abc"
+    before = {file.name: file.read_bytes() for file in results.iterdir()}
+    for commit in ("abc", "abd"):  # who files them again, and where from, is no measurement
+        with pytest.raises(ValueError, match=r"already has 2 of these rows.*under commit abc"):
+            filing.file_results(out, results, commit=commit)
+    assert {file.name: file.read_bytes() for file in results.iterdir()} == before
+
+
+def test_another_measurement_is_filed_behind(filing, out, tmp_path):
+    results = tmp_path / "results"
+    filing.file_results(out, results, commit="abc")
+    (out / "rows.csv").unlink()
+    table.CsvFile(out / "rows.csv").write(rows_of("ops", date="2026-11-26T02:00:00Z"))
+    filing.file_results(out, results, commit="abc")
+    dates = [row["date"] for row in filing.read(results / f"ops-{NAME}.csv")]
+    assert dates == ["2026-11-26T01:00:00Z"] * 2 + ["2026-11-26T02:00:00Z"] * 2
+
+
+def test_figures_are_of_all_that_is_filed(filing, out, tmp_path, monkeypatch):
+    """An OUT of one case leaves the others in the figure, each with its newest rows."""
+    results = tmp_path / "results"
+    filing.file_results(out, results, commit="abc")
+    (out / "rows.csv").unlink()
+    again = rows_of("ops", date="2026-11-26T02:00:00Z")
+    table.CsvFile(out / "rows.csv").write([*again, *rows_of("ops", case="d")])
+    drawn = []
+    monkeypatch.setattr(filing, "draw", lambda rows, *_: drawn.extend(rows) or [])
+    filing.file_results(out, results, commit="abd")
+    assert [(row["suite"], row["case"], row["date"][11:13]) for row in drawn] == [
+        (*of_case, hour) for *of_case, hour in
+        (("step", "c", "01"), ("ops", "c", "02"), ("ops", "d", "01")) for _ in range(2)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -234,7 +273,7 @@ def test_rows_are_filed_once(filing, out, tmp_path):
     [
         (GPU, "none", "a dry run is not filed"),
         ("suite,case", "suite,place", "other columns than the table: case, place"),
-        ("c,,", "c,,", "rows without a commit"),
+        ("none", "none", "rows without a commit"),
     ],
 )
 def test_refuses_to_file(filing, out, tmp_path, old, new, says):
