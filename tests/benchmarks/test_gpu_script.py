@@ -14,6 +14,7 @@ import pytest
 
 from tinybert_fast.benchmarks import gpu_data, gpu_run, table
 from tinybert_fast.benchmarks.gpu_run import Outcome, Part, Run
+from tinybert_fast.benchmarks.suites import load_cases, selected
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT = ROOT / "benchmarks" / "results" / "import.py"
@@ -78,6 +79,61 @@ def last_line(run, text):
 def test_a_part_ends_with_its_first_failure(run):
     outcome = gpu_run.execute(Part("tune", 1, python("print('one'); exit(3)"), last_line), run, 60)
     assert (outcome.code, outcome.found, outcome.failed) == (3, "one", True)
+
+
+@pytest.mark.parametrize(("offline", "extra"), [(False, "[test,baselines]"), (True, "")])
+def test_what_others_kernels_need_is_installed_with_the_network(offline, extra, tmp_path):
+    run = Run(tmp_path, tmp_path, dry=False, offline=offline, cores=2)
+    ((*_, what),) = gpu_run.install(run, 60.0)
+    assert what == f".{extra}"
+
+
+def test_commands_that_need_no_other_run_after_a_failure(run):
+    part = Part("ops", 1, python("print('one'); exit(3)"), last_line, chained=False)
+    outcome = gpu_run.execute(part, run, 60)
+    assert (outcome.code, outcome.found) == (3, "behind it")
+
+
+def options(command, name):
+    return [
+        word.removeprefix(f"{name}=") for before, word in zip([""] + command, command)
+        if before == name or word.startswith(f"{name}=")
+    ]  # fmt: skip
+
+
+def test_every_op_is_timed_before_a_width_or_a_pass_of_it(run):
+    builders = load_cases("ops", on_gpu=True)
+    first, others, *passes = gpu_run.ops(run, 100.0)
+    assert [options(command, "--pass") for command in (first, others, *passes)] == [
+        ["both"], ["both"], ["forward"], ["backward"],
+    ]  # fmt: skip
+    assert not any(options(command, "--case") for command in passes)
+    once, again = (list(selected(builders, options(c, "--case"))) for c in (first, others))
+    assert sorted([*once, *again]) == sorted(builders)
+    ops = [name.partition("_ragged")[0].partition("_no_")[0] for name in once]
+    assert sorted(set(ops)) == sorted(gpu_run.FIRST_OPS)
+    files = [builders[name].func.__module__ for name in gpu_run.FIRST_OPS]
+    assert sorted(files) == sorted({build.func.__module__ for build in builders.values()})
+
+
+def test_ops_begin_nothing_in_the_last_seconds(run, monkeypatch):
+    """And what they begin is told the time that is left."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_run.time, "monotonic", lambda: now[0])
+    minutes = []
+    for command in gpu_run.ops(run, 100.0):
+        minutes += map(float, options(command, "--minutes"))
+        now[0] += 70.0 if len(minutes) == 1 else 20.0
+    assert minutes == [pytest.approx(gpu_run.INSIDE * left / 60, abs=1e-3) for left in (100, 30)]
+
+
+def test_rows_of_several_benches_of_a_suite_stand_together(run):
+    for number, case in ((0, "c"), (1, "d")):
+        command = run.bench("ops", 60.0, number=number)
+        (written,) = options(command, "--json")
+        table.write_json(Path(written), "ops", rows_of("ops", case))
+    said = gpu_run.rows_of("ops")(run, "attention_d26: not done after 0.4 minutes\n")
+    assert said == "4 rows of 2 cases; 1 not done in time"
 
 
 @pytest.mark.parametrize("ours", [signal.SIG_DFL, signal.SIG_IGN])  # a background job's
