@@ -12,6 +12,8 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE, CAREFUL, OURS = "a", "b", "ours"  # roles: as it comes, as a careful user writes it
+PASSES = ("forward", "backward", "both")
+CAREFUL_GRAPH = "careful graph"  # the role of the latter's whole step as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class Unavailable(RuntimeError):
 
 
 class Provider(Protocol):
-    """One way to do the job. ``dtype`` is that of autocast; fp32 means none."""
+    """One way to do the job. ``dtype`` is that of autocast; fp32 means none.
+
+    One that does another job, which is timed beside the others and compared with none, has a
+    ``work`` of its own, as its case has.
+    """
 
     name: str
     role: str
@@ -103,7 +109,7 @@ class Case:
     checks: tuple[Check, ...]
     dtypes: tuple[str, ...] | None = None  # its only ones; by default those that are asked for
     calls: int = 1  # in a row that one measurement is the mean of, where one call is short
-    phase: str = "both"  # what of it is timed: "forward", "backward", "both"
+    phase: str = "both"  # what of it is timed, of PASSES
     work: Callable[[str], Work] | None = None  # of what is timed, by dtype
     captured: bool = False  # on a GPU also timed as a CUDA graph of those calls
     # Providers that are left out, with a warning, where they cannot serve a dtype or disagree:
@@ -125,3 +131,9 @@ Cases = dict[str, Callable[[Setup], Iterator[Case]]]  # built one at a time: mod
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+def one_line(error: Exception) -> str:
+    """Kind and first line of an error, for a line on stderr."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Case, Work
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, CAREFUL_GRAPH, Case, Work
 from tinybert_fast.benchmarks.checking import check, may_miss
 from tinybert_fast.benchmarks.hardware import Clock, has_bf16
 from tinybert_fast.benchmarks.memory import peak_bytes
 from tinybert_fast.benchmarks.rounds import (
     SECONDS,
     SECONDS_OF_OPS,
+    in_a_row,
     interleave,
     quantiles,
     repetitions,
@@ -47,21 +48,32 @@ class Who(NamedTuple):
 
 @dataclass(eq=False)
 class Sweeps:
-    """What the sweeps over a case gave so far. Settings and seconds of a call: of every sweep; the
-    first alone finds errors and peak memory (``once``)."""
+    """What the sweeps over a case gave so far."""
 
     count: int = 0
     left_out: dict[tuple[str, str], str] = field(default_factory=dict)  # (provider, dtype): why
-    once: dict[Who, Row] = field(default_factory=dict)
+    checked: set[tuple[str, str, str]] = field(default_factory=set)  # provider, setting, dtype
+    errors: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    peaks: dict[Who, int] = field(default_factory=dict)  # bytes
     settings: dict[Who, list[str]] = field(default_factory=dict)
-    times: dict[Who, list[float]] = field(default_factory=dict)
+    times: dict[Who, list[float]] = field(default_factory=dict)  # seconds of a call
     graphs: dict[Who, list[float]] = field(default_factory=dict)
+    work: dict[Who, Work] = field(default_factory=dict)  # of those who do another job than others
+
+    def add(self, into: str, who: Who, seconds: list[float] | None) -> None:
+        """The rounds of this sweep to ``times`` or ``graphs``. Who has none in one sweep has none
+        at all: ratios are of rounds in which both took part."""
+        found: dict[Who, list[float]] = getattr(self, into)
+        if seconds is None:
+            found.pop(who, None)
+        elif who in found or not self.count:
+            found.setdefault(who, []).extend(seconds)
 
     def forget_left_out(self) -> None:
         """Who could run in earlier sweeps alone."""
-        for found in (self.once, self.settings, self.times, self.graphs):
-            for who in [who for who in found if (who.provider, who.dtype) in self.left_out]:
-                del found[who]
+        for who in [who for who in self.times if (who.provider, who.dtype) in self.left_out]:
+            for found in (self.peaks, self.settings, self.times, self.graphs):
+                found.pop(who, None)
 
 
 def measure(
@@ -84,11 +96,15 @@ def measure(
     dtypes = case.dtypes or dtypes
     known = set(sweeps.left_out)
     tune(case, dtypes, clock, say, sweeps.left_out)
-    errors: dict[tuple[str, str], tuple[float, float]] = {}
-    for dtype in dtypes if not sweeps.count else ():
+    for dtype in dtypes:
+        settings = {(p.name, p.setting(dtype), dtype) for p in case.providers}
+        if settings <= sweeps.checked:
+            continue
         say(f"{dtype}: comparing losses and gradients")
-        for name, error in check(case, dtype, sweeps.left_out).items():
-            errors[name, dtype] = error
+        for name, errors in check(case, dtype, sweeps.left_out).items():
+            before = sweeps.errors.get((name, dtype), (0.0, 0.0))
+            sweeps.errors[name, dtype] = max(before[0], errors[0]), max(before[1], errors[1])
+        sweeps.checked |= settings
     for (name, dtype), why in sweeps.left_out.items():
         if (name, dtype) not in known:
             print(f"{case.title}: no {name} in {dtype}: {why.strip()[:400]}", file=sys.stderr)
@@ -108,32 +124,33 @@ def measure(
     for lane in lanes:
         provider, dtype = lane
         who = Who(provider.name, provider.role, dtype)
-        sweeps.times.setdefault(who, []).extend(times[lane])
-        if lane in graphs:
-            sweeps.graphs.setdefault(who, []).extend(graphs[lane])
+        sweeps.add("times", who, times[lane])
+        sweeps.add("graphs", who, graphs.get(lane))
         sweeps.settings.setdefault(who, []).append(provider.setting(dtype))
-        if sweeps.count:
-            continue
-        say(f"{provider.name} {dtype}: peak memory")
-        run = partial(getattr(provider, "run_uncaptured", provider.run), dtype)
-        loss_error, gradient_error = errors.get((provider.name, dtype), (None, None))
-        sweeps.once[who] = {
-            "peak_mib": digits(peak_bytes(run, device) / 2**20),
-            "loss_error": digits(loss_error),
-            "gradient_error": digits(gradient_error),
-        }
+        if who not in sweeps.peaks:
+            say(f"{provider.name} {dtype}: peak memory")
+            run = partial(getattr(provider, "run_uncaptured", provider.run), dtype)
+            sweeps.peaks[who] = peak_bytes(run, device)
+            if hasattr(provider, "work"):
+                sweeps.work[who] = provider.work(dtype)
     sweeps.count += 1
-    return [
-        {
-            **dict.fromkeys(COLUMNS),
-            **common,
-            **(ceilings or {}).get(who.dtype, {}),
-            **inputs_of(case),
-            **times_of(case, who, sweeps, (ceilings or {}).get(who.dtype, {})),
-            **once,
-        }
-        for who, once in sweeps.once.items()
-    ]
+    rows = []
+    for who, peak in sweeps.peaks.items():
+        ceiling = (ceilings or {}).get(who.dtype, {})
+        loss_error, gradient_error = sweeps.errors.get((who.provider, who.dtype), (None, None))
+        rows.append(
+            {
+                **dict.fromkeys(COLUMNS),
+                **common,
+                **ceiling,
+                **inputs_of(case),
+                **times_of(case, who, sweeps, ceiling),
+                "peak_mib": digits(peak / 2**20),
+                "loss_error": digits(loss_error),
+                "gradient_error": digits(gradient_error),
+            }
+        )
+    return rows
 
 
 def tune(
@@ -144,6 +161,10 @@ def tune(
     left_out: dict[tuple[str, str], str],
 ) -> None:
     """Every provider keeps its fastest setting; ``left_out`` gets those that can't run, and why."""
+
+    def seconds(call: Callable[[], Any]) -> float:
+        return clock.best(partial(in_a_row, call, case.calls))
+
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(clock.device) else ("fp32",):
         for provider in case.providers:
@@ -151,7 +172,7 @@ def tune(
                 continue
             say(f"{provider.name} {dtype}: choosing its fastest setting")
             try:
-                provider.tune(dtype, clock.best)
+                provider.tune(dtype, seconds)
                 if provider.name in case.optional:
                     provider.run(dtype)  # the check, at dropout 0, may be another kernel's
             except Exception as refusal:
@@ -174,13 +195,15 @@ def inputs_of(case: Case) -> Row:
 
 
 def times_of(case: Case, who: Who, sweeps: Sweeps, ceiling: dict[str, float]) -> Row:
-    """Who it was, how long it took, and how that compares with the others of the same rounds."""
+    """Who it was, how long it took, and how that compares with the others of the same rounds; who
+    does another job is compared with nobody."""
 
     def ratio(role: str, of: dict[Who, list[float]], dtype: str = who.dtype) -> float | None:
         theirs = [of[other] for other in of if (other.role, other.dtype) == (role, dtype)]
-        return speedup(theirs[0], of[who]) if theirs and who in of else None
+        return speedup(theirs[0], of[who]) if theirs and who in of and not own else None
 
-    times, graphs = sweeps.times, sweeps.graphs
+    times, graphs, own = sweeps.times, sweeps.graphs, sweeps.work.get(who)
+    work = own or (None if case.work is None else case.work(who.dtype))
     p20, median, p80 = quantiles(times[who], (0.2, 0.5, 0.8))
     graph = quantiles(graphs[who], (0.5,))[0] if who in graphs else None
     least = median if graph is None else graph
@@ -196,10 +219,11 @@ def times_of(case: Case, who: Who, sweeps: Sweeps, ceiling: dict[str, float]) ->
         "speedup_a": ratio(BASELINE, times),
         "speedup_b": ratio(CAREFUL, times),
         "speedup_a_fp32": ratio(BASELINE, times, "fp32"),
+        "speedup_graph": ratio(CAREFUL_GRAPH, times),
         "graph_ms": digits(None if graph is None else 1e3 * graph),
         "graph_speedup_a": ratio(BASELINE, graphs),
         "graph_speedup_b": ratio(CAREFUL, graphs),
-        **(achieved(case.work(who.dtype), least, ceiling) if case.work is not None else {}),
+        **({} if work is None else achieved(work, least, ceiling)),
     }
 
 
@@ -213,4 +237,5 @@ def achieved(work: Work, seconds: float, ceiling: dict[str, float]) -> dict[str,
         "tflops": digits(1e-12 * work.flops / seconds),
         "gbytes_per_s": digits(1e-9 * work.bytes / seconds),
         "bound_ms": digits(None if bound is None else 1e3 * bound),
+        "of_bound": digits(None if bound is None else bound / seconds),
     }

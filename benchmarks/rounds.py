@@ -3,8 +3,8 @@ everybody; and the figures that are made of them."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ def interleave(
             gc.collect()  # rather now than inside somebody's time
             for lane in lanes:
                 provider, dtype = lane
-                seconds = clock(partial(_several, provider, dtype, calls))
+                seconds = clock(partial(in_a_row, partial(provider.run, dtype), calls))
                 if number >= 0:
                     times[lane].append(seconds / calls)
     finally:
@@ -59,14 +59,19 @@ def replays(
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[Lane, list[float]]:
     """As ``interleave``, of ``calls`` in a row as one CUDA graph; without the lanes that can't be
-    captured. On a CPU there are none."""
+    captured, of which stderr says why. On a CPU there are none."""
     if clock.device.type == "cpu":
         return {}
     graphs: dict[Lane, Lane] = {}
     for provider, dtype in lanes:
         say(f"{provider.name} {dtype}: capturing")
-        with contextlib.suppress(RuntimeError):
-            graphs[provider, dtype] = (Replay(partial(_several, provider, dtype, calls)), dtype)
+        try:
+            replay = Replay(partial(in_a_row, partial(provider.run, dtype), calls))
+        except RuntimeError as error:
+            why = str(error).strip().partition("\n")[0]
+            print(f"{provider.name} {dtype} is not captured: {why}", file=sys.stderr)
+            continue
+        graphs[provider, dtype] = replay, dtype
     times = interleave(list(graphs.values()), rounds, 1, clock, say)
     return {lane: [t / calls for t in times[graph]] for lane, graph in graphs.items()}
 
@@ -80,7 +85,7 @@ def repetitions(
     """Rounds and warm-ups on a GPU, by the second run of each lane, within ``given`` seconds."""
     one = 0.0
     for lane in lanes:
-        call = partial(_several, *lane, calls)
+        call = partial(in_a_row, partial(lane[0].run, lane[1]), calls)
         call()
         one += clock(call)
     rounds, warm_up = (int(seconds / one) for seconds in given.values())
@@ -90,9 +95,9 @@ def repetitions(
     )
 
 
-def _several(provider: Any, dtype: str, calls: int) -> None:
+def in_a_row(call: Callable[[], Any], calls: int) -> None:
     for _ in range(calls):
-        provider.run(dtype)
+        call()
 
 
 def quantiles(values: list[float], at: tuple[float, ...]) -> list[float]:

@@ -24,7 +24,16 @@ from tinybert_fast.benchmarks.agreement import read_earlier, spreads
 from tinybert_fast.benchmarks.agreement import show as show_spreads
 from tinybert_fast.benchmarks.breakdown import Breakdown, breakdowns
 from tinybert_fast.benchmarks.breakdown import show as show_breakdown
-from tinybert_fast.benchmarks.case import DTYPES, Case, Cases, Failed, Setup
+from tinybert_fast.benchmarks.case import (
+    DTYPES,
+    PASSES,
+    Case,
+    Cases,
+    Disagreement,
+    Failed,
+    Setup,
+    one_line,
+)
 from tinybert_fast.benchmarks.hardware import copy_gbytes, facts, has_bf16, matmul_gflops
 from tinybert_fast.benchmarks.measuring import Sweeps, inputs_of, measure
 from tinybert_fast.benchmarks.rounds import ROUNDS, ROUNDS_SHORT, WARM_UP
@@ -42,6 +51,7 @@ def run_suite(
     *,
     cases: Collection[str] = (),
     providers: Collection[str] = (),
+    passes: Collection[str] = (),
     dtype: str = "fp32",
     rounds: int | None = None,
     sweeps: int = 1,
@@ -69,6 +79,7 @@ def run_suite(
             batch, length and padding).
         cases: names, or beginnings of names, of the cases to run; all by default.
         providers: names of those to run, beside the one that others are held to; all by default.
+        passes: "forward", "backward", "both": of ops, only these; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
         rounds: repetitions in each sweep; by default 10 on a CPU (3 where bf16 is emulated); on a
             GPU what fits into SECONDS, from 10 to 50.
@@ -78,7 +89,7 @@ def run_suite(
         device: "auto" takes a GPU if there is one.
         smoke: tiny models, seconds: shows that it works, its times mean nothing.
         profile: also show, and write to ``json_path``, where the time of our runs goes.
-        minutes: after which no further case begins; nor does a further sweep.
+        minutes: after which no further case begins, in whichever sweep.
         json_path: file to write; csv_path: file to append to; plots_path: folder to draw to.
         against: .csv or .json of an earlier run, also ``csv_path`` itself: how far the ratios are
             from its last ones is shown.
@@ -86,7 +97,7 @@ def run_suite(
 
     Raises:
         Disagreement: providers of a case differ in loss or gradients; no row of it is written.
-        Failed: several cases gave no rows. What a single one raised is raised as it is.
+        Failed: cases failed, for whatever reason. Rows of sweeps before the failure are written.
         ValueError: an argument that cannot be served.
     """
     from rich.console import Console
@@ -96,6 +107,9 @@ def run_suite(
         console.width = max(console.width, WIDTH)  # a wrapped line is better than a cut number
     on = _device(device)
     builders = selected(load_cases(suite, on_gpu=on.type == "cuda"), cases)
+    for one in passes:
+        if one not in PASSES:
+            raise ValueError(f"--pass {one!r} is not one of {', '.join(PASSES)}")
     _refuse(dtype, rounds, sweeps, threads, dropout, minutes)
     earlier = read_earlier(Path(against), suite) if against is not None else []
     file = CsvFile(Path(csv_path)) if csv_path is not None else None
@@ -110,21 +124,21 @@ def run_suite(
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     profiles: list[Breakdown] = []
     found: dict[Key, Sweeps] = {}
     of_case: dict[Key, list[Row]] = {}
     failures: dict[Key, Exception] = {}
     rows: list[Row] = []
+    begun = False  # to write
     try:
         common = {"suite": suite, **facts(setup.device)}
         ceilings = _ceilings(setup.device, dtypes)
-        for first, case in _in_turn(builders, setup, sweeps):
+        for first, name, case in _in_turn(builders, setup, sweeps, minutes):
+            if isinstance(case, Exception):
+                failures.setdefault((name,), case)
+                continue
             key = tuple(inputs_of(case).values())
-            late = deadline is not None and time.monotonic() > deadline
-            if late and first:
-                failures[key] = Failed(f"{case.title}: not begun after {minutes} minutes")
-            if late or key in failures:
+            if key in failures or (passes and case.phase not in passes):
                 del case
                 continue
             if providers:
@@ -139,19 +153,18 @@ def run_suite(
                         say("profile")
                         profiles += breakdowns(case, dtypes, setup.device)
             except Exception as error:  # noqa: BLE001  whatever a kernel or a compiler raises
-                print(f"{case.title} has no rows:", file=sys.stderr)
-                traceback.print_exception(error, limit=-ENTRIES)
-                _forget_locals(error)
-                failures[key] = error
-                of_case.pop(key, None)
+                failures[key] = _told(error, case.title)
+                if isinstance(error, Disagreement):
+                    of_case.pop(key, None)  # of sweeps in which another setting was chosen
             finally:
                 del case
             rows = list(chain.from_iterable(of_case.values()))
             if suite == "memory":
                 growth_exponents(rows)
-            if rows and json_path is not None:
+            begun = begun or bool(rows)
+            if json_path is not None and begun:
                 write_json(Path(json_path), suite, rows, profiles)
-            if rows and file is not None:
+            if file is not None and begun:
                 file.write(rows)
     finally:
         torch.set_num_threads(before)
@@ -168,25 +181,53 @@ def run_suite(
         rate = ceilings[one["dtype"]]["matmul_gflops"]
         show_breakdown(one, title, rate, console)
     errors = list(failures.values())
-    if len(errors) == 1:
+    if len(errors) == 1 and isinstance(errors[0], Failed):
         raise errors[0]
     if errors:
-        raise Failed("\n".join(str(error) for error in errors)) from errors[0]
+        raise Failed("\n".join(map(one_line, errors))) from errors[0]
     return rows
 
 
-def _in_turn(builders: Cases, setup: Setup, sweeps: int) -> Iterator[tuple[bool, Case]]:
-    """Whether it is the first sweep, and a case: built one at a time, and freed before the next."""
+def _in_turn(
+    builders: Cases, setup: Setup, sweeps: int, minutes: float | None
+) -> Iterator[tuple[bool, str, Case | Exception]]:
+    """Whether it is the first sweep, a builder's name, and one of its cases, built one at a time
+    and freed before the next, or what kept it from making one. None is built after ``minutes``."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     for number in range(sweeps):
-        for build in builders.values():
-            for case in build(setup):
-                yield number == 0, case
+        for name, build in builders.items():
+            cases = build(setup)
+            while True:
+                if deadline is not None and time.monotonic() > deadline:
+                    if number:
+                        return
+                    yield True, name, Failed(f"{name}: not done after {minutes} minutes")
+                    break
+                try:
+                    case = next(cases, None)
+                except Exception as error:  # noqa: BLE001  memory, or a check of the inputs
+                    yield number == 0, name, _told(error, name)
+                    break
+                if case is None:
+                    break
+                yield number == 0, name, case
                 del case
                 gc.collect()
                 if setup.on_gpu:
                     torch.cuda.empty_cache()
             if setup.on_gpu:
                 torch.compiler.reset()  # of code compiled for this case's shapes
+
+
+def _told(error: Exception, title: str) -> Exception:
+    """An error after stderr has it; it no longer keeps the models of its case alive."""
+    print(f"{title} failed:", file=sys.stderr)
+    traceback.print_exception(error, limit=-ENTRIES)
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _refuse(
@@ -226,13 +267,6 @@ def _stream(device: torch.device) -> Any:
         return contextlib.nullcontext()
     torch.cuda.synchronize(device)  # it does not wait for the default one, which made the models
     return torch.cuda.stream(torch.cuda.Stream(device))
-
-
-def _forget_locals(error: BaseException | None) -> None:
-    """An error that is kept must not keep the models of its case alive."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _device(name: str) -> torch.device:

@@ -25,7 +25,8 @@ COLUMNS = {
     "provider": "who computes it",
     "role": "a: as it comes; b: as a careful user writes it; ours; others by their own name",
     "pass": "forward, backward or both",
-    "dtype": "fp32; bf16 autocast over fp32 weights, of inference bf16 weights; int64",
+    "dtype": "fp32; bf16: autocast over fp32 weights in steps, the operands of ops, the weights of "
+    "inference; int64",
     "batch": "sequences B",
     "width": "padded length N",
     "valid_tokens": "real positions of the batch",
@@ -42,6 +43,7 @@ COLUMNS = {
     "speedup_a": "median over rounds of time(a) / time, same dtype",
     "speedup_b": "median over rounds of time(b) / time, same dtype",
     "speedup_a_fp32": "median over rounds of time(a in fp32) / time",
+    "speedup_graph": "median over rounds of time(b as one CUDA graph) / time, same dtype",
     "graph_ms": "GPU: the same calls as one CUDA graph, which leaves out launches; median. Empty "
     "where they cannot be captured, and for attention's backward alone: the random state of "
     "PyTorch's fused forward is then on the host",
@@ -50,8 +52,10 @@ COLUMNS = {
     "tflops": "needed operations / (graph_ms, or median_ms without it), 1e12/s",
     "gbytes_per_s": "needed bytes, likewise: each operand read once, each result written once",
     "bound_ms": "predicted least time: at matmul_gflops or at copy_gbytes, whichever takes longer",
-    "peak_mib": "largest memory alive during one run beyond what was alive before it",
-    "growth": "exponent of peak_mib in N over this provider's three longest N",
+    "of_bound": "bound_ms / (graph_ms, or median_ms without it)",
+    "peak_mib": "largest memory alive during one run beyond what was alive before it; of a graph, "
+    "of the step before it was captured",
+    "growth": "exponent of peak_mib in N, or in B where N is fixed, over the three largest",
     "loss_error": "of the result: relative difference from the check's reference at dropout 0",
     "gradient_error": "the same, the largest of any gradient",
     "device": "where it ran",
@@ -184,19 +188,25 @@ def digits(value: Any) -> Any:
 
 
 def growth_exponents(rows: list[Row]) -> None:
-    """Fill ``growth`` where one provider was measured at several widths: the slope of log peak
-    against log N over the longest ones (below, scratch of a fixed size may be most of it). 1 is
-    memory linear in the length, 2 its square."""
+    """Fill ``growth`` where one provider was measured at several widths, or else batches: the slope
+    of log peak against log N, or B, over the largest ones (below, scratch of a fixed size may be
+    most of it). 1 is memory linear in the length, 2 its square."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault((row["case"], row["provider"], row["dtype"]), []).append(row)
     for group in groups.values():
-        points = {row["width"]: row["peak_mib"] for row in group if row["peak_mib"]}
+        axis = axis_of(group)
+        points = {row[axis]: row["peak_mib"] for row in group if row["peak_mib"]}
         points = dict(sorted(points.items())[-LONGEST:])
         if len(points) > 1:
             exponent = slope([math.log(n) for n in points], [math.log(m) for m in points.values()])
             for row in group:
                 row["growth"] = round(exponent, 3)
+
+
+def axis_of(rows: Iterable[Row]) -> str:
+    """What a case's peaks are measured against: "width", or "batch" where the width is fixed."""
+    return "width" if len({row["width"] for row in rows}) > 1 else "batch"
 
 
 def slope(x: list[float], y: list[float]) -> float:
@@ -228,7 +238,9 @@ def show(rows: list[Row], console: Any) -> None:
     if rates:
         each = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
         lines.append(f"One large matrix product in this run: {each}.")
-    errors = [(row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"]]
+    errors = [
+        (row["loss_error"], row["gradient_error"]) for row in rows if row["loss_error"] is not None
+    ]
     if errors:
         loss, gradient = (max(column) for column in zip(*errors, strict=True))
         found = f"losses within {loss:.1e}, gradients within {gradient:.1e}"
@@ -362,22 +374,25 @@ def _graph(row: Row) -> tuple[str, ...]:
 
 
 def _growth(rows: list[Row]) -> Any:
-    """Peaks side by side, one column per N."""
-    first = rows[0]
-    table = _titled(f"{first['case']}: B={first['batch']}, peak MiB and time of the longest")
+    """Peaks side by side, one column per N, or per B where N is fixed."""
+    axis = axis_of(rows)
+    letter, other = ("N", "batch") if axis == "width" else ("B", "width")
+    fixed = {row[other] for row in rows}
+    said = f", {'B' if other == 'batch' else 'N'}={fixed.pop()}" if len(fixed) == 1 else ""
+    table = _titled(f"{rows[0]['case']}{said}: peak MiB, and time of the largest {letter}")
     for head in ("provider", "dtype"):
         table.add_column(head, no_wrap=True)
-    widths = sorted({row["width"] for row in rows})
-    for head in (*(f"N={n}" for n in widths), "peak ~ N^", "ms", "x (a)"):
+    sizes = sorted({row[axis] for row in rows})
+    for head in (*(f"{letter}={n}" for n in sizes), f"peak ~ {letter}^", "ms", "x (a)"):
         table.add_column(head, justify="right", no_wrap=True)
     by_lane: dict[tuple, dict[int, Row]] = {}
     for row in rows:
-        by_lane.setdefault(_who(row), {})[row["width"]] = row
+        by_lane.setdefault(_who(row), {})[row[axis]] = row
     for who, at in by_lane.items():
-        longest = at[widths[-1]]
+        longest = at[sizes[-1]]
         table.add_row(
             *who,
-            *(_number(at[n]["peak_mib"], ",.1f") for n in widths),
+            *(_number(at[n]["peak_mib"], ",.1f") for n in sizes),
             _number(longest["growth"], ".2f"),
             _number(longest["median_ms"], ",.1f"),
             _number(longest["speedup_a"], ".2f"),

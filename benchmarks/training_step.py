@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinybert_fast.benchmarks.batches import Batch
-from tinybert_fast.benchmarks.case import Outcome, Unavailable, autocast
+from tinybert_fast.benchmarks.case import Outcome, Unavailable, autocast, one_line
 from tinybert_fast.benchmarks.graphs import Replay
 from tinybert_fast.training.teacher import bf16_linears
 
@@ -161,12 +161,6 @@ def adamw(trained: nn.Module, *, capturable: bool = False) -> torch.optim.Optimi
     return torch.optim.AdamW(
         trained.parameters(), lr=LEARNING_RATE, fused=True, capturable=capturable
     )
-
-
-def one_line(error: Exception) -> str:
-    """Kind and first line of an error, for a line on stderr."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

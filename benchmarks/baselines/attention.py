@@ -41,7 +41,7 @@ class Sdpa(OpCall):
         self.mask = mask
 
     def setting(self, dtype: str) -> str:
-        q, k, v = self._operands(dtype)
+        q, k, v = self._sets(dtype)[0]
         chosen = torch._fused_sdp_choice(
             q, k, v, attn_mask=self.mask, dropout_p=self.dropout or 0.0
         )

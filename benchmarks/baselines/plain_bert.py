@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast.benchmarks.batches import Batch
-from tinybert_fast.benchmarks.case import Unavailable
-from tinybert_fast.benchmarks.training_step import one_line
+from tinybert_fast.benchmarks.case import Unavailable, one_line
 
 BACKEND = "inductor"
 MOST_SHAPES = (

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from tinybert_fast.benchmarks.baselines.distillation import SCORES, DistillationBaseline
 from tinybert_fast.benchmarks.batches import Batch
-from tinybert_fast.benchmarks.case import Unavailable
-from tinybert_fast.benchmarks.training_step import one_line
+from tinybert_fast.benchmarks.case import Unavailable, one_line
 
 NAME = "textbrewer"
 SHARED = "shared by all matches"  # the projection, in TextBrewer's registry

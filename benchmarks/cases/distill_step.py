@@ -32,7 +32,16 @@ from tinybert_fast.benchmarks.baselines.distillation import (
     PlainStep,
 )
 from tinybert_fast.benchmarks.batches import FILL, Batch, draw_batch, draw_lengths
-from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup, Unavailable
+from tinybert_fast.benchmarks.case import (
+    OURS,
+    Case,
+    Cases,
+    Check,
+    Setup,
+    Unavailable,
+    Work,
+    one_line,
+)
 from tinybert_fast.benchmarks.cases.mlm_step import student_config
 from tinybert_fast.benchmarks.step_work import distillation_work
 from tinybert_fast.benchmarks.training_step import (
@@ -40,7 +49,6 @@ from tinybert_fast.benchmarks.training_step import (
     GraphedStep,
     Teacher,
     TrainingStep,
-    one_line,
     sharing,
 )
 from tinybert_fast.integrations import accelerate
@@ -144,7 +152,8 @@ class CachedStep(OurStep):
     """The same from the second epoch on, if the teacher's lessons are cached: read from the disk
     (or from the memory that keeps its files), in the dtype they were computed in."""
 
-    name = "ours cached"
+    name = role = "ours cached"
+    work: Callable[[str], Work]  # without the teacher's
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -176,8 +185,6 @@ class CachedStep(OurStep):
 
 
 class CachedGpuStep(OnGpu, CachedStep):
-    role = CachedStep.name
-
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
         """Writes the lessons, for which there may be no room."""
         try:
@@ -261,6 +268,10 @@ def cases(
             fast(OurStep),
             fast(CachedStep),
         ]
+    work = partial(distillation_work, config, teacher_config, drawn.lengths)
+    for provider in providers:
+        if isinstance(provider, CachedStep):
+            provider.work = partial(work, False)
     names = [provider.name for provider in providers]
     checks = [Check(FULL, names[0], tuple(names[1:]))]
     if not every_position:
@@ -275,7 +286,7 @@ def cases(
         optimizer=OPTIMIZER,
         providers=providers,
         checks=tuple(checks),
-        work=partial(distillation_work, config, teacher_config, drawn.lengths, not student_alone),
+        work=partial(work, not student_alone),
     )
 
 

@@ -1,8 +1,8 @@
 """Masking of a batch of 256 rows: the call that masks, and whole collators from lists of integers.
 
 Transformers' collators choose every token by its own coin and ours an exact number, so there are no
-equal results to compare. Instead ours is held, bit for bit, to the Python reference on some rows
-before anything is timed.
+equal results to compare. Instead ours, the call and what the collators return, is held bit for bit
+to the Python reference on some rows before anything is timed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tinybert_fast.benchmarks.batches import IGNORED
 from tinybert_fast.benchmarks.case import (
     BASELINE,
     CAREFUL,
@@ -33,8 +34,9 @@ from tinybert_fast.testing.tiny_models import tiny_tokenizer
 BATCH, WIDTHS = 256, (128, 512)
 SMOKE_BATCH, SMOKE_WIDTHS = 8, (16,)
 VOCABULARY = 30522  # BERT's English one
-PIECES = 0.2  # of the vocabulary continue a word
+PIECES = round(0.2 * VOCABULARY)  # continue a word
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+FIRST_WORD = len(SPECIAL) + PIECES  # ids: special tokens, pieces, words
 CHECKED_ROWS = 4
 INTEGERS = ("int64",)
 CALLS, SHORT_CALLS = 10, 50  # in a row, for one measurement
@@ -43,14 +45,14 @@ CALLS, SHORT_CALLS = 10, 50  # in a row, for one measurement
 class Call:
     """A call as a provider."""
 
-    def __init__(self, name: str, role: str, call: Callable[[], Any], in_a_row: int) -> None:
-        self.name, self.role, self.call, self.in_a_row = name, role, call, in_a_row
+    def __init__(self, name: str, role: str, call: Callable[[], Any]) -> None:
+        self.name, self.role, self.call = name, role, call
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
         pass
 
     def setting(self, dtype: str) -> str:
-        return f"{self.in_a_row} calls in a row"
+        return ""
 
     def run(self, dtype: str) -> None:
         self.call()
@@ -61,8 +63,7 @@ class Call:
 
 def tokenizer() -> Any:
     """WordPiece with a vocabulary of BERT's size, of made-up words."""
-    pieces = round(PIECES * VOCABULARY)
-    words = [f"##p{n}" if n < pieces else f"w{n}" for n in range(VOCABULARY - len(SPECIAL))]
+    words = [f"##p{n}" if n < PIECES else f"w{n}" for n in range(VOCABULARY - len(SPECIAL))]
     with tempfile.TemporaryDirectory() as folder:
         return tiny_tokenizer(Path(folder), (*SPECIAL, *words))
 
@@ -73,12 +74,11 @@ def draw_examples(setup: Setup, batch: int, width: int) -> list[dict[str, list]]
     drawn = torch.randint(len(SPECIAL), VOCABULARY, (batch, width), generator=generator)
     drawn[:, 0], drawn[:, -1] = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")
     special = [1, *[0] * (width - 2), 1]
-    pieces = len(SPECIAL) + round(PIECES * VOCABULARY)
     examples = []
     for ids in drawn.tolist():
         offsets, stop = [(0, 0)], 0
         for token in ids[1:-1]:
-            start = stop + (token >= pieces)  # a space before every word
+            start = stop + (token >= FIRST_WORD)  # a space before every word
             stop = start + 4
             offsets.append((start, stop))
         examples.append(
@@ -130,10 +130,10 @@ def mask_cases(setup: Setup) -> Iterator[Case]:
             dropout=0.0,
             optimizer="none",
             providers=[
-                Call("transformers", BASELINE, partial(in_torch, ids, special), SHORT_CALLS),
-                Call("transformers numpy", CAREFUL, partial(in_numpy, *arrays), SHORT_CALLS),
-                Call("ours", OURS, partial(ours, rule), SHORT_CALLS),
-                Call("ours weighted", OURS, partial(ours, weighted), SHORT_CALLS),
+                Call("transformers", BASELINE, partial(in_torch, ids, special)),
+                Call("transformers numpy", CAREFUL, partial(in_numpy, *arrays)),
+                Call("ours", OURS, partial(ours, rule)),
+                Call("ours weighted", OURS, partial(ours, weighted)),
             ],
             checks=(),
             dtypes=INTEGERS,
@@ -155,6 +155,8 @@ def collate_cases(setup: Setup, *, name: str, whole_words: bool) -> Iterator[Cas
         if not whole_words:
             for example in examples:
                 del example["offset_mapping"]
+        ours = SparseMaskingCollator(known, **options)
+        hold_collator_to_reference(ours, examples)
 
         def of_copies(collate: Callable, examples: list = examples) -> Any:
             return collate([dict(example) for example in examples])
@@ -167,7 +169,7 @@ def collate_cases(setup: Setup, *, name: str, whole_words: bool) -> Iterator[Cas
             dropout=0.0,
             optimizer="none",
             providers=[
-                Call(label, role, partial(of_copies, collator), CALLS)
+                Call(label, role, partial(of_copies, collator))
                 for label, role, collator in (
                     ("transformers", BASELINE, DataCollatorForLanguageModeling(known, **options)),
                     (
@@ -175,7 +177,7 @@ def collate_cases(setup: Setup, *, name: str, whole_words: bool) -> Iterator[Cas
                         CAREFUL,
                         DataCollatorForLanguageModeling(known, return_tensors="np", **options),
                     ),
-                    ("ours", OURS, SparseMaskingCollator(known, **options)),
+                    ("ours", OURS, ours),
                 )
             ],
             checks=(),
@@ -194,6 +196,44 @@ def hold_to_reference(ids: torch.Tensor, rule: MaskingRule, special: torch.Tenso
     for what in ("input_ids", "rows", "labels", "offsets"):
         if not torch.equal(getattr(exact, what), getattr(got, what)):
             raise Disagreement(f"mlm_mask: {what} differs from the reference's")
+
+
+def hold_collator_to_reference(collator: SparseMaskingCollator, examples: list[dict]) -> None:
+    """Disagreement unless it returns, of the first rows, what the tokenizer gave with the
+    reference's masks, and labels where the reference chooses and nowhere else."""
+    few = [{**example, "example_id": b} for b, example in enumerate(examples[:CHECKED_ROWS])]
+    got = collator(few)  # numbered, so that the masks are a function of seed, step and number
+    ids, special, types, attention = (
+        torch.tensor([example[name] for example in few])
+        for name in ("input_ids", "special_tokens_mask", "token_type_ids", "attention_mask")
+    )
+    rule = collator.rule
+    assert rule is not None  # the collator masks
+    exact = mlm_mask(
+        ids,
+        rule,
+        seed=collator.seed or 0,
+        step=collator.step,
+        example_ids=torch.arange(len(few)),
+        special_tokens_mask=special,
+        word_starts=None if rule.unit == "token" else ids >= FIRST_WORD,
+        impl="reference",
+    )
+    labels = torch.full_like(ids, IGNORED)
+    labels.view(-1)[exact.rows] = ids.view(-1)[exact.rows]
+    expected = {
+        "input_ids": exact.input_ids,
+        "labels": labels,
+        "token_type_ids": types,
+        "attention_mask": attention,
+    }
+    if got.keys() != expected.keys():
+        raise Disagreement(
+            f"SparseMaskingCollator: returned {', '.join(got)}; expected {', '.join(expected)}"
+        )
+    for what, value in expected.items():
+        if not torch.equal(got[what], value):
+            raise Disagreement(f"SparseMaskingCollator: {what} differs from the reference's")
 
 
 CASES: Cases = {

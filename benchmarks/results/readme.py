@@ -23,9 +23,9 @@ from typing import Any
 
 from tinybert_fast.benchmarks.agreement import WITHIN, repeats
 from tinybert_fast.benchmarks.baselines.textbrewer import NAME as TEXTBREWER
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, CAREFUL_GRAPH, OURS
 from tinybert_fast.benchmarks.suites import SUITES
-from tinybert_fast.benchmarks.table import Row, case_of, newest, over_teacher, read
+from tinybert_fast.benchmarks.table import Row, axis_of, case_of, newest, over_teacher, read
 from tinybert_fast.data.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parent
@@ -46,6 +46,7 @@ CASES = {
     "attention_score_mse_d64": "attention loss, 12 heads of 64 against 64",
     "attention_score_mse_memory": "B=4",
     "attention_score_mse_memory_of_tokens": "4,096 tokens",
+    "attention_score_mse_memory_of_batch": "N=512",
     "attention_relation_kl_qk": "relation of queries and keys",
     "attention_relation_kl_vv": "relation of values",
     "hidden_mse_d312": "hidden states, 312 to 768",
@@ -101,6 +102,10 @@ def three(value: float | None) -> str:
     if value >= 1e6:
         return three(value / 1e6) + " M"
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def milliseconds(seconds: float | None) -> str:
+    return three(None if seconds is None else 1e3 * seconds)
 
 
 def times(value: float | None) -> str:
@@ -162,8 +167,10 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
         f"medians of {between(row['rounds'] for row in rows)} interleaved rounds"
         + several(between(row["sweeps"] or 1 for row in rows)),
     ]
-    if first["allocator"] == "keeps":
-        said.append("freed memory is kept")
+    keeps = [row["date"] for row in rows if row["allocator"] == "keeps"]
+    if keeps:
+        when = "" if len(keeps) == len(rows) else f" in the runs of {each(sorted(keeps))}"
+        said.append(f"freed memory is kept{when}")
     if rates:
         said.append(f"one large product in the same runs: {', '.join(rates)}")
     runs: dict[str, list[Row]] = {}
@@ -197,7 +204,8 @@ def command(run: list[Row], rows: list[Row]) -> str:
     every = {row["case"] for row in rows} == set(cases)
     words = [f"tinybert-fast bench --suite {run[0]['suite']}"]
     words += [] if every else [f"--case {case}" for case in cases]
-    words += ["--dtype both"] if len({row["dtype"] for row in run}) > 1 else []
+    dtypes = {row["dtype"] for row in run}
+    words += ["--dtype both"] if len(dtypes) > 1 else ["--dtype bf16"] * (dtypes == {"bf16"})
     sweeps = run[0]["sweeps"] or 1
     words += [f"--sweeps {sweeps}"] if sweeps > 1 else []
     words += [f"--threads {run[0]['threads']}", f"--rounds {run[0]['rounds'] // sweeps}"]
@@ -207,11 +215,18 @@ def command(run: list[Row], rows: list[Row]) -> str:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def table_of(suite: str, machine: str, body: Callable[[list[Row]], str], page: Path) -> str:
+def table_of(
+    suite: str,
+    machine: str,
+    body: Callable[[list[Row]], str],
+    page: Path,
+    allocator: str | None = None,
+) -> str:
+    """``allocator``: of its rows alone, "keeps" or "system", what came before that column too."""
     file = RESULTS / f"{suite}-{machine}.csv"
     if not file.exists():
         raise NoRows(f"there is no {file.name} yet")
-    rows = newest(read(file))
+    rows = newest(row for row in read(file) if allocator in (None, row["allocator"] or "system"))
     return f"{body(rows)}\n\n{caption(rows, file, page)}"
 
 
@@ -301,16 +316,18 @@ def providers(rows: list[Row], *, graphs: bool) -> str:
 
 
 def cpu_ops(rows: list[Row]) -> str:
+    """Forward and backward; other passes are no losses'."""
+    rows = [row for row in rows if row["pass"] == "both"]
     heads = (
-        "loss, fp32, forward and backward|B, N|(a), ms|(b), ms|tinybert_fast, ms|against (a)"
+        "loss, forward and backward|dtype|B, N|(a), ms|(b), ms|tinybert_fast, ms|against (a)"
         "|against (b)|peak MiB, (a) to ours"
     )
     return markdown(
         heads,
-        2,
+        3,
         (
             [
-                name_of(group[OURS]), shape_of(group[OURS]),
+                name_of(group[OURS]), group[OURS]["dtype"], shape_of(group[OURS]),
                 *(cell(group.get(role), "median_ms") for role in (BASELINE, CAREFUL, OURS)),
                 cell(group[OURS], "speedup_a", times), cell(group[OURS], "speedup_b", times),
                 memory_of(group),
@@ -366,24 +383,36 @@ def scaling(rows: list[Row]) -> str:
 
 
 def memory(rows: list[Row]) -> str:
-    lanes: dict[tuple[str, str], dict[int, Row]] = {}
+    """Against the length, and in a table below against the batch."""
+    cases: dict[str, list[Row]] = {}
     for row in rows:
-        lanes.setdefault((row["case"], row["role"]), {})[row["width"]] = row
-    widths = sorted({row["width"] for row in rows})
+        cases.setdefault(row["case"], []).append(row)
+    axes: dict[str, list[Row]] = {}
+    for of_case in cases.values():
+        axes.setdefault(axis_of(of_case), []).extend(of_case)
+    return "\n\n".join(memory_along(axis, of_axis) for axis, of_axis in axes.items())
+
+
+def memory_along(axis: str, rows: list[Row]) -> str:
+    lanes: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in rows:
+        lanes.setdefault((row["case"], row["role"], row["dtype"]), {})[row[axis]] = row
+    sizes, letter = sorted({row[axis] for row in rows}), "N" if axis == "width" else "B"
     words = {
         BASELINE: "official formula",
         CAREFUL: "the faster of direct and Gram",
         OURS: "tinybert_fast",
     }
+    peaks = "|".join(f"{letter}={n}, MiB" for n in sizes)
     return markdown(
-        "|".join(["", "who", *(f"N={n}, MiB" for n in widths), "grows as", "longest, ms"]),
-        2,
+        f"|who|dtype|{peaks}|grows as|largest, ms",
+        3,
         (
             [
-                CASES[case], words[role], *(cell(at[n], "peak_mib") for n in widths),
-                f"N^{at[widths[-1]]['growth']:.2f}", cell(at[widths[-1]], "median_ms"),
+                CASES[case], words[role], dtype, *(cell(at[n], "peak_mib") for n in sizes),
+                f"{letter}^{at[sizes[-1]]['growth']:.2f}", cell(at[sizes[-1]], "median_ms"),
             ]
-            for (case, role), at in lanes.items()
+            for (case, role, dtype), at in lanes.items()
         ),
     )  # fmt: skip
 
@@ -415,8 +444,9 @@ def pretraining(page: Path) -> str:
         lines.append(
             [
                 row["dtype"], f"{row['batch']}, {row['width']}",
-                *(three(1e3 * row["step_seconds"][who]) for who in PRETRAINING),
-                times(row["speedup"]), times(row["speedup_kept"]), three(row["tokens_per_second"]),
+                *(milliseconds(row["step_seconds"].get(who)) for who in PRETRAINING),
+                times(row["speedup"]), times(row.get("speedup_kept")),
+                three(row["tokens_per_second"]),
                 f"{100 * row['waiting_for_data']:.1f} %",
             ]
         )  # fmt: skip
@@ -507,6 +537,8 @@ def slower(page: Path) -> str:
                 if ratio >= 1:
                     continue
                 captured = gain(ours, other, "graph_ms")  # both, or nothing
+                if other["role"] == CAREFUL_GRAPH and "ours graph" in group:
+                    captured = other["median_ms"] / group["ours graph"]["median_ms"]
                 which = "" if ours["pass"] == "both" else f", {ours['pass']}"
                 if ours["suite"] == "scaling":  # whose points may differ in this alone
                     which += f", {real_of(ours)} real"
@@ -595,8 +627,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def demo(page: Path) -> str:
-    file = RESULTS / f"demo-full-{CPU}.json"
+def demo(target: str, page: Path) -> str:
+    """``target``: of make, "demo" or "demo-full"."""
+    file = RESULTS / f"{target}-{CPU}.json"
+    if not file.exists():
+        raise NoRows(f"there is no {file.name} yet")
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = []
     for model in found["models"].values():
@@ -624,7 +659,7 @@ def demo(page: Path) -> str:
     return (
         f"{markdown('model|parameters|seeds|held-out accuracy|sentences/s', 1, lines)}\n\n"
         f"The distilled student wins back {', '.join(won)}; {found['data']['held_out']} held-out "
-        f"sentences. `make demo-full ARGS='{options}'`; "
+        f"sentences. `make {target} ARGS='{options}'`; "
         f"{found['machine']['cpu']}, {found['machine']['date']} in {link(file, page)}."
     )
 
@@ -653,6 +688,7 @@ def reactions(page: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-steps": partial(table_of, "step", CPU, cpu_steps),
+    "cpu-steps-system": partial(table_of, "step", CPU, cpu_steps, allocator="system"),
     "cpu-steps-all": partial(table_of, "step", CPU, partial(providers, graphs=False)),
     "cpu-ops": partial(table_of, "ops", CPU, cpu_ops),
     "cpu-memory": partial(table_of, "memory", CPU, memory),
@@ -669,7 +705,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "slower": slower,
     "baselines": baselines,
     "agreement": agreement,
-    "demo": demo,
+    "demo": partial(demo, "demo-full"),
+    "demo-quick": partial(demo, "demo"),
     "reactions": reactions,
 }
 

@@ -34,6 +34,7 @@ from tinybert_fast.benchmarks.case import (
 )
 from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
+    attention_score_mse_memory,
     distill_step,
     inference,
     masking,
@@ -489,7 +490,7 @@ def test_masking_suite(monkeypatch):
         *(("collate_words", name) for name in names),
     ]  # fmt: skip
     assert all(row["dtype"] == "int64" and row["growth"] is None for row in rows)
-    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert all(row["tokens_per_s"] > 0 and not row["setting"] for row in rows)
 
     def another_draw(ids, rule, **options):
         if options.get("impl") != "reference":
@@ -499,6 +500,39 @@ def test_masking_suite(monkeypatch):
     monkeypatch.setattr(masking, "mlm_mask", another_draw)
     with pytest.raises(Disagreement, match="mlm_mask: input_ids differs"):
         runner.run_suite("masking", smoke=True, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("what", "broken", "says"),
+    [
+        ("labels", lambda x: x.roll(1, dims=1), "labels differs"),
+        ("input_ids", lambda x: x.index_fill(1, torch.tensor([0]), 7), "input_ids differs"),
+        ("attention_mask", torch.zeros_like, "attention_mask differs"),
+        ("example_id", lambda x: torch.arange(4), "expected input_ids, labels, token_type_ids"),
+    ],
+    ids=["elsewhere", "a-token", "no-token-real", "another-column"],
+)
+def test_a_broken_collator_gives_no_rows(what, broken, says, tmp_path, monkeypatch):
+    class Broken(masking.SparseMaskingCollator):
+        def __call__(self, examples, return_tensors=None):
+            batch = super().__call__(examples, return_tensors)
+            return {**batch, what: broken(batch.get(what))}
+
+    monkeypatch.setattr(masking, "SparseMaskingCollator", Broken)
+    file = tmp_path / "rows.csv"
+    with pytest.raises(Disagreement, match=says):
+        runner.run_suite("masking", cases=["collate_tokens"], smoke=True, rounds=1, csv_path=file)
+    assert not file.exists()
+
+
+def test_whole_words_are_held_to_their_words(monkeypatch):
+    class Words(masking.SparseMaskingCollator):
+        def _word_starts(self, ids, starts, offsets):
+            return None if self.rule.unit == "token" else torch.ones_like(ids, dtype=torch.bool)
+
+    monkeypatch.setattr(masking, "SparseMaskingCollator", Words)
+    with pytest.raises(Disagreement, match="differs from the reference's"):
+        list(masking.CASES["collate_words"](SMOKE))
 
 
 def test_inference_suite(capsys):
@@ -616,7 +650,29 @@ def test_memory_suite_in_both_dtypes(capsys):
     assert growth[of_length, "ours", "fp32"] < 1.2
     assert growth[of_tokens, "autograd", "fp32"] > 0.7
     assert growth[of_tokens, "ours", "fp32"] < 0.2
+    of_batch = {
+        (row["batch"], row["provider"]): row["peak_mib"]
+        for row in rows
+        if row["case"] == "attention_score_mse_memory_of_batch" and row["dtype"] == "fp32"
+    }
+    assert {row["width"] for row in rows if row["case"].endswith("_of_batch")} == {64}
+    assert of_batch[2, "autograd"] > 1.7 * of_batch[1, "autograd"]
+    assert of_batch[2, "ours"] < 2.1 * of_batch[1, "ours"]
     assert {row["bf16_hardware"] for row in rows} <= {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("case", "fixed"),
+    [
+        ("attention_score_mse_memory", lambda batch, width: batch),
+        ("attention_score_mse_memory_of_tokens", lambda batch, width: batch * width),
+        ("attention_score_mse_memory_of_batch", lambda batch, width: width),
+    ],
+)
+def test_memory_is_measured_along_one_line(case, fixed):
+    for shapes in (attention_score_mse_memory.SHAPES, attention_score_mse_memory.SMOKE_SHAPES):
+        assert len({fixed(*shape) for shape in shapes[case]}) == 1
+        assert len(set(shapes[case])) > 1
 
 
 def test_ops_suite():
@@ -679,10 +735,16 @@ def test_only_some_providers():
     assert [row["provider"] for row in rows] == ["transformers", "ours"]
 
 
+def test_only_some_passes():
+    chosen = {"cases": ["dropout_add_layer_norm_d312"], "passes": ["both"]}
+    rows = runner.run_suite("ops", smoke=True, rounds=1, **chosen)
+    assert {row["pass"] for row in rows} == {"both"}
+
+
 def test_no_case_begins_after_the_minutes(monkeypatch):
     ticks = iter(range(0, 10_000, 70))
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks))
-    with pytest.raises(Failed, match="hidden_mse_d768 N=16: not begun after 2 minutes"):
+    with pytest.raises(Failed, match="hidden_mse_d768: not done after 2 minutes"):
         runner.run_suite("ops", cases=["hidden"], smoke=True, rounds=1, minutes=2)
 
 
@@ -703,6 +765,92 @@ def test_sweeps_count_together_and_only_the_first_checks():
     assert log.count("o") == 2 * (1 + 3) + 1  # warm-ups, rounds, peak memory
 
 
+def test_a_setting_chosen_in_a_later_sweep_is_checked():
+    sweeps = measuring.Sweeps()
+    providers = [Fake("a", "a", []), Fake("o", "ours", [])]
+    measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+    providers[1].setting = lambda dtype: "another"
+    providers[1].loss = 3.0
+    with pytest.raises(Disagreement):
+        measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+
+
+def test_a_failure_in_a_later_sweep_leaves_the_rows_of_earlier_ones(tmp_path, monkeypatch):
+    builds = []
+
+    def build(setup):
+        builds.append(Fake("o", "ours", []))
+        if len(builds) > 1:
+            builds[-1].run = lambda dtype: 1 / 0
+        yield fake_case(Fake("a", "a", []), builds[-1])
+
+    monkeypatch.setattr(runner, "load_cases", lambda suite, on_gpu: {"fake": build})
+    target = tmp_path / "rows.csv"
+    with pytest.raises(Failed, match="ZeroDivisionError"):
+        runner.run_suite("ops", smoke=True, rounds=1, sweeps=3, csv_path=target)
+    with target.open(newline="") as file:
+        assert [row["sweeps"] for row in csv.DictReader(file)] == ["1", "1"]
+    assert len(builds) == 3  # the third was not measured
+
+
+def test_a_case_that_cannot_be_built_leaves_the_others(tmp_path, monkeypatch):
+    def broken(setup):
+        raise MemoryError("no room")
+        yield
+
+    def right(setup):
+        yield fake_case(Fake("a", "a", []), Fake("o", "ours", []))
+
+    builders = {"broken": broken, "right": right}
+    monkeypatch.setattr(runner, "load_cases", lambda suite, on_gpu: builders)
+    target = tmp_path / "rows.csv"
+    with pytest.raises(Failed, match="MemoryError: no room"):
+        runner.run_suite("ops", smoke=True, rounds=1, csv_path=target)
+    assert target.exists()
+
+
+def test_who_does_another_job_is_compared_with_nobody():
+    other = Fake("o", "o", [])
+    other.work = lambda dtype: Work(flops=1e6, bytes=1e9)
+    ceilings = {"fp32": {"matmul_gflops": 1.0, "copy_gbytes": 100.0}}
+    case = fake_case(Fake("a", "a", []), other)
+    case.work = lambda dtype: Work(flops=1e9, bytes=1e9)
+    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts(), ceilings=ceilings)
+    assert [row["bound_ms"] for row in rows] == [1000.0, 10.0]
+    assert [row["speedup_a"] for row in rows] == [1.0, None]
+    assert rows[1]["of_bound"] == pytest.approx(10.0 / rows[1]["median_ms"], rel=1e-2)
+
+
+def test_graphs_of_one_sweep_alone_are_not_compared():
+    sweeps, who = measuring.Sweeps(), measuring.Who("o", "ours", "fp32")
+    sweeps.add("graphs", who, [1.0])
+    sweeps.count = 1
+    sweeps.add("graphs", who, None)
+    sweeps.count = 2
+    sweeps.add("graphs", who, [1.0])
+    assert sweeps.graphs == {}
+
+
+def test_runs_take_copies_of_the_operands_in_turn(monkeypatch):
+    seen = []
+
+    def square(x):
+        seen.append((x.data_ptr(), x.stride()))
+        return (x * x).sum()
+
+    x = torch.randn(4, 8)[:, :6]
+    monkeypatch.setitem(op_call.CACHES, "cpu", 2 * x.nbytes)
+    call = op_call.OpCall("square", "ours", square, (x,), 1)
+    for _ in range(4):
+        call.run("fp32")
+    assert [seen[i] == seen[0] for i in range(4)] == [True, False, False, True]
+    assert {stride for _, stride in seen} == {x.stride()}
+    backward = call.of("backward")
+    for _ in range(4):
+        backward.run("fp32")
+    assert len(seen) == 4 + 3  # a forward for each copy
+
+
 def test_who_cannot_run_in_a_later_sweep_has_no_row():
     sweeps = measuring.Sweeps()
     providers = [Fake("a", "a", []), Fake("o", "ours", [])]
@@ -721,7 +869,8 @@ def test_a_suite_is_swept_as_a_whole(tmp_path, monkeypatch):
 
     def build(name):
         def cases(setup):
-            yield replace(fake_case(Fake(name, "a", log), Fake("o", "ours", [])), name=name)
+            case = fake_case(Fake(name, "a", log), Fake("o", "ours", []), reference=name)
+            yield replace(case, name=name)
 
         return cases
 
@@ -764,6 +913,7 @@ def test_passes_of_an_op():
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),
         ({"sweeps": 0}, "--sweeps 0: at least 1"),
+        ({"passes": ["back"]}, "--pass 'back' is not one of forward, backward, both"),
         ({"threads": 0}, "--threads 0: at least 1"),
         ({"dropout": 1.0}, "--dropout 1.0: a probability in"),
         ({"device": "tpu"}, "--device 'tpu' is not one of auto, cpu, cuda"),

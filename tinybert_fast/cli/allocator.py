@@ -13,16 +13,14 @@ def keep_freed_memory() -> None:
     """Freed memory stays in the process and large tensors get huge pages; before torch allocates.
 
     glibc returns each large block to the kernel, which hands out zeroed pages again at the next
-    step, one fault for 4 KiB. Without that a step of TinyBERT-4L-312 (bf16, 32 short sentences, a
-    2-core AMD EPYC guest) took 177 ms instead of 217. Elsewhere than on glibc only torch is told.
+    step, one fault for 4 KiB. Elsewhere than on glibc only torch is told.
     """
     global _kept
-    _kept = True
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, NONE)
-        mallopt(M_TRIM_THRESHOLD, NEVER)
+        # mallopt answers 1 where it took the setting.
+        _kept = bool(mallopt(M_MMAP_MAX, NONE) and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def keeps_freed_memory() -> bool:

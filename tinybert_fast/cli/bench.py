@@ -45,6 +45,14 @@ def bench(
             metavar="NAME", help="Only this one, beside what it is held to; may be repeated."
         ),
     ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass",
+            metavar="NAME",
+            help="Of ops, only this pass: forward, backward or both; may be repeated.",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
     rounds: Annotated[int | None, typer.Option(help="Repetitions; by device by default.")] = None,
     sweeps: Annotated[
@@ -100,12 +108,15 @@ def bench(
     ] = None,
     json_file: options.Json = None,
 ) -> None:
-    """Time one training step beside what one would use otherwise: Transformers, careful PyTorch."""
+    """Time steps, ops and encoders beside what one would use otherwise: Transformers, careful
+    PyTorch, others' kernels.
+    """
     if tune:
-        if csv is not None or plots is not None or against is not None or case or profile:
+        files = (csv, plots, against)
+        if any(file is not None for file in files) or case or provider or passes or profile:
             raise ValueError(
                 "--tune writes settings and no rows: leave --csv, --plots, --against, --case, "
-                "--profile"
+                "--provider, --pass, --profile"
             )
         _tune(head or (), minutes, json_file)
         return
@@ -120,6 +131,7 @@ def bench(
             suite,
             cases=case or (),
             providers=provider or (),
+            passes=passes or (),
             dtype=dtype,
             rounds=rounds,
             sweeps=sweeps,

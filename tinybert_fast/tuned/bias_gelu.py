@@ -1,7 +1,7 @@
 """gelu(x + bias) with PyTorch's fused gelu; the backward adds the bias again, nothing is kept.
 
-The bias is rounded to x's dtype, as F.linear under autocast does: on a CPU a sum of bf16 and fp32
-and the fp32 gelu after it take 4 times as long as both in bf16 (gelu computes in fp32 inside).
+The bias is rounded to x's dtype, as F.linear under autocast does: a sum of bf16 and fp32 on a CPU
+makes an fp32 copy of x, and sum and gelu are fp32 tensors then (gelu computes in fp32 anyway).
 """
 
 from __future__ import annotations

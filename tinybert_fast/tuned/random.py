@@ -1,6 +1,6 @@
 """Dropout masks from torch's own generator, 8 bits a cell, at the rates of reference/philox.py.
 
-Philox in tensor arithmetic takes 20 times as long on a CPU, and hundreds of launches on a GPU.
+Philox in tensor arithmetic is hundreds of passes over a tensor on a CPU, and of launches on a GPU.
 philox.py beside this file has the reference's own cells, from the compiled module.
 """
 
@@ -28,7 +28,7 @@ def generator(seed: Tensor, site: int) -> torch.Generator:
 def draw_bytes(
     shape: torch.Size | tuple[int, ...], source: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """Random uint8 ``shape``: 8 cells per 64-bit draw, 15 times faster than bernoulli_."""
+    """Random uint8 ``shape``: 8 cells per 64-bit draw, where bernoulli_ draws for each cell."""
     count = math.prod(shape)
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=source)
@@ -64,6 +64,6 @@ class Cells:
 def keep_mask(cells: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:
     """1 where a random byte keeps its cell, else 0, in the dtype it will be multiplied with.
 
-    On a CPU a product of float and bool tensors takes 20 times that of two float tensors.
+    A product of a float and a bool tensor on a CPU makes a float copy of the latter each time.
     """
     return cells.to(dtype).ge_(threshold(dropout_p))
