@@ -86,7 +86,15 @@ def _largest_first(events: Iterable[Any], own: str) -> list[dict[str, Any]]:
 
 def show(found: Breakdown, title: str, gflops: float, console: Any) -> None:
     """A table of the largest operators; beneath it the products, and the time they would take at
-    ``gflops``, the rate of one large product."""
+    ``gflops``, the rate of one large product. On a GPU also of kernels; where the profiler saw none
+    there is nothing to say but that."""
+    if not found.get("kernels", True):
+        console.print(
+            f"{title}: the profiler saw no kernels in a step of {found['wall_ms']:,.2f} ms; CUPTI, "
+            "which tells it of them, is missing or serves another profiler.",
+            highlight=False,
+        )
+        return
     _show_largest(found["operators"], "operator", f"{title}: operators by own time", console)
     if "kernels" in found:
         _show_largest(found["kernels"], "kernel", f"{title}: kernels", console)
@@ -105,6 +113,9 @@ def show(found: Breakdown, title: str, gflops: float, console: Any) -> None:
 def _show_largest(rows: list[dict[str, Any]], what: str, title: str, console: Any) -> None:
     from rich.table import Table
 
+    if not rows:
+        console.print(f"{title}: none was seen.", highlight=False)
+        return
     total = sum(o["ms"] for o in rows)
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column(what, max_width=LONGEST_NAME, no_wrap=True)

@@ -4,7 +4,8 @@
 
 The parts run in the order of PARTS, the most precious first, each with its share of the minutes
 that are left; what one leaves unused goes to those behind it. A part that fails or runs out of time
-leaves the others theirs. OUT gets at most 8 files, written anew after every part:
+leaves the others theirs. OUT gets at most 8 files, written anew after every part, and may have none
+of an earlier run:
 
     results.json   facts, each part's outcome, what tests and validation found, tuning, distillation
     rows.csv       the benchmark rows of all suites       profile.json   kernel times of our steps
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,22 @@ NEEDED = (  # by the parts; pip names them alike, but for sklearn
     "hypothesis pytest sklearn scipy triton"
 ).split()
 SUITES = ("step", "ops", "memory")
+FILES = (  # of OUT, where they were made
+    "results.json rows.csv profile.json settings.json log.txt bars.png memory.png roofline.png"
+).split()
+# Cases of the ops suite, as `--case` takes them: of each op one width, then its other ones.
+FIRST_OPS = (
+    "attention_d26 dropout_add_layer_norm_d312 attention_score_mse_d26 linear_cross_entropy_d312 "
+    "hidden_mse_d312 layer_norm_d312 embedding_layer_norm_d312 attention_relation_kl_qk "
+    "bias_gelu_d1200"
+).split()
+OTHER_OPS = (
+    "attention_d64 attention_d32 dropout_add_layer_norm_d768 attention_score_mse_d64 "
+    "linear_cross_entropy_d768 hidden_mse_d768 layer_norm_d768 embedding_layer_norm_d768 "
+    "attention_relation_kl_vv bias_gelu_d3072"
+).split()
 MAXIMAL_WORKERS = 12
+LEAST = 15.0  # seconds that a bench begins in: it imports and measures ceilings before a case
 GRACE = 20.0  # seconds from an interrupt to the kill: pytest takes 10 to print its summary
 INSIDE = 0.85  # of a part's time is what a command that can stop by itself is given
 LOG_BYTES = 1_500_000  # of a part: ten of them within 16 MB
@@ -75,9 +91,11 @@ class Run:
     offline: bool
     cores: int
 
-    def bench(self, suite: str, seconds: float, *more: str) -> Command:
+    def bench(self, suite: str, seconds: float, *more: str, number: int = 0) -> Command:
+        """``number``: of several of a suite, whose rows share a .csv; a .json has those of one."""
         size = "--smoke --rounds 1 --threads 1" if self.dry else ""
-        files = ["--json", f"{self.work / suite}.json", "--csv", f"{self.work / suite}.csv"]
+        json_file = self.work / f"{suite}{number or ''}.json"
+        files = ["--json", str(json_file), "--csv", f"{self.work / suite}.csv"]
         minutes = f"{INSIDE * seconds / 60:.3f}"
         return [
             *PROGRAM, *f"bench --suite {suite} --dtype bf16 --minutes {minutes} {size}".split(),
@@ -89,16 +107,22 @@ class Run:
         file = self.work / f"{name}.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
+    def rows(self, suite: str) -> list[dict[str, Any]]:
+        """Of all its benches so far."""
+        files = sorted(self.work.glob(f"{suite}*.json"))
+        return [row for file in files for row in self.found(file.stem).get("rows", [])]
+
 
 @dataclass(frozen=True)
 class Part:
-    """``commands`` run one after the other until one fails; ``read`` says in a line what they
-    found, from the files they left and what they printed."""
+    """``commands`` run one after the other, until one fails if each needs those before it; ``read``
+    says in a line what they found, from the files they left and what they printed."""
 
     name: str
     share: float  # of the minutes
-    commands: Callable[[Run, float], list[Command]]  # of the seconds it has
+    commands: Callable[[Run, float], Iterable[Command]]  # of the seconds it has
     read: Callable[[Run, str], str]
+    chained: bool = True  # each command needs those before it
 
 
 # ---- the parts -----------------------------------------------------------------------------------
@@ -110,7 +134,7 @@ def install(run: Run, seconds: float) -> list[Command]:
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--verbose"]
     if run.offline:
         return [[*pip, "--no-build-isolation", "--no-deps", "-e", "."]]
-    return [[*pip, "-e", ".[test]"]]
+    return [[*pip, "-e", ".[test,baselines]"]]
 
 
 def read_install(run: Run, text: str) -> str:
@@ -143,17 +167,29 @@ def read_facts(run: Run, text: str) -> str:
 
 def rows_of(suite: str) -> Callable[[Run, str], str]:
     def read(run: Run, text: str) -> str:
-        rows = run.found(suite).get("rows", [])
+        rows = run.rows(suite)
         begun = f"{len(rows)} rows of {len({case_of(row) for row in rows})} cases"
-        late = text.count(": not begun after")
+        late = len(re.findall(r": not \w+ after [\d.]+ minutes", text))
         failed = re.findall(r"no speed is shown: (.+)", text)
         return (
             begun
-            + (f"; {late} not begun in time" if late else "")
+            + (f"; {late} not done in time" if late else "")
             + (f"; {failed[0][:120]}" if failed else "")
         )
 
     return read
+
+
+def ops(run: Run, seconds: float) -> Iterator[Command]:
+    """Every op before any width of it is repeated, and whole ops before their passes: the clock may
+    cut off the end. A bench begins in the time that those before it left."""
+    end = time.monotonic() + seconds
+    first, others = ([f"--case={name}" for name in names] for names in (FIRST_OPS, OTHER_OPS))
+    both, forward, backward = (["--pass", name] for name in ("both", "forward", "backward"))
+    for number, words in enumerate(([*both, *first], [*both, *others], forward, backward)):
+        left = end - time.monotonic()
+        if number == 0 or left > LEAST:
+            yield run.bench("ops", left, *words, number=number)
 
 
 def tests(run: Run, seconds: float) -> list[Command]:
@@ -302,7 +338,7 @@ PARTS = (
     Part("install", 15, install, read_install),
     Part("facts", 3, facts, read_facts),
     Part("step", 20, lambda run, s: [run.bench("step", s, "--profile")], rows_of("step")),
-    Part("ops", 15, lambda run, s: [run.bench("ops", s)], rows_of("ops")),
+    Part("ops", 20, ops, rows_of("ops"), chained=False),
     Part("tests", 18, tests, read_tests),
     Part("validate", 12, validate, read_validate),
     Part("memory", 6, lambda run, s: [run.bench("memory", s)], rows_of("memory")),
@@ -340,8 +376,10 @@ def execute(part: Part, run: Run, limit: float) -> Outcome:
         for command in commands:
             output.write(f"$ {' '.join(command)}\n".encode())
             output.flush()
-            code = call(command, start + limit - time.monotonic(), output, environment(run, part))
-            if code:
+            left = start + limit - time.monotonic()
+            failed = call(command, left, output, environment(run, part))
+            code = code or failed
+            if failed and part.chained:
                 break
     text = log.read_text(encoding="utf-8", errors="replace")
     try:
@@ -416,7 +454,7 @@ def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def collect(run: Run, outcomes: list[Outcome], out: Path) -> None:
     """Writes OUT's files from what the parts have left so far."""
-    of_suites = {suite: run.found(suite) for suite in SUITES}
+    steps = run.found("step")
     results = {
         "machine": run.found("info").get("machine", {}),
         "dry_run": run.dry,
@@ -427,16 +465,16 @@ def collect(run: Run, outcomes: list[Outcome], out: Path) -> None:
             "calls": len(run.found("validate").get("findings", [])),
             "over_budget": over_budget(run),
         },
-        "rows": {suite: found.get("rows", []) for suite, found in of_suites.items()},
+        "rows": {suite: run.rows(suite) for suite in SUITES},
         "tuning": run.found("tune").get("rows", []),
         "distillation": {
             name: run.found(f"distil-{name}") for name in ("general", "teacher", "student")
         },
     }
     put(out / "results.json", json.dumps(results, indent=1) + "\n")
-    profiles = of_suites["step"].get("profiles")
+    profiles = steps.get("profiles")
     if profiles:
-        first = of_suites["step"]["rows"][0]
+        first = steps["rows"][0]
         told = {name: first[name] for name in ("gpu", "cpu", "torch", "triton", "commit", "date")}
         put(out / "profile.json", json.dumps({**told, "profiles": profiles}, indent=1) + "\n")
     texts = [f.read_text(encoding="utf-8") for s in SUITES if (f := run.work / f"{s}.csv").exists()]
@@ -489,7 +527,7 @@ def ending(run: Run, outcomes: list[Outcome], more: Iterable[str] = ()) -> str:
     for f in over_budget(run)[:10]:
         what = f["problem"] or ", ".join(x["name"] for x in f["tensors"])
         said.append(f"OVER BUDGET {f['op']} {f['impl']} {f['dtype']} {f['call']}: {what}"[:230])
-    figures = [row for suite in SUITES for row in run.found(suite).get("rows", [])]
+    figures = [row for suite in SUITES for row in run.rows(suite)]
     said += ["-- ms (of a CUDA graph), times as fast as (a)", *map(figure, figures)]
     said += [
         "-- where our steps spend their ms",
@@ -530,7 +568,7 @@ def main(words: list[str] | None = None) -> int:
         description="Build, test and measure on this machine's GPU.",
         epilog="Parts, in order: " + ", ".join(part.name for part in PARTS),
     )
-    parser.add_argument("out", type=Path, help="folder for at most 8 files")
+    parser.add_argument("out", type=Path, help="folder for the files of this run alone")
     parser.add_argument("--minutes", type=float, default=9.0, help="all parts together")
     parser.add_argument("--parts", help="only these, by commas")
     parser.add_argument("--offline", action="store_true", help="install without the network")
@@ -544,6 +582,13 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"--parts {unknown[0]!r} is not one of {', '.join(names)}")
     if not given.minutes > 0:
         parser.error(f"--minutes {given.minutes}: more than 0 are needed")
+    # What is not made this time would stay and pass for this run's.
+    earlier = [name for name in FILES if (given.out / name).exists()]
+    if earlier:
+        parser.error(
+            f"{given.out} has {', '.join(earlier)} of an earlier run: name another folder, or "
+            "remove them"
+        )
     given.out.mkdir(parents=True, exist_ok=True)
     # A caller that ignores interrupts would have the commands do so too.
     signal.signal(signal.SIGINT, signal.default_int_handler)

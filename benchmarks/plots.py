@@ -7,10 +7,12 @@ which draws of several runs of a case the newest.
 bars.png        every case, pass and dtype: each provider's speed beside that of (a); where there is
                 none, of (b) or else the first
 memory.png      peak memory against the length
-roofline.png    rate against arithmetic intensity, under the ceilings measured in the same run
+roofline.png    rate against arithmetic intensity, under the ceilings measured in the same run;
+                of ops without products, bytes per second beside those of a large copy
 scaling.png     tokens per second of steps against batch, length and the share of real positions
 
-A figure for which there are no rows is not drawn.
+A provider has one colour everywhere, which a CUDA graph of it shares (hatched bars, hollow
+markers); a dtype has one style of lines. A figure for which there are no rows is not drawn.
 """
 
 from __future__ import annotations
@@ -31,18 +33,30 @@ from tinybert_fast.benchmarks.table import Row, fill_of, newest, read
 DPI = 100
 BAR_INCHES = 0.22
 KEY_INCHES = 0.12  # of a line of the roofline's key
+KEY_COLUMNS = 6  # of the bars' key
 MEANING = {BASELINE: "as it comes (a)", CAREFUL: "careful PyTorch (b)", OURS: "tinybert_fast"}
 COLOURS = {BASELINE: "tab:gray", CAREFUL: "tab:orange", OURS: "tab:blue"}
-# Of providers by name, before that of their role: ours in blue, shades of careful in orange.
+# Of providers by name, before that of their role. Blue is ours alone.
 SHADES = {
-    "ours graph": "#08306b",
     "ours cached": "#6baed6",
     "ours weighted": "#6baed6",
-    "careful graph": "#8c3b00",
     "careful compile": "#fdae6b",
+    "flash": "tab:green",
+    "efficient": "tab:olive",
+    "cudnn": "tab:pink",
+    "flash varlen": "tab:brown",
+    "flex": "gold",
+    "xformers": "tab:red",
+    "liger": "#006d2c",
+    "cce": "#a50f15",
+    "textbrewer": "#7a0177",
 }
-OTHER = "tab:green"
-MARKERS = {BASELINE: "x", CAREFUL: "s", OURS: "o", "ours graph": "D", "careful graph": "d"}
+OTHER = "black"
+MARKERS = {BASELINE: "x", CAREFUL: "s", OURS: "o"}
+GRAPH = " graph"  # ends the name of a provider that is a CUDA graph of another one
+ROLES = {"careful": CAREFUL, "ours": OURS}  # of which graphs are made
+HATCH = "////"
+LINES = {"bf16": "-", "fp32": "--"}
 BY_LENGTH, SCALING = "memory", "scaling"  # suites
 
 
@@ -76,13 +90,42 @@ def hardware(rows: list[Row]) -> str:
     )
 
 
+def is_graph(row: Row) -> bool:
+    return str(row["provider"]).endswith(GRAPH)
+
+
+def who_of(row: Row) -> tuple[str, str]:
+    """Name and role, of a graph those of what was captured."""
+    name = str(row["provider"]).removesuffix(GRAPH)
+    return name, ROLES.get(name, row["role"])
+
+
 def colour_of(row: Row) -> str:
-    return SHADES.get(row["provider"]) or COLOURS.get(row["role"], OTHER)
+    name, role = who_of(row)
+    return SHADES.get(name) or COLOURS.get(role, OTHER)
 
 
 def label_of(row: Row) -> str:
     """What a legend calls it: by its role, but those that have a shade of their own by name."""
-    return row["provider"] if row["provider"] in SHADES else MEANING.get(row["role"], "others")
+    name, role = who_of(row)
+    label = name if name in SHADES else MEANING.get(role, "others")
+    return f"{label}, as a CUDA graph" if is_graph(row) else label
+
+
+def bar_of(row: Row) -> dict[str, Any]:
+    """Of a bar and its key."""
+    return {"facecolor": colour_of(row), "hatch": HATCH if is_graph(row) else ""}
+
+
+def line_of(row: Row) -> dict[str, Any]:
+    """Of a line with markers."""
+    colour = colour_of(row)
+    return {
+        "color": colour,
+        "linestyle": LINES.get(row["dtype"], ":"),
+        "marker": MARKERS.get(who_of(row)[1], "."),
+        "markerfacecolor": "white" if is_graph(row) else colour,
+    }
 
 
 def base_of(group: list[Row]) -> Row:
@@ -115,8 +158,8 @@ def bars(rows: list[Row]) -> Figure | None:
     figure = Figure(figsize=(12, 1.6 + BAR_INCHES * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(shown))
-    axes.barh(places, [s[1] for s in shown], color=[colour_of(s[3]) for s in shown])
-    for place, (_, height, words, _) in enumerate(shown):
+    for place, (_, height, words, row) in enumerate(shown):
+        axes.barh(place, height, **bar_of(row), edgecolor="white", linewidth=0)
         axes.text(height, place, f" {words}", va="center", fontsize="x-small")
     axes.set_yticks(places, [s[0] for s in shown], fontsize="x-small")
     axes.invert_yaxis()
@@ -125,11 +168,11 @@ def bars(rows: list[Row]) -> Figure | None:
     axes.set_xlabel(
         "times as fast as (a), or as whom the label names; median of the rounds' ratios"
     )
-    colours = {label_of(row): colour_of(row) for *_, row in shown}
+    kinds = {label_of(row): bar_of(row) for *_, row in shown}
     figure.legend(
-        handles=[Patch(color=colour, label=label) for label, colour in colours.items()],
+        handles=[Patch(label=label, edgecolor="white", **kind) for label, kind in kinds.items()],
         loc="outside lower center",
-        ncols=len(colours),
+        ncols=min(len(kinds), KEY_COLUMNS),
         fontsize="small",
     )
     return _titled(figure, "Speed beside what one would use otherwise", rows)
@@ -137,22 +180,16 @@ def bars(rows: list[Row]) -> Figure | None:
 
 def memory(rows: list[Row]) -> Figure | None:
     """Peak memory against N, a panel for each case."""
-    lines: dict[str, dict[tuple[str, str, str], dict[int, float]]] = {}
+    cases: dict[str, list[Row]] = {}
     for row in rows:
         if row["suite"] == BY_LENGTH and row["peak_mib"]:
-            who = (row["provider"], row["dtype"], row["role"])
-            lines.setdefault(row["case"], {}).setdefault(who, {})[row["width"]] = row["peak_mib"]
-    if not lines:
+            cases.setdefault(row["case"], []).append(row)
+    if not cases:
         return None
-    figure = Figure(figsize=(6 * len(lines), 4.6), layout="constrained")
-    for at, (case, providers) in enumerate(lines.items(), 1):
-        axes = figure.add_subplot(1, len(lines), at)
-        for (provider, dtype, role), peaks in providers.items():
-            lengths = sorted(peaks)
-            axes.plot(
-                lengths, [peaks[n] for n in lengths], label=f"{provider} {dtype}",
-                color=COLOURS.get(role, OTHER), marker=MARKERS.get(role, "."),
-            )  # fmt: skip
+    figure = Figure(figsize=(6 * len(cases), 4.6), layout="constrained")
+    for at, (case, of_case) in enumerate(cases.items(), 1):
+        axes = figure.add_subplot(1, len(cases), at)
+        _lines(axes, of_case, _width, "peak_mib")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(case)
@@ -164,28 +201,44 @@ def memory(rows: list[Row]) -> Figure | None:
 
 
 def roofline(rows: list[Row]) -> Figure | None:
-    """A point per row that has a rate; a roof per dtype, of the run's own product and copy. Cases
-    are numbered: names would lie over each other."""
-    rated = [r for r in rows if r["tflops"] and r["gbytes_per_s"] and r["matmul_gflops"]]
-    points = [r for r in rated if r["suite"] != SCALING]  # dozens of one step
-    if not points:
+    """Of rows that have a rate those with operations under roofs, those without beside a copy."""
+    rated = [r for r in rows if r["gbytes_per_s"] and r["matmul_gflops"] and r["suite"] != SCALING]
+    points, moves = [r for r in rated if r["tflops"]], [r for r in rated if r["tflops"] == 0]
+    if not points and not moves:
         return None
-    cases: dict[str, list[tuple[float, float]]] = {}  # intensity (FLOP per byte), rate
+    heights = []  # inches
+    if points:
+        heights.append(max(6.4, 1.6 + KEY_INCHES * len(set(map(_place_of, points)))))
+    if moves:
+        heights.append(1.2 + BAR_INCHES * len(moves))
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    panels = figure.add_gridspec(len(heights), 2, width_ratios=(3, 1), height_ratios=heights)
+    if points:
+        _roofs(figure.add_subplot(panels[0, 0]), figure.add_subplot(panels[0, 1]), points)
+    if moves:
+        _bandwidth(figure.add_subplot(panels[-1, :]), moves)
+    return _titled(figure, "Roofline", [*points, *moves])
+
+
+def _place_of(row: Row) -> str:
+    phase = "" if row["pass"] == "both" else f" {row['pass']}"
+    return f"{row['case']} B={row['batch']} N={row['width']}{phase} {row['dtype']}"
+
+
+def _roofs(axes: Any, key: Any, points: list[Row]) -> None:
+    """A point per row; a roof per dtype, of the run's own product and copy. Cases are numbered:
+    names would lie over each other."""
+
+    def at(row: Row) -> tuple[float, float]:
+        return 1e3 * row["tflops"] / row["gbytes_per_s"], row["tflops"]  # FLOP per byte, rate
+
+    cases: dict[str, list[tuple[float, float]]] = {}
     for row in points:
-        phase = "" if row["pass"] == "both" else f" {row['pass']}"
-        name = f"{row['case']} B={row['batch']} N={row['width']}{phase} {row['dtype']}"
-        at = 1e3 * row["tflops"] / row["gbytes_per_s"], row["tflops"]
-        cases.setdefault(name, []).append(at)
-    figure = Figure(figsize=(12, max(6.4, 1.6 + KEY_INCHES * len(cases))), layout="constrained")
-    axes, key = figure.subplots(1, 2, width_ratios=(3, 1))
+        cases.setdefault(_place_of(row), []).append(at(row))
     for label in dict.fromkeys(map(label_of, points)):
         of_kind = [row for row in points if label_of(row) == label]
-        axes.plot(
-            [1e3 * row["tflops"] / row["gbytes_per_s"] for row in of_kind],
-            [row["tflops"] for row in of_kind],
-            linestyle="none", color=colour_of(of_kind[0]),
-            marker=MARKERS.get(of_kind[0]["role"], "."), label=label,
-        )  # fmt: skip
+        style = {**line_of(of_kind[0]), "linestyle": "none"}
+        axes.plot(*zip(*map(at, of_kind)), **style, label=label)
     for number, of_case in enumerate(cases.values(), 1):
         highest = max(of_case, key=lambda at: at[1])
         axes.annotate(
@@ -198,7 +251,7 @@ def roofline(rows: list[Row]) -> Figure | None:
         ends = min(*intensities, peak / slope), max(*intensities, 4 * peak / slope)
         axes.plot(
             [ends[0], peak / slope, ends[1]], [ends[0] * slope, peak, peak], linewidth=1,
-            color="black", linestyle="-" if dtype == "bf16" else "--",
+            color="black", linestyle=LINES.get(dtype, ":"),
             label=f"{dtype}: {peak:,.3g} TFLOP/s, {1e3 * slope:,.0f} GB/s, measured",
         )  # fmt: skip
     axes.set_xscale("log")
@@ -212,7 +265,26 @@ def roofline(rows: list[Row]) -> Figure | None:
         0, 0, "\n".join(f"{n}  {name}" for n, name in enumerate(cases, 1)),
         transform=key.transAxes, fontsize=6.5, va="bottom",
     )  # fmt: skip
-    return _titled(figure, "Roofline", points)
+
+
+def _bandwidth(axes: Any, moves: list[Row]) -> None:
+    """A bar per row, cases together; across it, what a copy reached in the same run."""
+    cases: dict[str, list[Row]] = {}
+    for row in moves:
+        cases.setdefault(_place_of(row), []).append(row)
+    names = []
+    for case, of_case in cases.items():
+        for row in of_case:
+            place, rate, copied = len(names), row["gbytes_per_s"], row["copy_gbytes"]
+            names.append(f"{case}: {row['provider']}" if row is of_case[0] else row["provider"])
+            axes.barh(place, rate, **bar_of(row), edgecolor="white", linewidth=0)
+            axes.vlines(copied, place - 0.5, place + 0.5, color="black", linewidth=1)
+            words = f" {rate:,.0f} GB/s, {rate / copied:.0%} of a copy"
+            axes.text(max(rate, copied), place, words, va="center", fontsize="x-small")
+    axes.set_yticks(range(len(names)), names, fontsize="x-small")
+    axes.invert_yaxis()
+    axes.margins(x=0.25, y=0.01)
+    axes.set_xlabel("rate of needed bytes (GB/s) of ops without products; black: one large copy")
 
 
 def scaling(rows: list[Row]) -> Figure | None:
@@ -238,19 +310,10 @@ def scaling(rows: list[Row]) -> Figure | None:
         )  # fmt: skip
         for at, (label, x, fixed, middle) in enumerate(panels, 1):
             axes = figure.add_subplot(len(steps), len(panels), line * len(panels) + at)
-            lanes: dict[tuple[str, str, str], dict[Any, float]] = {}
-            for row in of_step:
-                if fixed(row) == middle:
-                    who = (row["provider"], row["dtype"], row["role"])
-                    lanes.setdefault(who, {})[x(row)] = row["tokens_per_s"]
-            for (provider, dtype, role), rates in lanes.items():
-                places = sorted(rates)
-                axes.plot(
-                    places, [rates[place] for place in places], label=f"{provider} {dtype}",
-                    color=COLOURS.get(role), marker=MARKERS.get(role, "."),
-                )  # fmt: skip
+            shown = [row for row in of_step if fixed(row) == middle]
+            _lines(axes, shown, x, "tokens_per_s")
             if x is not fill_of:
-                places = sorted({place for rates in lanes.values() for place in rates})
+                places = sorted({x(row) for row in shown})
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(places, [str(place) for place in places])
                 axes.minorticks_off()
@@ -265,6 +328,17 @@ def scaling(rows: list[Row]) -> Figure | None:
         "Steps against batch, length and padding",
         [row for of in steps.values() for row in of],
     )
+
+
+def _lines(axes: Any, rows: list[Row], x: Callable[[Row], Any], column: str) -> None:
+    """``column`` against ``x``, a line for each provider and dtype."""
+    lanes: dict[tuple[str, str], dict[Any, Row]] = {}
+    for row in rows:
+        lanes.setdefault((row["provider"], row["dtype"]), {})[x(row)] = row
+    for (provider, dtype), lane in lanes.items():
+        places = sorted(lane)
+        style = line_of(lane[places[0]])
+        axes.plot(places, [lane[at][column] for at in places], label=f"{provider} {dtype}", **style)
 
 
 def _batch(row: Row) -> int:

@@ -1,5 +1,5 @@
 """Attention in PyTorch as it is installed: SDPA under each of its backends, FlashAttention-2 on
-packed rows, FlexAttention.
+packed rows, FlexAttention; and xformers.
 
 Padded q, k, v are (B, H, N, D) with ``mask``, bool (B, 1, 1, N), True where a key is real, or None;
 packed ones are (T, H, D).
@@ -8,7 +8,7 @@ packed ones are (T, H, D).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -94,6 +94,30 @@ def flex(
     if dropout_p:
         raise ValueError(f"FlexAttention has no dropout; got dropout_p={dropout_p}")
     return attend(q, k, v, scale=scale)
+
+
+class Xformers:
+    """memory_efficient_attention on packed rows, by the kernel that it chooses. The package loads
+    at the first call, so that what it raises then is this provider's and no other's."""
+
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+        self.lengths, self.device = lengths, device
+
+    @cached_property
+    def mask(self) -> Any:
+        from xformers.ops.fmha import BlockDiagonalMask
+
+        return BlockDiagonalMask.from_seqlens(list(self.lengths), device=self.device)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, scale: float | None = None
+    ) -> Tensor:
+        from xformers.ops import memory_efficient_attention
+
+        rows = (x.unsqueeze(0) for x in (q, k, v))  # (1, T, H, D)
+        return memory_efficient_attention(
+            *rows, attn_bias=self.mask, p=dropout_p, scale=scale
+        ).squeeze(0)
 
 
 def padded_heads(

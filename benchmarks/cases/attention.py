@@ -5,6 +5,7 @@ sequences, and on ragged ones whose lengths are 20 to 100 % of N.
     careful        the fastest of it, its backends by name (heads padded to 32 where that helps),
                    FlashAttention-2 on packed rows and, without dropout, compiled FlexAttention
     flash, ...     on a GPU, each of these by itself
+    xformers       memory_efficient_attention on packed rows, on a GPU where it is installed
     ours           packed rows
 
 Work: 4 sum(n^2) H D operations forward and 2.5 times that backward, padding and padded heads left
@@ -24,6 +25,7 @@ from tinybert_fast import ops
 from tinybert_fast.benchmarks.baselines.attention import (
     BACKENDS,
     Sdpa,
+    Xformers,
     flash_varlen,
     flex,
     with_any_heads,
@@ -35,6 +37,7 @@ from tinybert_fast.benchmarks.cases.op_case import (
     FEW_CALLS,
     GPU_CALLS,
     compiled,
+    has_kernels,
     normal,
     op_case,
     sum_of,
@@ -90,7 +93,7 @@ def cases(
             partial(work_of, layout.lengths, heads, width),
             valid_tokens=layout.total,
             dropout=rate,
-            optional=GPU_ALONE,
+            optional=(*GPU_ALONE, "xformers"),
             captured=CAPTURED,
             gpu_calls=FEW_CALLS if ragged else GPU_CALLS,  # a mask may take every fused kernel away
         )
@@ -139,11 +142,16 @@ def providers_of(
         if rate == 0.0 and layout.is_full and length >= FLEX_FROM:
             settings = with_any_heads(partial(flex, compiled(flex_attention)), width)
             others["flex"] = OpCall("flex", "flex", settings, padded, 3, rate, **on_padded)
+    foreign = []
+    if has_kernels(setup, "xformers"):
+        settings = with_any_heads(Xformers(layout.lengths, setup.device), width)
+        foreign.append(OpCall("xformers", "xformers", settings, packed, 3, rate, **on_packed))
     seed = torch.tensor([setup.seed, 1], device=setup.device)
     return [
         sdpa,
         Fastest("careful", CAREFUL, {"sdpa": sdpa, **others}),
         *(others[name] for name in GPU_ALONE if setup.on_gpu and name in others),
+        *foreign,
         OpCall("ours", OURS, partial(ours, layout, seed), packed, 3, rate, **on_packed),
     ]
 

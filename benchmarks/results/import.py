@@ -2,12 +2,13 @@
 
     python benchmarks/results/import.py OUT [--commit COMMIT]
 
-    <suite>-<gpu>.csv                           the rows, behind those that are there
-    profile-<gpu>.json, {bars,memory,roofline}-<gpu>.png       in place of older ones
+    <suite>-<gpu>.csv         the rows, behind those that are there
+    profile-<gpu>.json        in place of an older one
+    <figure>-<gpu>.png        of all rows of that GPU, of several runs of a case the newest
 
 Refuses, before it writes anything: rows that no GPU measured (a dry run), other columns than the
-table's, rows that are there already. A copy of the checkout without its history does not know its
-commit; ``--commit`` is what was copied.
+table's, rows that are there already, whatever commit they were filed under. A copy of the checkout
+without its history does not know its commit; ``--commit`` is what was copied.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ import argparse
 import csv
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
-from tinybert_fast.benchmarks.table import COLUMNS, CsvFile, Row
+from tinybert_fast.benchmarks.plots import draw
+from tinybert_fast.benchmarks.suites import SUITES
+from tinybert_fast.benchmarks.table import COLUMNS, CsvFile, Row, newest
+from tinybert_fast.benchmarks.table import read as read_numbers
 from tinybert_fast.data.atomic import atomic_write
 
 RESULTS = Path(__file__).resolve().parent
-PLOTS = ("bars", "memory", "roofline")
-# What two rows of one measurement share.
+# What one measurement is told by. Its commit is not: where the checkout did not know it, whoever
+# files the rows says it.
 IDENTITY = (
-    "commit", "date", "gpu", "case", "provider", "pass", "dtype", "batch", "width",
-    "valid_tokens", "dropout",
+    "date", "gpu", "case", "provider", "pass", "dtype", "batch", "width", "valid_tokens", "dropout",
 )  # fmt: skip
 
 
@@ -54,12 +56,13 @@ def file_results(out: Path, results: Path = RESULTS, commit: str | None = None) 
     targets = {results / f"{suite}-{gpu}.csv": group for suite, group in by_suite.items()}
     files = {target: CsvFile(target) for target in targets}  # other columns there are refused
     for target, group in targets.items():
-        there = {identity(row) for row in read(target)} if target.exists() else set()
+        there = {identity(row): row for row in read(target)} if target.exists() else {}
         again = [row for row in group if identity(row) in there]
         if again:
+            first = there[identity(again[0])]
             raise ValueError(
-                f"{target} already has {len(again)} of these rows, the first of "
-                f"{again[0]['case']}, {again[0]['provider']}, {again[0]['date']}"
+                f"{target} already has {len(again)} of these rows, the first of {first['case']}, "
+                f"{first['provider']}, {first['date']}, filed under commit {first['commit']}"
             )
     for target, file in files.items():
         file.write(targets[target])
@@ -70,11 +73,9 @@ def file_results(out: Path, results: Path = RESULTS, commit: str | None = None) 
         found["commit"] = rows[0]["commit"]
         written.append(results / f"profile-{gpu}.json")
         atomic_write(written[-1], json.dumps(found, indent=1) + "\n")
-    for name in PLOTS:
-        if (out / f"{name}.png").is_file():
-            written.append(results / f"{name}-{gpu}.png")
-            shutil.copy(out / f"{name}.png", written[-1])
-    return written
+    tables = (results / f"{suite}-{gpu}.csv" for suite in SUITES)
+    filed = [row for table in tables if table.exists() for row in newest(read_numbers(table))]
+    return written + draw(filed, results, gpu)
 
 
 def read(path: Path) -> list[Row]:

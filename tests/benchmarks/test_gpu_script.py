@@ -14,6 +14,7 @@ import pytest
 
 from tinybert_fast.benchmarks import gpu_data, gpu_run, table
 from tinybert_fast.benchmarks.gpu_run import Outcome, Part, Run
+from tinybert_fast.benchmarks.suites import load_cases, selected
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT = ROOT / "benchmarks" / "results" / "import.py"
@@ -37,6 +38,7 @@ def rehearsed(tmp_path_factory):
 def test_a_dry_run_leaves_everything_but_a_gpus(rehearsed):
     out, printed = rehearsed
     files = {file.name: file.stat().st_size for file in out.iterdir()}
+    assert files.keys() <= set(gpu_run.FILES)
     always = {"results.json", "rows.csv", "profile.json", "bars.png", "memory.png", "log.txt"}
     assert always <= files.keys() <= always | {"roofline.png", "settings.json"}
     assert all(0 < size < 1 << 24 for size in files.values())
@@ -77,6 +79,61 @@ def last_line(run, text):
 def test_a_part_ends_with_its_first_failure(run):
     outcome = gpu_run.execute(Part("tune", 1, python("print('one'); exit(3)"), last_line), run, 60)
     assert (outcome.code, outcome.found, outcome.failed) == (3, "one", True)
+
+
+@pytest.mark.parametrize(("offline", "extra"), [(False, "[test,baselines]"), (True, "")])
+def test_what_others_kernels_need_is_installed_with_the_network(offline, extra, tmp_path):
+    run = Run(tmp_path, tmp_path, dry=False, offline=offline, cores=2)
+    ((*_, what),) = gpu_run.install(run, 60.0)
+    assert what == f".{extra}"
+
+
+def test_commands_that_need_no_other_run_after_a_failure(run):
+    part = Part("ops", 1, python("print('one'); exit(3)"), last_line, chained=False)
+    outcome = gpu_run.execute(part, run, 60)
+    assert (outcome.code, outcome.found) == (3, "behind it")
+
+
+def options(command, name):
+    return [
+        word.removeprefix(f"{name}=") for before, word in zip([""] + command, command)
+        if before == name or word.startswith(f"{name}=")
+    ]  # fmt: skip
+
+
+def test_every_op_is_timed_before_a_width_or_a_pass_of_it(run):
+    builders = load_cases("ops", on_gpu=True)
+    first, others, *passes = gpu_run.ops(run, 100.0)
+    assert [options(command, "--pass") for command in (first, others, *passes)] == [
+        ["both"], ["both"], ["forward"], ["backward"],
+    ]  # fmt: skip
+    assert not any(options(command, "--case") for command in passes)
+    once, again = (list(selected(builders, options(c, "--case"))) for c in (first, others))
+    assert sorted([*once, *again]) == sorted(builders)
+    ops = [name.partition("_ragged")[0].partition("_no_")[0] for name in once]
+    assert sorted(set(ops)) == sorted(gpu_run.FIRST_OPS)
+    files = [builders[name].func.__module__ for name in gpu_run.FIRST_OPS]
+    assert sorted(files) == sorted({build.func.__module__ for build in builders.values()})
+
+
+def test_ops_begin_nothing_in_the_last_seconds(run, monkeypatch):
+    """And what they begin is told the time that is left."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_run.time, "monotonic", lambda: now[0])
+    minutes = []
+    for command in gpu_run.ops(run, 100.0):
+        minutes += map(float, options(command, "--minutes"))
+        now[0] += 70.0 if len(minutes) == 1 else 20.0
+    assert minutes == [pytest.approx(gpu_run.INSIDE * left / 60, abs=1e-3) for left in (100, 30)]
+
+
+def test_rows_of_several_benches_of_a_suite_stand_together(run):
+    for number, case in ((0, "c"), (1, "d")):
+        command = run.bench("ops", 60.0, number=number)
+        (written,) = options(command, "--json")
+        table.write_json(Path(written), "ops", rows_of("ops", case))
+    said = gpu_run.rows_of("ops")(run, "attention_d26: not done after 0.4 minutes\n")
+    assert said == "4 rows of 2 cases; 1 not done in time"
 
 
 @pytest.mark.parametrize("ours", [signal.SIG_DFL, signal.SIG_IGN])  # a background job's
@@ -176,6 +233,17 @@ def test_refuses(words, says, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["profile.json", "settings.json", "roofline.png"])
+def test_a_folder_of_an_earlier_run_is_refused(name, tmp_path, capsys):
+    """A part that leaves nothing this time would leave that run's file beside the new rows."""
+    (tmp_path / name).write_text("measured")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_run.main([str(tmp_path), "--parts", "sanitize", "--dry-run", "--minutes", "0.01"])
+    assert f"{name} of an earlier run: name another folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "measured"
+
+
 # ---- filing the rows -----------------------------------------------------------------------------
 
 
@@ -187,34 +255,73 @@ def filing():
     return module
 
 
+def rows_of(suite, case="c", date="2026-11-26T01:00:00Z", **cells):
+    """A case as a GPU's bench leaves it."""
+    same = {
+        "suite": suite, "case": case, "date": date, "gpu": GPU, "commit": "none", "pass": "both",
+        "dtype": "bf16", "batch": 2, "width": 4, "valid_tokens": 8, "valid_fraction": 1.0,
+        "threads": 2, "torch": "2.11.0", "triton": "3.6.0",
+    }  # fmt: skip
+    return [
+        {**dict.fromkeys(table.COLUMNS), **same, "provider": who, "role": role, "median_ms": ms,
+         **cells}
+        for who, role, ms in (("eager", "a", 4.0), ("ours", "ours", 2.0))
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def out(tmp_path):
-    """A folder as a GPU leaves it: two suites of a row each."""
-    rows = [
-        {**dict.fromkeys(table.COLUMNS), "suite": suite, "case": "c", "gpu": GPU, "commit": "none"}
-        for suite in ("step", "ops")
-    ]
-    table.CsvFile(tmp_path / "out" / "rows.csv").write(rows)
+    """A folder as a GPU leaves it: two suites of a case each."""
+    table.CsvFile(tmp_path / "out" / "rows.csv").write([*rows_of("step"), *rows_of("ops")])
     (tmp_path / "out" / "profile.json").write_text('{"profiles": [1]}')
-    (tmp_path / "out" / "bars.png").write_bytes(b"png")
+    (tmp_path / "out" / "bars.png").write_bytes(b"of this run alone")
     (tmp_path / "results").mkdir()
     return tmp_path / "out"
+
+
+NAME = "nvidia-h100-80gb-hbm3"
 
 
 def test_rows_are_filed_once(filing, out, tmp_path):
     results = tmp_path / "results"
     written = filing.file_results(out, results, commit="abc")
-    name = "nvidia-h100-80gb-hbm3"
     assert {file.name for file in written} == {
-        f"step-{name}.csv", f"ops-{name}.csv", f"profile-{name}.json", f"bars-{name}.png",
+        f"step-{NAME}.csv", f"ops-{NAME}.csv", f"profile-{NAME}.json", f"bars-{NAME}.png",
     }  # fmt: skip
-    (row,) = filing.read(results / f"ops-{name}.csv")
-    assert (row["suite"], row["commit"]) == ("ops", "abc")
-    assert json.loads((results / f"profile-{name}.json").read_text())["commit"] == "abc"
-    with pytest.raises(ValueError, match="already has 1 of these rows"):
-        filing.file_results(out, results, commit="abc")
-    filing.file_results(out, results, commit="abd")  # another measurement
-    assert len(filing.read(results / f"ops-{name}.csv")) == 2
+    rows = filing.read(results / f"ops-{NAME}.csv")
+    assert [(row["suite"], row["commit"]) for row in rows] == [("ops", "abc")] * 2
+    assert json.loads((results / f"profile-{NAME}.json").read_text())["commit"] == "abc"
+    before = {file.name: file.read_bytes() for file in results.iterdir()}
+    for commit in ("abc", "abd"):  # who files them again, and where from, is no measurement
+        with pytest.raises(ValueError, match=r"already has 2 of these rows.*under commit abc"):
+            filing.file_results(out, results, commit=commit)
+    assert {file.name: file.read_bytes() for file in results.iterdir()} == before
+
+
+def test_another_measurement_is_filed_behind(filing, out, tmp_path):
+    results = tmp_path / "results"
+    filing.file_results(out, results, commit="abc")
+    (out / "rows.csv").unlink()
+    table.CsvFile(out / "rows.csv").write(rows_of("ops", date="2026-11-26T02:00:00Z"))
+    filing.file_results(out, results, commit="abc")
+    dates = [row["date"] for row in filing.read(results / f"ops-{NAME}.csv")]
+    assert dates == ["2026-11-26T01:00:00Z"] * 2 + ["2026-11-26T02:00:00Z"] * 2
+
+
+def test_figures_are_of_all_that_is_filed(filing, out, tmp_path, monkeypatch):
+    """An OUT of one case leaves the others in the figure, each with its newest rows."""
+    results = tmp_path / "results"
+    filing.file_results(out, results, commit="abc")
+    (out / "rows.csv").unlink()
+    again = rows_of("ops", date="2026-11-26T02:00:00Z")
+    table.CsvFile(out / "rows.csv").write([*again, *rows_of("ops", case="d")])
+    drawn = []
+    monkeypatch.setattr(filing, "draw", lambda rows, *_: drawn.extend(rows) or [])
+    filing.file_results(out, results, commit="abd")
+    assert [(row["suite"], row["case"], row["date"][11:13]) for row in drawn] == [
+        (*of_case, hour) for *of_case, hour in
+        (("step", "c", "01"), ("ops", "c", "02"), ("ops", "d", "01")) for _ in range(2)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -222,7 +329,7 @@ def test_rows_are_filed_once(filing, out, tmp_path):
     [
         (GPU, "none", "a dry run is not filed"),
         ("suite,case", "suite,place", "other columns than the table: case, place"),
-        ("c,,", "c,,", "rows without a commit"),
+        ("none", "none", "rows without a commit"),
     ],
 )
 def test_refuses_to_file(filing, out, tmp_path, old, new, says):

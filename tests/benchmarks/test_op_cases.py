@@ -2,9 +2,13 @@
 
 import itertools
 import re
+import sys
+from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tinybert_fast.benchmarks import checking, measuring
 from tinybert_fast.benchmarks.baselines.attention import padded_heads, sdpa
@@ -100,6 +104,65 @@ def test_the_row_of_sdpa_names_its_backend():
     assert with_dropout.setting("fp32") == "math"  # no other of a CPU's has dropout
     without = first(attention.MORE_CASES["attention_d26_no_dropout"]).providers[0]
     assert without.setting("fp32") == "flash_attention"
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """A double of the package, called as version 0.0.35 is, with SDPA of each sequence inside. Its
+    calls: shape of the queries, lengths and device of the mask, p, scale."""
+    calls = []
+
+    class BlockDiagonalMask:
+        @classmethod
+        def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+            mask = cls()
+            mask.lengths, mask.device = q_seqlen, device
+            return mask
+
+    def memory_efficient_attention(
+        query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+    ):
+        calls.append((tuple(query.shape), tuple(attn_bias.lengths), attn_bias.device, p, scale))
+        if query.shape[-1] % 8:
+            raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
+        apart = (x.transpose(1, 2).split(attn_bias.lengths, 2) for x in (query, key, value))
+        attend = partial(F.scaled_dot_product_attention, dropout_p=p, scale=scale)
+        return torch.cat([attend(*sequence) for sequence in zip(*apart)], 2).transpose(1, 2)
+
+    package, operators, fmha = map(ModuleType, ("xformers", "xformers.ops", "xformers.ops.fmha"))
+    operators.memory_efficient_attention = memory_efficient_attention
+    fmha.BlockDiagonalMask = BlockDiagonalMask
+    for module in (package, operators, fmha):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(attention, "has_kernels", lambda setup, name: name == "xformers")
+    return calls
+
+
+@pytest.mark.parametrize("width", [26, 64])
+def test_xformers_is_given_packed_rows_and_their_lengths(width, xformers):
+    case = first(attention.MORE_CASES[f"attention_d{width}_ragged"])
+    names = [provider.name for provider in case.providers]
+    assert names == ["sdpa", "careful", "xformers", "ours"]
+    assert "xformers" in case.optional
+    assert "xformers" not in case.providers[1].calls  # careful is what PyTorch has
+    lengths = case.providers[-1].ops[""].args[0].lengths
+    rows = {row["provider"]: row for row in measuring.measure(case, ("fp32",), 1, 1, CPU, {})}
+    assert rows["xformers"]["setting"] == ("heads of 32" if width == 26 else "")
+    assert rows["xformers"]["gradient_error"] < 1e-5
+    served, scale = (32, 26**-0.5) if width == 26 else (64, None)
+    shape = 1, sum(lengths), 2, served
+    assert {call for call in xformers if call[0][-1] == served} == {
+        (shape, lengths, CPU, p, scale)
+        for p in (0.1, 0.0)  # timed, and checked
+    }
+
+
+def test_attention_goes_on_without_an_xformers_that_does_not_load(xformers, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    case = first(attention.CASES["attention_d64"])
+    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, {})
+    assert [row["provider"] for row in rows] == ["sdpa", "careful", "ours"]
+    assert "no xformers in fp32: import of xformers.ops halted" in capsys.readouterr().err
 
 
 def test_padded_heads_change_nothing():

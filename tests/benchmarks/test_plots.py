@@ -76,17 +76,81 @@ def test_without_a_the_bars_are_beside_b_or_the_first():
     assert "2.00x, 0.3 ms" in words(plots.bars(alone))
 
 
-def test_ours_are_blue_and_nobody_else():
-    ours = [row(provider=name, role=role) for name, role in
-            (("ours", "ours"), ("ours graph", "ours graph"), ("ours cached", "ours"))]  # fmt: skip
-    others = [row(provider=name, role=role) for name, role in
-              (("eager", "a"), ("compile", "b"), ("careful graph", "careful graph"),
-               ("flash", "flash"))]  # fmt: skip
+def test_a_provider_and_its_graph_share_a_colour_and_nobody_else_has_it():
+    ours = [row(provider=name, role="ours") for name in ("ours", "ours cached")]
+    others = [
+        row(provider="eager", role="a"), row(provider="compile", role="b"),
+        *(row(provider=name, role=name) for name in
+          ("flash", "efficient", "cudnn", "flash varlen", "flex", "xformers", "liger", "cce",
+           "textbrewer", "careful compile")),
+    ]  # fmt: skip
     colours = [to_rgb(plots.colour_of(one)) for one in (*ours, *others)]
     assert len(set(colours)) == len(colours)
     assert [blue == max(red, green, blue) and blue > red for red, green, blue in colours] == [
         *[True] * len(ours), *[False] * len(others),
     ]  # fmt: skip
+    for name, role in (("ours", "ours"), ("careful", "b")):
+        plain, graph = row(provider=name, role=role), captured(name)
+        assert plots.colour_of(graph) == plots.colour_of(plain)
+        assert plots.label_of(graph) == f"{plots.label_of(plain)}, as a CUDA graph"
+        assert plots.line_of(graph)["marker"] == plots.line_of(plain)["marker"]
+        assert plots.line_of(graph)["markerfacecolor"] == "white"
+
+
+def captured(name, **cells):
+    return row(provider=f"{name} graph", role=f"{name} graph", **cells)
+
+
+def test_bars_of_graphs_are_hatched():
+    figure = plots.bars([row(provider="careful", role="b"), captured("careful"), row()])
+    bars = figure.axes[0].patches
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, True, False]
+    assert bars[0].get_facecolor() == bars[1].get_facecolor() != bars[2].get_facecolor()
+    (legend,) = figure.legends
+    assert [bool(patch.get_hatch()) for patch in legend.get_patches()] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("figure_of", "suite"), [(plots.memory, "memory"), (plots.scaling, "scaling")]
+)
+def test_a_dtype_has_a_line_of_its_own(figure_of, suite):
+    rows = [
+        one(width=width, suite=suite, dtype=dtype, peak_mib=width, tokens_per_s=width,
+            valid_fraction=1.0)
+        for width in (128, 256) for dtype in ("fp32", "bf16")
+        for one in (row, lambda **cells: captured("careful", **cells))
+    ]  # fmt: skip
+    lines = {line.get_label(): line for line in figure_of(rows).axes[0].lines}
+    found = {label: (to_rgb(line.get_color()), line.get_linestyle())
+             for label, line in lines.items()}  # fmt: skip
+    blue, orange = to_rgb("tab:blue"), to_rgb("tab:orange")
+    assert found == {
+        "ours fp32": (blue, "--"), "ours bf16": (blue, "-"),
+        "careful graph fp32": (orange, "--"), "careful graph bf16": (orange, "-"),
+    }  # fmt: skip
+
+
+MOVES = [
+    row(case="layer_norm_d312", provider="eager", role="a", tflops=0.0, gbytes_per_s=1500.0),
+    row(case="layer_norm_d312", tflops=0.0, gbytes_per_s=2700.0),
+]
+
+
+def test_ops_without_products_are_beside_a_copy():
+    figure = plots.roofline([*ROWS, *MOVES])
+    _, key, moves = figure.axes
+    assert [text.get_text() for text in key.texts] == ["1  attention_d26 B=32 N=128 bf16"]
+    assert [label.get_text() for label in moves.get_yticklabels()] == [
+        "layer_norm_d312 B=32 N=128 bf16: eager", "ours",
+    ]  # fmt: skip
+    assert [bar.get_width() for bar in moves.patches] == [1500.0, 2700.0]
+    assert [text.get_text().strip() for text in moves.texts] == [
+        "1,500 GB/s, 50% of a copy", "2,700 GB/s, 90% of a copy",
+    ]  # fmt: skip
+    ceilings = [line.get_segments()[0][:, 0].tolist() for line in moves.collections]
+    assert ceilings == [[3000.0, 3000.0]] * 2
+    (alone,) = plots.roofline(MOVES).axes
+    assert len(alone.patches) == 2
 
 
 def test_a_roofline_names_cases_in_its_key_alone():
