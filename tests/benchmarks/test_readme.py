@@ -177,7 +177,7 @@ def test_a_demo_of_both_losses_shows_both(tmp_path, monkeypatch):
     found |= {"gap_recovered_minilm": 0.5, "gap_recovered_minilm_by_seed": [0.4, 0.6]}
     (tmp_path / name).write_text(json.dumps(found))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    shown = readme.demo(tmp_path / "README.md")
+    shown = readme.demo("demo-full", tmp_path / "README.md")
     assert "| by MiniLM's | 14.4 M | 3 | 80.0 % ± " in shown
     assert "the one distilled by MiniLM's loss 50 % of it (40 %, 60 % by seed); " in shown
     assert "ARGS='--seeds 3 --loss tinybert --loss minilm'`" in shown
