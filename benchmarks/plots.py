@@ -6,7 +6,7 @@ which draws of several runs of a case the newest.
 
 bars.png        every case, pass and dtype: each provider's speed beside that of (a); where there is
                 none, of (b) or else the first
-memory.png      peak memory against the length
+memory.png      peak memory against the length, or the batch where the length is fixed
 roofline.png    rate against arithmetic intensity, under the ceilings measured in the same run;
                 of ops without products, bytes per second beside those of a large copy
 scaling.png     tokens per second of steps against batch, length and the share of real positions
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
-from tinybert_fast.benchmarks.table import Row, fill_of, newest, read
+from tinybert_fast.benchmarks.table import Row, axis_of, fill_of, newest, read
 
 DPI = 100
 BAR_INCHES = 0.22
@@ -179,7 +180,7 @@ def bars(rows: list[Row]) -> Figure | None:
 
 
 def memory(rows: list[Row]) -> Figure | None:
-    """Peak memory against N, a panel for each case."""
+    """Peak memory against N or B, a panel for each case."""
     cases: dict[str, list[Row]] = {}
     for row in rows:
         if row["suite"] == BY_LENGTH and row["peak_mib"]:
@@ -189,15 +190,16 @@ def memory(rows: list[Row]) -> Figure | None:
     figure = Figure(figsize=(6 * len(cases), 4.6), layout="constrained")
     for at, (case, of_case) in enumerate(cases.items(), 1):
         axes = figure.add_subplot(1, len(cases), at)
-        _lines(axes, of_case, _width, "peak_mib")
+        axis = axis_of(of_case)
+        _lines(axes, of_case, itemgetter(axis), "peak_mib")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(case)
-        axes.set_xlabel("length N (tokens)")
+        axes.set_xlabel("length N (tokens)" if axis == "width" else "batch B (sequences)")
         axes.set_ylabel("peak memory of one run (MiB)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    return _titled(figure, "Peak memory against the length", rows)
+    return _titled(figure, "Peak memory against length and batch", rows)
 
 
 def roofline(rows: list[Row]) -> Figure | None:
