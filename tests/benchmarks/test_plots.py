@@ -130,6 +130,13 @@ def test_a_dtype_has_a_line_of_its_own(figure_of, suite):
     }  # fmt: skip
 
 
+def test_memory_of_a_fixed_length_is_against_the_batch():
+    rows = [row(suite="memory", case="of_batch", batch=b, peak_mib=b) for b in (1, 2, 4)]
+    (axes,) = plots.memory(rows).axes
+    assert axes.get_xlabel() == "batch B (sequences)"
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[1, 2, 4]]
+
+
 MOVES = [
     row(case="layer_norm_d312", provider="eager", role="a", tflops=0.0, gbytes_per_s=1500.0),
     row(case="layer_norm_d312", tflops=0.0, gbytes_per_s=2700.0),
