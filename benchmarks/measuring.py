@@ -59,6 +59,7 @@ class Sweeps:
     times: dict[Who, list[float]] = field(default_factory=dict)  # seconds of a call
     graphs: dict[Who, list[float]] = field(default_factory=dict)
     work: dict[Who, Work] = field(default_factory=dict)  # of those who do another job than others
+    tried: dict[tuple[Who, str], list[float]] = field(default_factory=dict)  # setting: seconds
 
     def add(self, into: str, who: Who, seconds: list[float] | None) -> None:
         """The rounds of this sweep to ``times`` or ``graphs``. Who has none in one sweep has none
@@ -95,7 +96,7 @@ def measure(
     clock = Clock(device)
     dtypes = case.dtypes or dtypes
     known = set(sweeps.left_out)
-    tune(case, dtypes, clock, say, sweeps.left_out)
+    tune(case, dtypes, clock, say, sweeps)
     for dtype in dtypes:
         settings = {(p.name, p.setting(dtype), dtype) for p in case.providers}
         if settings <= sweeps.checked:
@@ -158,27 +159,45 @@ def tune(
     dtypes: tuple[str, ...],
     clock: Clock,
     say: Say,
-    left_out: dict[tuple[str, str], str],
+    sweeps: Sweeps,
 ) -> None:
-    """Every provider keeps its fastest setting; ``left_out`` gets those that can't run, and why."""
+    """Every provider keeps its fastest setting; who can't run is left out."""
 
-    def seconds(call: Callable[[], Any]) -> float:
-        return clock.best(partial(in_a_row, call, case.calls))
+    def seconds(provider: Any, dtype: str, call: Callable[[], Any]) -> float:
+        taken = clock.best(partial(in_a_row, call, case.calls)) / case.calls
+        tried = Who(provider.name, provider.role, dtype), provider.setting(dtype)
+        sweeps.tried.setdefault(tried, []).append(taken)
+        return taken
 
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(clock.device) else ("fp32",):
         for provider in case.providers:
-            if (provider.name, dtype) in left_out:
+            if (provider.name, dtype) in sweeps.left_out:
                 continue
             say(f"{provider.name} {dtype}: choosing its fastest setting")
             try:
-                provider.tune(dtype, seconds)
+                provider.tune(dtype, partial(seconds, provider, dtype))
                 if provider.name in case.optional:
                     provider.run(dtype)  # the check, at dropout 0, may be another kernel's
             except Exception as refusal:
                 if not may_miss(case, provider.name, refusal):
                     raise
-                left_out[provider.name, dtype] = str(refusal)
+                sweeps.left_out[provider.name, dtype] = str(refusal)
+
+
+def tried(case: Case, sweeps: Sweeps) -> list[Row]:
+    """What each setting that a provider chose from took, the fastest of its runs: as columns of
+    rows, and "chosen"."""
+    return [
+        {
+            **inputs_of(case),
+            **who._asdict(),
+            "setting": setting,
+            "ms": digits(1e3 * min(seconds)),
+            "chosen": setting in sweeps.settings.get(who, ()),
+        }
+        for (who, setting), seconds in sweeps.tried.items()
+    ]
 
 
 def inputs_of(case: Case) -> Row:

@@ -35,7 +35,7 @@ from tinybert_fast.benchmarks.case import (
     one_line,
 )
 from tinybert_fast.benchmarks.hardware import copy_gbytes, facts, has_bf16, matmul_gflops
-from tinybert_fast.benchmarks.measuring import Sweeps, inputs_of, measure
+from tinybert_fast.benchmarks.measuring import Sweeps, inputs_of, measure, tried
 from tinybert_fast.benchmarks.rounds import ROUNDS, ROUNDS_SHORT, WARM_UP
 from tinybert_fast.benchmarks.suites import keep, load_cases, selected
 from tinybert_fast.benchmarks.table import CsvFile, Row, digits, growth_exponents, show, write_json
@@ -127,6 +127,7 @@ def run_suite(
     profiles: list[Breakdown] = []
     found: dict[Key, Sweeps] = {}
     of_case: dict[Key, list[Row]] = {}
+    settings: dict[Key, list[Row]] = {}
     failures: dict[Key, Exception] = {}
     rows: list[Row] = []
     begun = False  # to write
@@ -149,6 +150,7 @@ def run_suite(
                         case, dtypes, rounds, warm_up, setup.device, common, say, ceilings,
                         found.setdefault(key, Sweeps()),
                     )  # fmt: skip
+                    settings[key] = tried(case, found[key])
                     if profile and first:
                         say("profile")
                         profiles += breakdowns(case, dtypes, setup.device)
@@ -163,7 +165,8 @@ def run_suite(
                 growth_exponents(rows)
             begun = begun or bool(rows)
             if json_path is not None and begun:
-                write_json(Path(json_path), suite, rows, profiles)
+                choices = list(chain.from_iterable(settings.values()))
+                write_json(Path(json_path), suite, rows, profiles, choices)
             if file is not None and begun:
                 file.write(rows)
     finally:

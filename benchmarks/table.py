@@ -118,13 +118,17 @@ class CsvFile:
 
 
 def write_json(
-    path: Path, suite: str, rows: list[Row], profiles: Sequence[dict[str, Any]] = ()
+    path: Path,
+    suite: str,
+    rows: list[Row],
+    profiles: Sequence[dict[str, Any]] = (),
+    tried: Sequence[Row] = (),
 ) -> None:
-    """{"suite", "columns": {name: meaning}, "rows": [...]}, and "profiles" if there are any; whole
-    or not at all."""
+    """{"suite", "columns": {name: meaning}, "rows": [...]}, and if there are any "profiles" and the
+    settings that were "tried"; whole or not at all."""
     found: dict[str, Any] = {"suite": suite, "columns": COLUMNS, "rows": rows}
-    if profiles:
-        found["profiles"] = profiles
+    more = {"profiles": profiles, "tried": tried}
+    found |= {name: value for name, value in more.items() if value}
     atomic_write(path, json.dumps(found, indent=1) + "\n")
 
 
