@@ -106,6 +106,30 @@ def test_implementations_agree(name):
     torch.testing.assert_close(encode(bert, layout, input_ids=ids, impl=name), want)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["heads_of_4", "padded_to_8"])
+def test_matrices_rounded_together_are_those_of_autocast(padded, monkeypatch):
+    layout = tbf.SequenceLayout.from_lengths([5, 2, 0, 5], 6)
+    ids = torch.randint(1, 17, (4, 6))
+    monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
+    found = []
+    for together in (False, True):
+        monkeypatch.setattr(
+            encoder, "pays_to_round_together", lambda hidden, together=together: together
+        )
+        bert = stand_in()
+        frozen = bert.encoder.layer[0].attention.self.key
+        frozen.requires_grad_(False)
+        called = bert.encoder.layer[1].intermediate.dense
+        called.register_forward_hook(lambda *call: None)  # not plain: autocast rounds it
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = encode(bert, layout, input_ids=ids)
+        hidden.sin().sum().backward()
+        found.append([hidden, *(p.grad for p in bert.parameters())])
+    assert all(grad is None or grad.dtype == torch.float32 for grad in found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
 def test_padded_heads_leave_no_trace(monkeypatch):
     """Captured queries and keys have the model's width; layers that must be called are not read."""
     bert, layout = stand_in(), tbf.SequenceLayout.from_lengths([5, 2])

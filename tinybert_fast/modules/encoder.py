@@ -12,7 +12,8 @@ Every dropout place has its own site number, 4 m + place, under one seed per for
 
 Under autocast h_0 .. h_M have its dtype, to which each product would round them anyway, and are
 residuals in it too: half as many bytes are moved. Norms compute in fp32 and keep their statistics
-so; the sum that they keep is rounded likewise. Their parameters and the answer stay fp32.
+so; the sum that they keep is rounded likewise. Their parameters and the answer stay fp32. On a GPU
+the matrices of a layer are rounded together, and their gradients come back together.
 """
 
 from __future__ import annotations
@@ -202,10 +203,11 @@ def encode_layer(
     # Three products: one over concatenated weights would pay for its launch with copies.
     if heads_only:
         return hidden, *(
-            _project(x, hidden, size, 0) if name in give else None
+            x(hidden).unflatten(1, (-1, size)) if name in give else None
             for name, x in zip(HEADS, projections, strict=True)
         )
-    queries, keys, values = (_project(x, hidden, size, padding) for x in projections)
+    rounded = _rounded(layer, hidden) if pays_to_round_together(hidden) else _as_it_is
+    queries, keys, values = (_project(x, hidden, size, padding, rounded) for x in projections)
     context = ops.attention(
         queries,
         keys,
@@ -229,14 +231,21 @@ def encode_layer(
             positions=layout.positions[read],
         )
     common = {"layout": layout, "seed": seed, "impl": impl}
-    weight = _pad_heads(dense.weight.mT, size, padding).mT if padding else None
-    hidden = _output(attention.output, context, hidden, site + ATTENTION_OUTPUT, weight, **common)
+    hidden = _output(
+        attention.output,
+        context,
+        hidden,
+        site + ATTENTION_OUTPUT,
+        lambda weight: _pad_columns(rounded(weight), size, padding),
+        **common,
+    )
     inner = layer.intermediate
     if adds_bias(inner.dense, hidden) and is_erf_gelu(inner.intermediate_act_fn):
-        expanded = ops.bias_gelu(F.linear(hidden, inner.dense.weight), inner.dense.bias, impl=impl)
+        expanded = F.linear(hidden, rounded(inner.dense.weight))
+        expanded = ops.bias_gelu(expanded, inner.dense.bias, impl=impl)
     else:
         expanded = inner.intermediate_act_fn(inner.dense(hidden))
-    hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, **common)
+    hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, rounded, **common)
     if not give:
         return hidden
     return hidden, queries[..., :size], keys[..., :size], values[..., :size]
@@ -247,11 +256,62 @@ def pays_to_pad(hidden: Tensor) -> bool:
     return hidden.is_cuda
 
 
-def _project(dense: Any, hidden: Tensor, size: int, padding: int) -> Tensor:
+def pays_to_round_together(hidden: Tensor) -> bool:
+    """Whether a launch takes longer than rounding a matrix: on a GPU, unless a compiler fuses."""
+    return hidden.is_cuda and not torch.compiler.is_compiling()
+
+
+def _as_it_is(parameter: Tensor) -> Tensor:
+    return parameter
+
+
+def _rounded(layer: Any, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a product with ``hidden``, whose dtype is autocast's, takes in place of a parameter of
+    the layer's plain linears; autocast would round them one by one."""
+    attention = layer.attention
+    heads = (attention.self.query, attention.self.key, attention.self.value)
+    others = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
+    wide = [
+        *(p for dense in heads if is_plain(dense) for p in (dense.weight, dense.bias)),
+        *(dense.weight for dense in others if is_plain(dense)),  # the op behind adds the bias
+    ]
+    wide = [p for p in wide if p.dtype == torch.float32 != hidden.dtype]
+    if not wide:
+        return _as_it_is
+    narrow = dict(zip(map(id, wide), _RoundTogether.apply(hidden.dtype, *wide), strict=True))
+    return lambda parameter: narrow.get(id(parameter), parameter)
+
+
+class _RoundTogether(torch.autograd.Function):
+    """fp32 tensors in another dtype, and their gradients in fp32: a launch each way."""
+
+    @staticmethod
+    def forward(ctx, dtype, *wide):
+        ctx.set_materialize_grads(False)
+        narrow = [torch.empty_like(x, dtype=dtype) for x in wide]
+        torch._foreach_copy_(narrow, list(wide))
+        return tuple(narrow)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *narrow):
+        there = [x for x in narrow if x is not None]
+        wide = [torch.empty_like(x, dtype=torch.float32) for x in there]
+        if wide:
+            torch._foreach_copy_(wide, there)
+        found = iter(wide)
+        return None, *(None if x is None else next(found) for x in narrow)
+
+
+def _project(
+    dense: Any, hidden: Tensor, size: int, padding: int, rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
     """(T, C) -> heads (T, H, size + padding)."""
-    if not padding:
+    if not is_plain(dense):
         return dense(hidden).unflatten(1, (-1, size))
-    weight, bias = (_pad_heads(x, size, padding) for x in (dense.weight, dense.bias))
+    weight, bias = rounded(dense.weight), rounded(dense.bias)
+    if padding:
+        weight, bias = (_pad_heads(x, size, padding) for x in (weight, bias))
     return F.linear(hidden, weight, bias).unflatten(1, (-1, size + padding))
 
 
@@ -260,18 +320,27 @@ def _pad_heads(x: Tensor, size: int, padding: int) -> Tensor:
     return F.pad(x.unflatten(0, (-1, size)), (0, 0) * (x.dim() - 1) + (0, padding)).flatten(0, 1)
 
 
-def _output(
-    block: Any, x: Tensor, residual: Tensor, site: int, weight: Tensor | None = None, **common: Any
-) -> Tensor:
-    """LN(residual + dropout(x @ weight.mT + b)): BertSelfOutput and BertOutput, (T, any) -> (T, C).
+def _pad_columns(x: Tensor, size: int, padding: int) -> Tensor:
+    """(C, H size) -> (C, H (size + padding)), likewise."""
+    return _pad_heads(x.mT, size, padding).mT if padding else x
 
-    ``weight`` stands for that of ``block.dense``, which must be plain.
+
+def _output(
+    block: Any,
+    x: Tensor,
+    residual: Tensor,
+    site: int,
+    taken: Callable[[Tensor], Tensor],
+    **common: Any,
+) -> Tensor:
+    """LN(residual + dropout(x @ W.mT + b)): BertSelfOutput and BertOutput, (T, any) -> (T, C).
+
+    ``taken``: what the product takes in place of a plain layer's W.
     """
     dense, norm = block.dense, block.LayerNorm
     bias = dense.bias if adds_bias(dense, x) else None
     if is_plain(dense):
-        weight = dense.weight if weight is None else weight
-        x = F.linear(x, weight, dense.bias if bias is None else None)
+        x = F.linear(x, taken(dense.weight), dense.bias if bias is None else None)
     else:
         x = dense(x)
     return ops.dropout_add_layer_norm(
