@@ -169,11 +169,11 @@ def rows_of(suite: str) -> Callable[[Run, str], str]:
     def read(run: Run, text: str) -> str:
         rows = run.rows(suite)
         begun = f"{len(rows)} rows of {len({case_of(row) for row in rows})} cases"
-        late = len(re.findall(r": not \w+ after [\d.]+ minutes", text))
+        late = len(re.findall(r": not begun after [\d.]+ minutes", text))
         failed = re.findall(r"no speed is shown: (.+)", text)
         return (
             begun
-            + (f"; {late} not done in time" if late else "")
+            + (f"; {late} not begun in time" if late else "")
             + (f"; {failed[0][:120]}" if failed else "")
         )
 

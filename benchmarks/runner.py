@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import sys
 import time
 import traceback
@@ -131,15 +132,22 @@ def run_suite(
     failures: dict[Key, Exception] = {}
     rows: list[Row] = []
     begun = False  # to write
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def late() -> str | None:
+        return f"not begun after {minutes} minutes" if time.monotonic() > deadline else None
+
     try:
         common = {"suite": suite, **facts(setup.device)}
         ceilings = _ceilings(setup.device, dtypes)
-        for first, name, case in _in_turn(builders, setup, sweeps, minutes):
+        for first, name, case in _in_turn(builders, setup, sweeps, late):
             if isinstance(case, Exception):
                 failures.setdefault((name,), case)
                 continue
             key = tuple(inputs_of(case).values())
-            if key in failures or (passes and case.phase not in passes):
+            if first and (why := late()) is not None:
+                failures[key] = Failed(f"{case.title}: {why}")
+            if late() or key in failures or (passes and case.phase not in passes):
                 del case
                 continue
             if providers:
@@ -192,20 +200,18 @@ def run_suite(
 
 
 def _in_turn(
-    builders: Cases, setup: Setup, sweeps: int, minutes: float | None
+    builders: Cases, setup: Setup, sweeps: int, late: Callable[[], str | None]
 ) -> Iterator[tuple[bool, str, Case | Exception]]:
     """Whether it is the first sweep, a builder's name, and one of its cases, built one at a time
-    and freed before the next, or what kept it from making one. None is built after ``minutes``."""
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    and freed before the next, or why there is none."""
     for number in range(sweeps):
         for name, build in builders.items():
+            if (why := late()) is not None:
+                if number == 0:
+                    yield True, name, Failed(f"{name}: {why}")
+                continue
             cases = build(setup)
             while True:
-                if deadline is not None and time.monotonic() > deadline:
-                    if number:
-                        return
-                    yield True, name, Failed(f"{name}: not done after {minutes} minutes")
-                    break
                 try:
                     case = next(cases, None)
                 except Exception as error:  # noqa: BLE001  memory, or a check of the inputs

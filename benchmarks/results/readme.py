@@ -559,6 +559,7 @@ def baselines(page: Path) -> str:
     for machine in (CPU, GPU):
         for suite in ("step", "ops"):
             files.append(RESULTS / f"{suite}-{machine}.csv")
+            others = tried(files[-1].with_suffix(".json"))
             for group in groups(newest(read(files[-1]))):
                 for row in everyone(group):
                     if row["role"] == BASELINE or is_ours(row):
@@ -568,13 +569,31 @@ def baselines(page: Path) -> str:
                         [
                             row["cpu"] if row["gpu"] == "none" else row["gpu"],
                             f"`{row['case']}`{which}", row["dtype"], shape_of(row),
-                            row["provider"], row["setting"] or "", cell(row, "median_ms"),
-                            cell(row, "speedup_a", times), cell(row, "graph_ms"),
-                            cell(row, "graph_speedup_a", times),
+                            row["provider"], row["setting"] or "", others.get(lane_of(row), ""),
+                            cell(row, "median_ms"), cell(row, "speedup_a", times),
+                            cell(row, "graph_ms"), cell(row, "graph_speedup_a", times),
                         ]
                     )  # fmt: skip
-    heads = "machine|case|dtype|B, N|provider|setting|ms|x (a)|graph ms|graph x (a)"
-    return f"{markdown(heads, 6, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+    heads = "machine|case|dtype|B, N|provider|setting|others tried, at best, ms"
+    heads += "|ms|x (a)|graph ms|graph x (a)"
+    return f"{markdown(heads, 7, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+
+
+def tried(file: Path) -> dict[tuple[Any, ...], str]:
+    """The settings that a provider of a run tried and did not choose, with their times, by lane."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    dates = {row["date"] for row in found["rows"]}
+    lost: dict[tuple[Any, ...], list[str]] = {}
+    for one in found.get("tried", ()):
+        if not one["chosen"]:
+            for date in dates:
+                lane = lane_of({**one, "date": date})
+                lost.setdefault(lane, []).append(f"{one['setting']} {three(one['ms'])}")
+    return {lane: "; ".join(words) for lane, words in lost.items()}
+
+
+def lane_of(row: Row) -> tuple[Any, ...]:
+    return *case_of(row), row["provider"], row["dtype"], row["date"]
 
 
 def gain(ours: Row, other: Row, column: str = "median_ms") -> Any:

@@ -132,8 +132,8 @@ def test_rows_of_several_benches_of_a_suite_stand_together(run):
         command = run.bench("ops", 60.0, number=number)
         (written,) = options(command, "--json")
         table.write_json(Path(written), "ops", rows_of("ops", case))
-    said = gpu_run.rows_of("ops")(run, "attention_d26: not done after 0.4 minutes\n")
-    assert said == "4 rows of 2 cases; 1 not done in time"
+    said = gpu_run.rows_of("ops")(run, "attention_d26: not begun after 0.4 minutes\n")
+    assert said == "4 rows of 2 cases; 1 not begun in time"
 
 
 @pytest.mark.parametrize("ours", [signal.SIG_DFL, signal.SIG_IGN])  # a background job's

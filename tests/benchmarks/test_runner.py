@@ -744,7 +744,7 @@ def test_only_some_passes():
 def test_no_case_begins_after_the_minutes(monkeypatch):
     ticks = iter(range(0, 10_000, 70))
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks))
-    with pytest.raises(Failed, match="hidden_mse_d768: not done after 2 minutes"):
+    with pytest.raises(Failed, match="hidden_mse_d768: not begun after 2 minutes"):
         runner.run_suite("ops", cases=["hidden"], smoke=True, rounds=1, minutes=2)
 
 

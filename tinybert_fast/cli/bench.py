@@ -57,7 +57,7 @@ def bench(
     rounds: Annotated[int | None, typer.Option(help="Repetitions; by device by default.")] = None,
     sweeps: Annotated[
         int,
-        typer.Option(help="Over all cases, with tensors made anew: two runs agree better."),
+        typer.Option(help="Over all cases, with tensors made anew: averages over where they lie."),
     ] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     dropout: Annotated[float, typer.Option(help="While timed.")] = 0.1,
