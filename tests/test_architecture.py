@@ -11,6 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "tinybert_fast"
 MAPPED = ("kernels", "benchmarks")  # top-level folders that are installed inside the package
 
+BELOW_BENCHMARKS = {
+    "training", "integrations", "modules", "data", "testing", "ops", "allocator",
+}  # fmt: skip
 # Part of the package -> what it may import of the package: a part, or one module of it.
 ARROWS = {
     "allocator": set(),
@@ -23,27 +26,8 @@ ARROWS = {
     "data": {"data", "ops"},
     "integrations": {"integrations", "modules", "ops"},
     "training": {"training", "integrations", "modules", "data", "ops"},
-    "benchmarks": {
-        "benchmarks",
-        "training",
-        "integrations",
-        "modules",
-        "data",
-        "testing",
-        "ops",
-        "allocator",
-    },
-    "cli": {
-        "cli",
-        "benchmarks",
-        "training",
-        "integrations",
-        "modules",
-        "data",
-        "testing",
-        "ops",
-        "allocator",
-    },
+    "benchmarks": {"benchmarks", *BELOW_BENCHMARKS},
+    "cli": {"cli", "benchmarks", *BELOW_BENCHMARKS},
 }
 # Single modules: what they may import besides. The last two work on the kernels themselves.
 BESIDES = {

@@ -514,6 +514,7 @@ def waiting(page: Path) -> str:
             three(one["busy_ms"]), f"{100 * max(0.0, 1 - one['busy_ms'] / one['wall_ms']):.0f} %",
         ]
         for one in found["profiles"]
+        if one["busy_ms"]  # else the profiler saw no kernels
     ]  # fmt: skip
     heads = "step, launched from Python|who|under the profiler, ms|GPU busy, ms|GPU waiting"
     return (
