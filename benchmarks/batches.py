@@ -19,13 +19,15 @@ SPECIAL = 2  # [CLS] and [SEP]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Right-padded (B, N) ids, mask, types and masked-LM labels (-100 where there is none)."""
+    """Right-padded (B, N) ids, mask, types and masked-LM labels (-100 where there is none); of each
+    sequence (B,) a class, 0 or 1."""
 
     lengths: tuple[int, ...]
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor
     labels: Tensor
+    classes: Tensor
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -73,7 +75,8 @@ class Batch:
         longest = max(self.lengths[b] for b in numbers)
         index = torch.tensor(numbers, device=self.input_ids.device)
         padded = (self.input_ids, self.attention_mask, self.token_type_ids, self.labels)
-        parts = (x.index_select(0, index)[:, :longest].contiguous() for x in padded)
+        parts = [x.index_select(0, index)[:, :longest].contiguous() for x in padded]
+        parts.append(self.classes.index_select(0, index))
         return Batch(tuple(self.lengths[b] for b in numbers), *parts)
 
 
@@ -125,5 +128,7 @@ def draw_batch(
         chosen = 1 + torch.randperm(words, generator=generator)[: max(1, round(LABELLED * words))]
         labels[b, chosen] = ids[b, chosen]
         ids[b, chosen] = min(MASK, first - 1)
-    padded = (ids * real, real.long(), torch.zeros_like(ids), labels)
-    return Batch(tuple(lengths), *(x.to(device) for x in padded))
+    # One sequence in four of the other class: halves would leave the class bias no gradient.
+    classes = (torch.arange(batch) % 4 == 0).long()
+    drawn = (ids * real, real.long(), torch.zeros_like(ids), labels, classes)
+    return Batch(tuple(lengths), *(x.to(device) for x in drawn))

@@ -13,6 +13,9 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE, CAREFUL, OURS = "a", "b", "ours"  # roles: as it comes, as a careful user writes it
 PASSES = ("forward", "backward", "both")
+REFERENCE = (
+    "reference"  # the role of our own slowest implementation, which nothing is compared with
+)
 CAREFUL_GRAPH = "careful graph"  # the role of the latter's whole step as a CUDA graph
 
 

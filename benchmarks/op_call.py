@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from math import ceil
 from typing import Any
@@ -58,6 +59,13 @@ class OpCall:
         """The same op on the same operands, for another pass."""
         other = copy(self)  # the operands that are cast already included
         other.phase, other._chosen, other._results = phase, {}, {}
+        return other
+
+    def by(self, impl: str) -> OpCall:
+        """The same op, if it is one of ours, by an implementation: a provider of that name."""
+        other = self.of(self.phase)
+        other.name = other.role = impl
+        other.ops = {name: partial(op, impl=impl) for name, op in self.ops.items()}
         return other
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:

@@ -41,6 +41,7 @@ COLOURS = {BASELINE: "tab:gray", CAREFUL: "tab:orange", OURS: "tab:blue"}
 SHADES = {
     "ours cached": "#6baed6",
     "ours weighted": "#6baed6",
+    "reference": "#c6dbef",
     "careful compile": "#fdae6b",
     "flash": "tab:green",
     "efficient": "tab:olive",

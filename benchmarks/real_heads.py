@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import BertForPreTraining, BertTokenizerFast
 
+from tinybert_fast.benchmarks.hardware import facts
 from tinybert_fast.data import PreTrainingCollator
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.integrations import accelerate
@@ -143,7 +144,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.folder is None:
         parser.error("rxnfp is not installed: pip install --no-deps rxnfp==0.1.0")
-    result = measure(given.folder)
+    result = {**measure(given.folder), "machine": facts(torch.device("cpu"))}
     print(json.dumps(result, indent=2))
     if given.json is not None:
         atomic_write(given.json, json.dumps(result, indent=2) + "\n")

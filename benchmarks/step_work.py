@@ -5,7 +5,9 @@ T real tokens, P = sum of n^2 pairs of tokens of a sequence, C channels, F inner
 
     layer, forward     2 T (4 C^2 + 2 C F)  products with weights;  4 P C  scores and their sum
     backward           twice the forward: gradients of inputs and of weights, of both operands
-    head               2 R (C^2 + C V)  of R labelled tokens, which alone pass the last layer's end
+    vocabulary head    2 R (C^2 + C V)  of R labelled tokens
+    pooler, two classes  2 B (C^2 + 2 C)  of B sequences; rows that heads read alone pass the end
+                       of the last layer
     projection         2 T C C_t  of each matched state
     attention loss     the smaller of scores, 2 P (C + C_t), and Gram matrices of H heads,
                        4 T H (d^2 + d d_t + d_t^2); gradients 4 P C or 4 T H (d^2 + d d_t)
@@ -23,6 +25,7 @@ from typing import Any
 from tinybert_fast.benchmarks.case import DTYPES, Work
 
 TRAINING = 3  # forward and backward, in forwards
+CLASSES = 2
 PARAMETER_BYTES = 4 * (2 + 2 + 6)  # two passes; gradient; the update of weight and two moments
 
 
@@ -45,11 +48,37 @@ def parameters(config: Any) -> int:
 
 
 def masked_lm_work(config: Any, lengths: Sequence[int], labelled: int, dtype: str) -> Work:
+    return _trained(config, lengths, labelled, _vocabulary_head(config, labelled))
+
+
+def pre_training_work(config: Any, lengths: Sequence[int], labelled: int, dtype: str) -> Work:
+    heads = _vocabulary_head(config, labelled), _class_head(config, len(lengths))
+    return _trained(config, lengths, labelled + len(lengths), *heads)
+
+
+def classifier_work(config: Any, lengths: Sequence[int], labelled: int, dtype: str) -> Work:
+    return _trained(config, lengths, len(lengths), _class_head(config, len(lengths)))
+
+
+Head = tuple[float, int]  # operations of a forward, parameters
+
+
+def _vocabulary_head(config: Any, rows: int) -> Head:
     width, words = config.hidden_size, config.vocab_size
-    head = 2 * labelled * (width * width + width * words)
-    trained = parameters(config) + width * width + 3 * width + words  # the decoder's are the words'
-    flops = TRAINING * (forward_flops(config, lengths, labelled) + head)
-    return Work(flops, PARAMETER_BYTES * trained)
+    # The decoder's matrix is that of the embeddings.
+    return 2 * rows * (width * width + width * words), width * width + 3 * width + words
+
+
+def _class_head(config: Any, sequences: int) -> Head:
+    width = config.hidden_size
+    return 2 * sequences * (width * width + CLASSES * width), (width + 1) * (width + CLASSES)
+
+
+def _trained(config: Any, lengths: Sequence[int], read: int, *heads: Head) -> Work:
+    """A step of an encoder of which ``read`` rows are read by these heads."""
+    flops = forward_flops(config, lengths, read) + sum(flops for flops, _ in heads)
+    count = parameters(config) + sum(count for _, count in heads)
+    return Work(TRAINING * flops, PARAMETER_BYTES * count)
 
 
 def distillation_work(

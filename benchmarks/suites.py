@@ -55,11 +55,19 @@ def load_cases(suite: str, *, on_gpu: bool = False) -> Cases:
         from tinybert_fast.benchmarks.cases import scaling
 
         return scaling.GPU_CASES if on_gpu else scaling.CASES
-    from tinybert_fast.benchmarks.cases import distill_step, mlm_step
+    from tinybert_fast.benchmarks.cases import (
+        distill_step,
+        finetune_step,
+        mlm_step,
+        pretrain_step,
+    )
 
-    if on_gpu:
-        return {**mlm_step.GPU_CASES, **distill_step.GPU_CASES}
-    return {**mlm_step.CASES, **distill_step.CASES}
+    steps = mlm_step, distill_step, pretrain_step, finetune_step
+    return {
+        name: build
+        for step in steps
+        for name, build in (step.GPU_CASES if on_gpu else step.CASES).items()
+    }
 
 
 def selected(builders: Cases, wanted: Collection[str]) -> Cases:

@@ -81,8 +81,7 @@ class OfficialStep(DistillationBaseline):
 
     def backward(self, batch: Batch, dtype: str, setting: Any) -> Tensor:
         with self.autocast(dtype):
-            with torch.no_grad():
-                teacher_scores, teacher_states = self._read(self.teacher, batch)
+            teacher_scores, teacher_states = self.lesson(batch, dtype)
             student_scores, student_states = self._read(self.student, batch)
             attention = [
                 official(student, teacher)
@@ -99,6 +98,11 @@ class OfficialStep(DistillationBaseline):
         loss = torch.stack([*attention, *hidden]).sum()
         loss.backward()
         return loss.detach()
+
+    @torch.no_grad()
+    def lesson(self, batch: Batch, dtype: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        """Of autocast's dtype."""
+        return self._read(self.teacher, batch)
 
     @staticmethod
     def _read(model: Any, batch: Batch) -> tuple[list[Tensor], tuple[Tensor, ...]]:

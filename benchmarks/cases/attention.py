@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,9 +58,9 @@ GPU_ALONE = ("flash", "efficient", "cudnn", "flash varlen", "flex")
 
 
 def ours(
-    layout: SequenceLayout, seed: Tensor, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float
+    layout: SequenceLayout, seed: Tensor, q: Tensor, k: Tensor, v: Tensor, **how: Any
 ) -> Tensor:
-    return ops.attention(q, k, v, layout=layout, dropout_p=dropout_p, seed=seed)
+    return ops.attention(q, k, v, layout=layout, seed=seed, **how)
 
 
 def work_of(lengths: tuple[int, ...], heads: int, width: int, phase: str, size: int) -> Work:

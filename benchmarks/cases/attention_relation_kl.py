@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,9 +42,9 @@ def autograd(kind: str, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return F.kl_div(student, teacher, reduction="sum", log_target=True) / rows
 
 
-def ours(kind: str, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+def ours(kind: str, a: Tensor, b: Tensor, c: Tensor, d: Tensor, **how: Any) -> Tensor:
     operands = (a, b, c, d) if kind == "qk" else (a, a, c, c)
-    return ops.attention_relation_kl(*operands, relation_heads=a.shape[2])
+    return ops.attention_relation_kl(*operands, relation_heads=a.shape[2], **how)
 
 
 def work_of(batch: int, length: int, heads: int, kind: str, phase: str, size: int) -> Work:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,8 @@ def eager(
     return F.layer_norm(total, x.shape[-1:], weight, ln_bias, EPS)
 
 
-def ours(layout: SequenceLayout, seed: Tensor, *operands: Tensor, dropout_p: float) -> Tensor:
-    return ops.dropout_add_layer_norm(
-        *operands, eps=EPS, dropout_p=dropout_p, seed=seed, layout=layout
-    )
+def ours(layout: SequenceLayout, seed: Tensor, *operands: Tensor, **how: Any) -> Tensor:
+    return ops.dropout_add_layer_norm(*operands, eps=EPS, seed=seed, layout=layout, **how)
 
 
 def work_of(rows: int, columns: int, phase: str, size: int) -> Work:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +55,7 @@ def ours(
     ids: Tensor,
     positions: Tensor,
     types: Tensor,
-    *,
-    dropout_p: float,
+    **how: Any,
 ) -> Tensor:
     return ops.embedding_layer_norm(
         ids,
@@ -67,10 +67,10 @@ def ours(
         weight,
         bias,
         eps=EPS,
-        dropout_p=dropout_p,
         seed=seed,
         layout=layout,
         padding_idx=PADDING,
+        **how,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,8 +36,8 @@ def autograd(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> 
     return F.mse_loss(F.linear(student, weight, bias).float(), teacher.float())
 
 
-def ours(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
-    return ops.hidden_mse(student, teacher, weight, bias)
+def ours(student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor, **how: Any) -> Tensor:
+    return ops.hidden_mse(student, teacher, weight, bias, **how)
 
 
 def work_of(rows: int, columns: int, phase: str, size: int) -> Work:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,8 +31,8 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return LigerLayerNormFunction.apply(x, weight, bias, EPS)
 
 
-def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return ops.layer_norm(x, weight, bias, eps=EPS)
+def ours(x: Tensor, weight: Tensor, bias: Tensor, **how: Any) -> Tensor:
+    return ops.layer_norm(x, weight, bias, eps=EPS, **how)
 
 
 def work_of(rows: int, columns: int, phase: str, size: int) -> Work:

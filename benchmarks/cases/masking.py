@@ -1,5 +1,8 @@
 """Masking of a batch of 256 rows: the call that masks, and whole collators from lists of integers.
 
+    transformers, ... numpy  the two paths of DataCollatorForLanguageModeling
+    torch exact              an exact number in each row, as ours, by multinomial or by top-k
+
 Transformers' collators choose every token by its own coin and ours an exact number, so there are no
 equal results to compare. Instead ours, the call and what the collators return, is held bit for bit
 to the Python reference on some rows before anything is timed.
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tinybert_fast.benchmarks.batches import IGNORED
 from tinybert_fast.benchmarks.case import (
@@ -27,6 +31,7 @@ from tinybert_fast.benchmarks.case import (
     Outcome,
     Setup,
 )
+from tinybert_fast.benchmarks.op_call import fastest
 from tinybert_fast.data import SparseMaskingCollator
 from tinybert_fast.ops import MaskingRule, mlm_mask
 from tinybert_fast.testing.tiny_models import tiny_tokenizer
@@ -39,26 +44,59 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FIRST_WORD = len(SPECIAL) + PIECES  # ids: special tokens, pieces, words
 CHECKED_ROWS = 4
 INTEGERS = ("int64",)
+RATIO = 0.15  # of the tokens, masked
 CALLS, SHORT_CALLS = 10, 50  # in a row, for one measurement
 
 
 class Call:
-    """A call as a provider."""
+    """A call as a provider, or the fastest of several."""
 
-    def __init__(self, name: str, role: str, call: Callable[[], Any]) -> None:
-        self.name, self.role, self.call = name, role, call
+    def __init__(
+        self, name: str, role: str, calls: Callable[[], Any] | dict[str, Callable[[], Any]]
+    ) -> None:
+        self.name, self.role = name, role
+        self.calls = calls if isinstance(calls, dict) else {"": calls}
+        self._chosen = next(iter(self.calls))
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
-        pass
+        def choose(setting: str) -> None:
+            self._chosen = setting
+
+        if len(self.calls) > 1:
+            fastest(self, dtype, tuple(self.calls), choose, seconds)
 
     def setting(self, dtype: str) -> str:
-        return ""
+        return self._chosen
 
     def run(self, dtype: str) -> None:
-        self.call()
+        self.calls[self._chosen]()
 
     def outcome(self, what: str, dtype: str) -> Outcome:
         raise NotImplementedError("masks are drawn, and differ")
+
+
+def by_multinomial(allowed: Tensor, count: int) -> Tensor:
+    return torch.multinomial(allowed, count)
+
+
+def by_top_keys(allowed: Tensor, count: int) -> Tensor:
+    return (torch.rand_like(allowed) * allowed).topk(count, sorted=False).indices
+
+
+EXACT = {"multinomial": by_multinomial, "top-k": by_top_keys}
+
+
+def exactly(
+    choose: Callable[[Tensor, int], Tensor], mask_id: int, ids: Tensor, special: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids (B, N) with as many tokens masked in every row, which are full, and their labels."""
+    width = ids.shape[1] - 2  # without the special ones
+    chosen = choose((special == 0).float(), round(RATIO * width))
+    words = ids.gather(1, chosen)
+    coin = torch.rand(chosen.shape)
+    other = torch.randint(VOCABULARY, chosen.shape)
+    new = torch.where(coin < 0.8, mask_id, torch.where(coin < 0.9, other, words))
+    return ids.scatter(1, chosen, new), torch.full_like(ids, IGNORED).scatter_(1, chosen, words)
 
 
 def tokenizer() -> Any:
@@ -102,7 +140,7 @@ def mask_cases(setup: Setup) -> Iterator[Case]:
     known = tokenizer()
     theirs = DataCollatorForLanguageModeling(known)
 
-    def in_torch(ids: torch.Tensor, special: torch.Tensor) -> Any:
+    def in_torch(ids: Tensor, special: Tensor) -> Any:
         return theirs.torch_mask_tokens(ids.clone(), special)
 
     def in_numpy(ids: np.ndarray, special: np.ndarray) -> Any:
@@ -132,6 +170,14 @@ def mask_cases(setup: Setup) -> Iterator[Case]:
             providers=[
                 Call("transformers", BASELINE, partial(in_torch, ids, special)),
                 Call("transformers numpy", CAREFUL, partial(in_numpy, *arrays)),
+                Call(
+                    "torch exact",
+                    "torch exact",
+                    {
+                        setting: partial(exactly, choose, known.mask_token_id, ids, special)
+                        for setting, choose in EXACT.items()
+                    },
+                ),
                 Call("ours", OURS, partial(ours, rule)),
                 Call("ours weighted", OURS, partial(ours, weighted)),
             ],
@@ -186,7 +232,7 @@ def collate_cases(setup: Setup, *, name: str, whole_words: bool) -> Iterator[Cas
         )
 
 
-def hold_to_reference(ids: torch.Tensor, rule: MaskingRule, special: torch.Tensor) -> None:
+def hold_to_reference(ids: Tensor, rule: MaskingRule, special: Tensor) -> None:
     """Disagreement unless the first rows come out as the reference masks them."""
     few, marks = ids[:CHECKED_ROWS].contiguous(), special[:CHECKED_ROWS].contiguous()
     exact, got = (

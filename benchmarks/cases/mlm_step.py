@@ -1,43 +1,26 @@
 """Masked-LM training step of TinyBERT-4L-312: forward, loss, backward, AdamW update.
 
-    loss = mean over labelled positions of cross_entropy(head(h), label)
-
-Same loss and gradients for all providers, whatever the padding.
+loss = mean over labelled positions of cross_entropy(head(h), label)
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from tinybert_fast.benchmarks.baselines.masked_lm import CarefulStep, PlainStep, TransformersStep
-from tinybert_fast.benchmarks.batches import FILL, IGNORED, Batch, draw_batch, draw_lengths
-from tinybert_fast.benchmarks.case import OURS, Case, Cases, Check, Setup
+from tinybert_fast.benchmarks.baselines.one_model import MASKED_LM, TaskStep
+from tinybert_fast.benchmarks.batches import FILL, IGNORED, Batch
+from tinybert_fast.benchmarks.case import OURS, Case, Cases, Setup
+from tinybert_fast.benchmarks.cases.step_case import OurStep, step_case
 from tinybert_fast.benchmarks.step_work import masked_lm_work
-from tinybert_fast.benchmarks.training_step import OPTIMIZER, GraphedStep, TrainingStep
-from tinybert_fast.integrations import TinyBertConfig, accelerate
 from tinybert_fast.modules.heads import vocabulary_loss
 from tinybert_fast.ops.layout import SequenceLayout
 
 BATCH, WIDTH = 32, 128
 GPU_SHAPES = ((256, 128), (64, 512))
-SMOKE_BATCH, SMOKE_WIDTH = 4, 16
-RAGGED = "lengths as timed"
-
-
-class OurStep(TrainingStep):
-    name, role = "ours", OURS
-
-    def backward(self, batch: Batch, dtype: str, setting: Any) -> Tensor:
-        with self.autocast(dtype):
-            loss = self.trained(**batch.inputs, labels=batch.labels).loss
-        loss.backward()
-        return loss.detach()
 
 
 class Packed(NamedTuple):
@@ -49,9 +32,9 @@ class Packed(NamedTuple):
     labels: Tensor  # int64 (R,)
 
 
-class OurGpuStep(TrainingStep):
-    """What PreTraining runs: the layout comes from lengths on the host and the head is told which
-    rows it reads, so nothing waits for the device."""
+class OurGpuStep(TaskStep):
+    """The layout comes from lengths on the host and the head is told which rows it reads, so
+    nothing waits for the device."""
 
     name, role = "ours", OURS
 
@@ -72,62 +55,10 @@ class OurGpuStep(TrainingStep):
         return loss.detach()
 
 
-def cases(setup: Setup, *, name: str, batch: int, width: int, fill: float = FILL) -> Iterator[Case]:
-    from transformers import BertForMaskedLM
-
-    if setup.smoke:
-        batch, width = min(batch, SMOKE_BATCH), min(width, SMOKE_WIDTH)
-    generator = setup.generator()
-    torch.manual_seed(setup.seed)
-    with setup.device:
-        model = BertForMaskedLM(student_config(setup))
-    lengths = draw_lengths(batch, width, generator, fill)
-    drawn = draw_batch(lengths, width, model.config.vocab_size, generator, setup.device)
-    common = {"timed": drawn, RAGGED: drawn}, setup.dropout
-
-    def fast() -> Any:
-        return accelerate(copy.deepcopy(model))
-
-    providers: list[Any] = [
-        TransformersStep(copy.deepcopy(model), *common),
-        CarefulStep(copy.deepcopy(model), *common),
-    ]
-    if setup.on_gpu:
-        providers += [
-            PlainStep(copy.deepcopy(model), *common, compiled_alone=True),
-            GraphedStep("careful graph", PlainStep(copy.deepcopy(model), *common)),
-            OurGpuStep(fast(), *common),
-            GraphedStep("ours graph", OurGpuStep(fast(), *common)),
-        ]
-    else:
-        providers.append(OurStep(fast(), *common))
-    yield Case(
-        name=name,
-        batch=batch,
-        width=width,
-        valid_tokens=drawn.tokens,
-        dropout=setup.dropout,
-        optimizer=OPTIMIZER,
-        providers=providers,
-        checks=(Check(RAGGED, "transformers", tuple(one.name for one in providers[1:])),),
-        work=partial(masked_lm_work, model.config, drawn.lengths, len(drawn.labelled)),
-    )
-
-
-def student_config(setup: Setup) -> Any:
-    """TinyBERT-4L-312 (12 heads of 26, 30522 word pieces), or its smoke size."""
-    dropout = {
-        "hidden_dropout_prob": setup.dropout,
-        "attention_probs_dropout_prob": setup.dropout,
-    }
-    tiny = {
-        "vocab_size": 120,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-    }
-    return TinyBertConfig.tiny_4l_312(**dropout, **(tiny if setup.smoke else {}))
+def cases(setup: Setup, *, fill: float = FILL, **shape: Any) -> Iterator[Case]:
+    """``shape``: name, batch, width."""
+    ours = OurGpuStep if setup.on_gpu else OurStep
+    return step_case(setup, MASKED_LM, ours, masked_lm_work, fill=fill, **shape)
 
 
 CASES: Cases = {"mlm_step": partial(cases, name="mlm_step", batch=BATCH, width=WIDTH)}

@@ -16,6 +16,7 @@ from tinybert_fast.benchmarks.case import (
     CAREFUL,
     DTYPES,
     OURS,
+    REFERENCE,
     Case,
     Check,
     Setup,
@@ -52,7 +53,8 @@ def op_case(
     gpu_calls: int = GPU_CALLS,
 ) -> Iterator[Case]:
     """One case per pass, those of ``captured`` as a CUDA graph too. Every provider is held to the
-    first one."""
+    first one. The last is ours; the same op by its reference is put behind it."""
+    providers = [*providers, providers[-1].by(REFERENCE)]
     first, *others = (provider.name for provider in providers)
     calls = gpu_calls if setup.on_gpu else cpu_calls
     case = Case(
@@ -65,7 +67,8 @@ def op_case(
         providers=providers,
         checks=(Check(what, first, tuple(others)),),
         calls=1 if setup.smoke else calls,
-        optional=optional,
+        # Where its N x N tensors may not fit.
+        optional=(*optional, REFERENCE) if setup.on_gpu else optional,
     )
     for one in passes(case, *phases):
         yield replace(one, work=partial(_by_dtype, work, one.phase), captured=one.phase in captured)

@@ -23,7 +23,8 @@ from typing import Any
 
 from tinybert_fast.benchmarks.agreement import WITHIN, repeats
 from tinybert_fast.benchmarks.baselines.textbrewer import NAME as TEXTBREWER
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, CAREFUL_GRAPH, OURS
+from tinybert_fast.benchmarks.batches import FILL
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, CAREFUL_GRAPH, OURS, REFERENCE
 from tinybert_fast.benchmarks.suites import SUITES
 from tinybert_fast.benchmarks.table import Row, axis_of, case_of, newest, over_teacher, read
 from tinybert_fast.data.atomic import atomic_write
@@ -42,6 +43,8 @@ CASES = {
     "mlm_step": "masked LM, TinyBERT-4L-312",
     "distill_step": "distillation, 12L-768 to 4L-312",
     "student_step": "student alone, lessons in memory",
+    "pretrain_step": "masked LM and next sentence, TinyBERT-4L-312",
+    "finetune_step": "classifier, TinyBERT-4L-312",
     "attention_score_mse_d26": "attention loss, 12 heads of 26 against 64",
     "attention_score_mse_d64": "attention loss, 12 heads of 64 against 64",
     "attention_score_mse_memory": "B=4",
@@ -122,6 +125,12 @@ def name_of(row: Row) -> str:
     return CASES.get(found[1], f"`{found[1]}`") + (", no padding" if found[2] else "")
 
 
+def step_of(row: Row) -> str:
+    """With the share of real positions where it is another than most steps have."""
+    usual = row["valid_fraction"] == 1.0 or abs(row["valid_fraction"] - FILL) < 0.1
+    return name_of(row) + ("" if usual else f", {real_of(row)} real")
+
+
 def shape_of(row: Row) -> str:
     return f"{row['batch']}, {row['width']}"
 
@@ -152,7 +161,7 @@ def link(file: Path, page: Path) -> str:
 
 
 def caption(rows: list[Row], file: Path, page: Path) -> str:
-    """Machine, conditions, file, and of each run command and date."""
+    """Machine, conditions, file, and of each run command, date and commit."""
     first = rows[0]
     rates = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -178,7 +187,7 @@ def caption(rows: list[Row], file: Path, page: Path) -> str:
         runs.setdefault(row["date"], []).append(row)
     dates: dict[str, list[str]] = {}
     for date, run in runs.items():
-        dates.setdefault(command(run, rows), []).append(date)
+        dates.setdefault(command(run, rows), []).append(f"{date} at {run[0]['commit']}")
     commands = "; ".join(f"`{line}`, {', '.join(when)}" for line, when in dates.items())
     return f"{'; '.join(said)}. {commands}; rows in {link(file, page)}."
 
@@ -244,7 +253,7 @@ def cpu_steps(rows: list[Row]) -> str:
         3,
         (
             [
-                name_of(group[OURS]), shape_of(group[OURS]), group[OURS]["dtype"],
+                step_of(group[OURS]), shape_of(group[OURS]), group[OURS]["dtype"],
                 cell(group.get(BASELINE), "median_ms"),
                 *([cell(group.get(TEXTBREWER), "median_ms")] if toolkit else []),
                 cell(group.get(CAREFUL), "median_ms"),
@@ -418,21 +427,21 @@ def memory_along(axis: str, rows: list[Row]) -> str:
 
 
 def masking(rows: list[Row]) -> str:
-    """Against the faster of Transformers' two paths."""
+    """Against the fastest of the others."""
     lines = []
     for group in groups(rows):
-        ours, slower = group["ours"], (group["transformers"], group["transformers numpy"])
-        against = min(ours["speedup_a"], ours["speedup_b"])
+        ours = group["ours"]
+        others = [group.get(name) for name in ("transformers", "transformers numpy", "torch exact")]
         lines.append(
             [
                 CASES[ours["case"]], shape_of(ours), str(ours["threads"]),
-                *(cell(row, "median_ms") for row in (*slower, ours)),
+                *(cell(row, "median_ms") for row in (*others, ours)),
                 cell(group.get("ours weighted"), "median_ms"), cell(ours, "tokens_per_s"),
-                times(against),
+                times(min(gain(ours, row) for row in others if row)),
             ]
         )  # fmt: skip
-    heads = "|B, N|threads|torch, ms|numpy, ms|tinybert_fast, ms|with weights, ms|tokens/s"
-    return markdown(heads + "|against the faster", 3, lines)
+    heads = "|B, N|threads|Transformers, torch, ms|numpy, ms|exact in torch, ms|tinybert_fast, ms"
+    return markdown(heads + "|with weights, ms|tokens/s|against the fastest", 3, lines)
 
 
 def pretraining(page: Path) -> str:
@@ -560,10 +569,10 @@ def baselines(page: Path) -> str:
     for machine in (CPU, GPU):
         for suite in ("step", "ops"):
             files.append(RESULTS / f"{suite}-{machine}.csv")
-            others = tried(files[-1].with_suffix(".json"))
+            others = tried(RESULTS.glob(f"{suite}*-{machine}.json"))
             for group in groups(newest(read(files[-1]))):
                 for row in everyone(group):
-                    if row["role"] == BASELINE or is_ours(row):
+                    if row["role"] in (BASELINE, REFERENCE) or is_ours(row):
                         continue
                     which = "" if row["pass"] == "both" else f", {row['pass']}"
                     lines.append(
@@ -580,16 +589,17 @@ def baselines(page: Path) -> str:
     return f"{markdown(heads, 7, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
 
 
-def tried(file: Path) -> dict[tuple[Any, ...], str]:
+def tried(files: Iterable[Path]) -> dict[tuple[Any, ...], str]:
     """The settings that a provider of a run tried and did not choose, with their times, by lane."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-    dates = {row["date"] for row in found["rows"]}
     lost: dict[tuple[Any, ...], list[str]] = {}
-    for one in found.get("tried", ()):
-        if not one["chosen"]:
-            for date in dates:
-                lane = lane_of({**one, "date": date})
-                lost.setdefault(lane, []).append(f"{one['setting']} {three(one['ms'])}")
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        dates = {row["date"] for row in found["rows"]}
+        for one in found.get("tried", ()):
+            if not one["chosen"]:
+                for date in dates:
+                    lane = lane_of({**one, "date": date})
+                    lost.setdefault(lane, []).append(f"{one['setting']} {three(one['ms'])}")
     return {lane: "; ".join(words) for lane, words in lost.items()}
 
 

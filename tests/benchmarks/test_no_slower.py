@@ -57,7 +57,7 @@ def small(monkeypatch):
     from transformers import BertConfig
 
     students = partial(TinyBertConfig.tiny_4l_312, vocab_size=WORDS)
-    monkeypatch.setattr(mlm_step.TinyBertConfig, "tiny_4l_312", students)
+    monkeypatch.setattr(TinyBertConfig, "tiny_4l_312", students)
     teachers = partial(BertConfig, num_hidden_layers=TEACHER_LAYERS, vocab_size=WORDS)
     monkeypatch.setattr("transformers.BertConfig", teachers)
     monkeypatch.setattr(textbrewer, "is_installed", lambda: False)

@@ -70,9 +70,9 @@ def doubles(x, *, dropout_p=0.0):
             embedding_layer_norm,
             lambda i, t, p, w, *rest, **_: w[i] * rest[2] + rest[3] + rest[0][0],
         ),
-        (bias_gelu, lambda x, bias: torch.tanh(x + bias)),
-        (hidden_mse, lambda s, t, w, b: (s @ w.T + b - t).abs().mean()),
-        (linear_cross_entropy, lambda h, w, b, *_: (h @ w.T + b).square().mean()),
+        (bias_gelu, lambda x, bias, **_: torch.tanh(x + bias)),
+        (hidden_mse, lambda s, t, w, b, **_: (s @ w.T + b - t).abs().mean()),
+        (linear_cross_entropy, lambda h, w, b, *_, **how: (h @ w.T + b).square().mean()),
     ],
     ids=lambda x: getattr(x, "__name__", "").rpartition(".")[2],
 )
@@ -82,6 +82,23 @@ def test_a_wrong_op_is_refused(op, wrong, dtype, monkeypatch):
     monkeypatch.setattr(op.ops, name, wrong)
     with pytest.raises((Disagreement, RuntimeError), match=r"does not compute|unused"):
         checking.check(first(next(iter(op.CASES.values()))), dtype)
+
+
+def test_the_reference_is_timed_beside_ours(monkeypatch):
+    """And nothing is compared with it."""
+    case = first(dropout_add_layer_norm.CASES["dropout_add_layer_norm_d312"])
+    op, by = dropout_add_layer_norm.ops.dropout_add_layer_norm, []
+
+    def noted(*operands, impl="auto", **options):
+        by.append(impl)
+        return op(*operands, impl=impl, **options)
+
+    monkeypatch.setattr(dropout_add_layer_norm.ops, "dropout_add_layer_norm", noted)
+    ours, reference = measuring.measure(case, ("fp32",), 1, 1, CPU, {})[-2:]
+    assert (ours["provider"], reference["provider"]) == ("ours", "reference")
+    assert set(by) == {"auto", "reference"}
+    assert reference["role"] == "reference"
+    assert reference["speedup_a"] > 0
 
 
 def test_every_setting_of_attention_agrees():
@@ -142,10 +159,10 @@ def xformers(monkeypatch):
 def test_xformers_is_given_packed_rows_and_their_lengths(width, xformers):
     case = first(attention.MORE_CASES[f"attention_d{width}_ragged"])
     names = [provider.name for provider in case.providers]
-    assert names == ["sdpa", "careful", "xformers", "ours"]
+    assert names == ["sdpa", "careful", "xformers", "ours", "reference"]
     assert "xformers" in case.optional
     assert "xformers" not in case.providers[1].calls  # careful is what PyTorch has
-    lengths = case.providers[-1].ops[""].args[0].lengths
+    lengths = case.providers[-2].ops[""].args[0].lengths
     rows = {row["provider"]: row for row in measuring.measure(case, ("fp32",), 1, 1, CPU, {})}
     assert rows["xformers"]["setting"] == ("heads of 32" if width == 26 else "")
     assert rows["xformers"]["gradient_error"] < 1e-5
@@ -161,7 +178,7 @@ def test_attention_goes_on_without_an_xformers_that_does_not_load(xformers, monk
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     case = first(attention.CASES["attention_d64"])
     rows = measuring.measure(case, ("fp32",), 1, 1, CPU, {})
-    assert [row["provider"] for row in rows] == ["sdpa", "careful", "ours"]
+    assert [row["provider"] for row in rows] == ["sdpa", "careful", "ours", "reference"]
     assert "no xformers in fp32: import of xformers.ops halted" in capsys.readouterr().err
 
 

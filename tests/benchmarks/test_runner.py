@@ -36,10 +36,13 @@ from tinybert_fast.benchmarks.cases import (
     attention_score_mse,
     attention_score_mse_memory,
     distill_step,
+    finetune_step,
     inference,
     masking,
     mlm_step,
+    pretrain_step,
     scaling,
+    step_case,
 )
 from tinybert_fast.ops.layout import SequenceLayout
 
@@ -231,9 +234,11 @@ def test_textbrewer_computes_the_same_loss_in_fp32_alone(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())  # its folders and logs
 
 
-def test_masked_lm_providers_agree_and_a_scaled_loss_is_seen(monkeypatch):
-    (case,) = mlm_step.CASES["mlm_step"](SMOKE)
-    assert checking.check(case, "fp32").keys() == {"careful", "ours"}
+@pytest.mark.parametrize("step", [mlm_step, pretrain_step, finetune_step])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_providers_of_a_step_agree_and_a_scaled_loss_is_seen(step, dtype, monkeypatch):
+    (case,) = next(iter(step.CASES.values()))(SMOKE)
+    assert checking.check(case, dtype).keys() == {"careful", "ours"}
     ours = case.providers[-1]
     backward = ours.backward
 
@@ -243,7 +248,7 @@ def test_masked_lm_providers_agree_and_a_scaled_loss_is_seen(monkeypatch):
 
     monkeypatch.setattr(ours, "backward", twice)
     with pytest.raises(Disagreement, match="gradient of"):
-        checking.check(case, "fp32")
+        checking.check(case, dtype)
 
 
 def test_tuning_leaves_the_weights_alone():
@@ -295,7 +300,11 @@ def as_on_gpu(monkeypatch):
         ("distill_step_b256_n128", "official, careful, careful graph, ours, ours graph, "
          "ours cached"),
         ("distill_step_b256_n512_full", "careful, careful graph, ours, ours graph"),
-        ("student_step_b256_n128_full", "careful, careful graph, ours, ours graph"),
+        ("student_step_b256_n128_full", "official, careful, careful graph, ours, ours graph"),
+        ("pretrain_step_b256_n128", "transformers, careful, careful compile, careful graph, ours, "
+         "ours graph"),
+        ("finetune_step_b256_n128", "transformers, careful, careful compile, careful graph, ours, "
+         "ours graph"),
     ],
 )  # fmt: skip
 def test_steps_of_a_gpu_agree(as_on_gpu, capsys, name, providers):
@@ -332,7 +341,7 @@ def test_who_cannot_run_is_left_out_aloud(as_on_gpu, capsys, monkeypatch):
 
     monkeypatch.setattr(training_step, "Replay", refuse)
     rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
-    assert [row["provider"] for row in rows] == ["careful", "ours"]
+    assert [row["provider"] for row in rows] == ["official", "careful", "ours"]
     said = capsys.readouterr().err
     assert "student_step_b256_n128_full N=16: no ours graph in fp32: capture: RuntimeError" in said
     assert "no careful graph in fp32: length buckets: 1, gram, compiled: RuntimeError: op" in said
@@ -371,13 +380,32 @@ def test_long_steps_take_fewer_rounds_on_a_gpu(seconds, expected):
     assert rounds.repetitions(lanes, lambda call: seconds, 1, rounds.SECONDS) == expected
 
 
+def test_work_of_heads_counts_their_products_and_parameters():
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import BertForPreTraining, BertForSequenceClassification
+
+    config, lengths = step_case.student_config(SMOKE), (16, 9, 3, 5)
+    encoder = step_work.forward_flops(config, lengths, 7 + 4)
+    model = BertForPreTraining(config).eval()
+    rows, first = torch.zeros(7, config.hidden_size), torch.zeros(4, 1, config.hidden_size)
+    with FlopCounterMode(display=False) as counter:
+        model.cls(rows, model.bert.pooler(first))
+    work = step_work.pre_training_work(config, lengths, 7, "fp32")
+    assert work.flops == 3 * (encoder + counter.get_total_flops())
+    size = step_work.PARAMETER_BYTES
+    assert work.bytes == size * sum(p.numel() for p in model.parameters())
+    work = step_work.classifier_work(config, lengths, 7, "fp32")
+    classifier = BertForSequenceClassification(config)
+    assert work.bytes == size * sum(p.numel() for p in classifier.parameters())
+
+
 @pytest.mark.parametrize("lengths", [(16,) * 4, (16, 9, 3, 5)])
 def test_work_of_a_step_counts_its_matrix_products(lengths):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import BertModel
 
-    config = mlm_step.student_config(SMOKE)
+    config = step_case.student_config(SMOKE)
     bert = BertModel(config, add_pooling_layer=False).eval()
     found = 0
     for n in lengths:
@@ -404,7 +432,9 @@ def test_kernels_are_shown_beside_the_time_without_any(capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU is waited for")
-@pytest.mark.parametrize("name", ["mlm_step_b256_n128", "distill_step_b256_n128"])
+@pytest.mark.parametrize(
+    "name", [f"{step}_step_b256_n128" for step in ("mlm", "distill", "pretrain", "finetune")]
+)
 def test_our_steps_wait_for_no_gpu(name):
     cases = suites.load_cases("step", on_gpu=True)
     (case,) = cases[name](Setup(torch.device("cuda"), smoke=True))
@@ -438,6 +468,9 @@ def test_step_suite_end_to_end(tmp_path, capsys):
             ("mlm_step", "transformers", "careful", "ours"),
             ("distill_step_b16_n128", "official", "careful", "ours", "ours cached"),
             ("distill_step_b4_n512", "official", "careful", "ours", "ours cached"),
+            ("student_step_b16_n128", "official", "careful", "ours"),
+            ("pretrain_step", "transformers", "careful", "ours"),
+            ("finetune_step", "transformers", "careful", "ours"),
         )
         for provider in providers
     ]
@@ -446,7 +479,8 @@ def test_step_suite_end_to_end(tmp_path, capsys):
         assert row["median_ms"] > 0
         assert row["peak_mib"] > 0
         assert row["dropout"] == 0.1
-        assert 0.5 < row["valid_fraction"] < 0.7
+        fill = 0.3 if row["case"] == "finetune_step" else 0.6
+        assert abs(row["valid_fraction"] - fill) < 0.1
         assert row["threads"] == 1
         assert row["rounds"] == 2
         assert all(row[name] for name in ("cpu", "cores", "torch", "transformers", "date"))
@@ -485,12 +519,16 @@ def test_masking_suite(monkeypatch):
     rows = runner.run_suite("masking", smoke=True, threads=1, rounds=2)
     names = ["transformers", "transformers numpy", "ours"]
     assert [(row["case"], row["provider"]) for row in rows] == [
-        ("mlm_mask", "transformers"), ("mlm_mask", "transformers numpy"), ("mlm_mask", "ours"),
-        ("mlm_mask", "ours weighted"), *(("collate_tokens", name) for name in names),
+        ("mlm_mask", "transformers"), ("mlm_mask", "transformers numpy"),
+        ("mlm_mask", "torch exact"), ("mlm_mask", "ours"), ("mlm_mask", "ours weighted"),
+        *(("collate_tokens", name) for name in names),
         *(("collate_words", name) for name in names),
     ]  # fmt: skip
     assert all(row["dtype"] == "int64" and row["growth"] is None for row in rows)
-    assert all(row["tokens_per_s"] > 0 and not row["setting"] for row in rows)
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    chosen = {row["setting"] for row in rows if row["provider"] == "torch exact"}
+    assert chosen < {"multinomial", "top-k"}
+    assert not any(row["setting"] for row in rows if row["provider"] != "torch exact")
 
     def another_draw(ids, rule, **options):
         if options.get("impl") != "reference":
@@ -523,6 +561,20 @@ def test_a_broken_collator_gives_no_rows(what, broken, says, tmp_path, monkeypat
     with pytest.raises(Disagreement, match=says):
         runner.run_suite("masking", cases=["collate_tokens"], smoke=True, rounds=1, csv_path=file)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("choose", masking.EXACT.values(), ids=masking.EXACT)
+def test_plain_torch_masks_an_exact_number_too(choose):
+    ids = torch.arange(200, 400).view(2, 100)
+    special = torch.zeros_like(ids)
+    special[:, [0, -1]] = 1
+    masked, labels = masking.exactly(choose, 4, ids, special)
+    labelled = labels != -100
+    assert labelled.sum(1).tolist() == [15, 15]  # of 98
+    assert not labelled[:, [0, -1]].any()
+    assert torch.equal(labels[labelled], ids[labelled])
+    assert torch.equal(masked[~labelled], ids[~labelled])
+    assert 15 < int((masked[labelled] == 4).sum()) < 30
 
 
 def test_whole_words_are_held_to_their_words(monkeypatch):
@@ -693,6 +745,8 @@ def test_ops_suite():
     cases |= {"attention_relation_kl_qk", "attention_relation_kl_vv"}
     assert {row["case"] for row in rows} == cases
     assert rows[0]["case"] == "attention_d26"  # what matters most comes first
+    by_reference = {row["case"] for row in rows if row["provider"] == "reference"}
+    assert by_reference == cases
     for row in rows:
         assert row["gbytes_per_s"] > 0
         assert row["bound_ms"] > 0
@@ -704,7 +758,7 @@ def test_ops_suite():
 
 def test_disagreement_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        attention_score_mse.ops, "attention_score_mse", lambda q, k, p, r: (q * k).sum()
+        attention_score_mse.ops, "attention_score_mse", lambda q, k, p, r, **_: (q * k).sum()
     )
     target = tmp_path / "rows.json"
     with pytest.raises(Failed, match="No speed is reported"):
@@ -893,7 +947,7 @@ def test_passes_of_an_op():
         for one in op_call.passes(case, "forward", "backward", "both")
         for row in measuring.measure(one, ("fp32",), 2, 1, CPU, facts(), ceilings=ceilings)
     ]
-    assert [row["pass"] for row in rows] == ["forward"] * 2 + ["backward"] * 2 + ["both"] * 2
+    assert [row["pass"] for row in rows] == ["forward"] * 3 + ["backward"] * 3 + ["both"] * 3
     for row in rows:
         assert row["bound_ms"] == 10.0  # 1e9 bytes at 100 GB/s take longer than the arithmetic
         assert row["tflops"] == pytest.approx(2 / row["median_ms"], rel=1e-2)
@@ -908,7 +962,7 @@ def test_passes_of_an_op():
             {"suite": "all"},
             "--suite 'all' is not one of step, ops, memory, masking, inference, scaling",
         ),
-        ({"cases": ["pretrain"]}, "--case 'pretrain' matches none of mlm_step"),
+        ({"cases": ["train"]}, "--case 'train' matches none of mlm_step"),
         ({"providers": ["oours"]}, "--provider oours: mlm_step N=16 has none of them but transf"),
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),

@@ -43,7 +43,7 @@ class TinyBertConfig(BertConfig):
 
     @classmethod
     def tiny_4l_312(cls, **changes: Any) -> TinyBertConfig:
-        """4 layers, 312 wide, FFN 1200, 12 heads of 26 (14.5 M parameters in English)."""
+        """4 layers, 312 wide, FFN 1200, 12 heads of 26 (14.4 M parameters in English)."""
         return cls(**changes)
 
     @classmethod

@@ -3,10 +3,10 @@ distillation in two stages.
 
 Defaults of distillation are the paper's (arXiv 1909.10351). ``parity="official"`` follows the
 released code where it computes something else: padded and unaccelerated models, losses that count
-padding, soft cross-entropy averaged over classes, BertAdam, and no incomplete last batch. Four
-things of that code are not reproduced: dropout left on in the teacher, one token per sentence
-masked though masking is off, gold labels for STS-B in the prediction stage, and a ReLU before the
-classifier (students here are Transformers' own BertForSequenceClassification).
+padding, soft cross-entropy averaged over classes, BertAdam, and no incomplete last batch. Not
+reproduced are dropout left on in the teacher, one token per sentence masked though masking is off,
+and gold labels for STS-B in the prediction stage; and only a student whose folder has it, as
+released ones do, applies a ReLU before its classifier.
 """
 
 from tinybert_fast.training.general_distillation import distill_general

@@ -1,0 +1,191 @@
+"""Training steps of one model without this package: masked LM, pre-training, a classifier.
+
+A `Task` says which model, what labels it takes, and its loss from the states of a length bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinybert_fast.benchmarks.baselines.plain_bert import (
+    Form,
+    available,
+    compile_once,
+    encode,
+    forms,
+)
+from tinybert_fast.benchmarks.batches import Batch, bucket_counts
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Outcome
+from tinybert_fast.benchmarks.training_step import TrainingStep
+
+Through = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]  # a function, or it compiled
+
+
+class Answer(NamedTuple):
+    """Of a BertModel, as far as losses read it."""
+
+    last_hidden_state: Tensor  # (B, N, C)
+    pooler_output: Tensor | None  # (B, C)
+
+
+class Task(NamedTuple):
+    model: str  # the class of Transformers
+    labels: Callable[[Batch], dict[str, Tensor]]  # keywords of its forward
+    # Of model, answer, bucket and whole batch: the bucket's share in the batch's loss.
+    loss: Callable[[Any, Any, Batch, Batch, Through], Tensor]
+
+
+class TaskStep(TrainingStep):
+    def __init__(
+        self, task: Task, trained: nn.Module, batches: dict[str, Batch], dropout: float
+    ) -> None:
+        super().__init__(trained, batches, dropout)
+        self.task = task
+
+
+class TransformersStep(TaskStep):
+    """(a) The model as it comes: SDPA, padding computed, logits of every position."""
+
+    name, role = "transformers", BASELINE
+
+    def backward(self, batch: Batch, dtype: str, setting: Any) -> Tensor:
+        with self.autocast(dtype):
+            loss = self.trained(**batch.inputs, **self.task.labels(batch)).loss
+        loss.backward()
+        return loss.detach()
+
+
+class CarefulStep(TaskStep):
+    """(b) The same model: SDPA, the batch sorted by length and cut into buckets that are trimmed to
+    their longest sequence, gradients accumulated, the vocabulary head on labelled rows alone. The
+    number of buckets is the fastest one on this machine."""
+
+    name, role = "careful", CAREFUL
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.settings = bucket_counts(self.batches["timed"])
+
+    def prepare(self, batch: Batch, setting: Any) -> tuple[Batch, list[Batch]]:
+        return batch, batch.buckets(setting)
+
+    def backward(self, batch: tuple[Batch, list[Batch]], dtype: str, setting: Any) -> Tensor:
+        whole, parts = batch
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            with self.autocast(dtype):
+                answer = self.answer(part, setting)
+                through = self.through(setting)
+                loss = self.task.loss(self.trained, answer, part, whole, through)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def answer(self, part: Batch, setting: Any) -> Any:
+        model: Any = self.trained
+        return model.bert(**part.inputs)
+
+    def through(self, setting: Any) -> Through:
+        return _as_it_is
+
+    def setting(self, dtype: str) -> str:
+        return f"length buckets: {self._setting(dtype)}"
+
+
+class PlainStep(CarefulStep):
+    """The careful step on plain_bert.py: nothing waits for the device, so that it can be captured;
+    and compiled, but for the checks, whose dropout rate would be compiled for once more."""
+
+    def __init__(self, *args: Any, compiled_alone: bool = False) -> None:
+        super().__init__(*args)
+        chosen_from: Any = (Form(1, True),) if compiled_alone else forms(self.batches["timed"])
+        self.settings = chosen_from
+        self.name = self.role = "careful compile" if compiled_alone else "careful plain"
+        self.checking = False
+
+    def prepare(self, batch: Batch, setting: Any) -> tuple[Batch, list[Batch]]:
+        return super().prepare(batch, setting.buckets)
+
+    def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
+        with available():
+            super().tune(dtype, seconds)
+            self._gradients("timed", dtype)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def outcome(self, what: str, dtype: str) -> Outcome:
+        self.checking = True
+        try:
+            return super().outcome(what, dtype)
+        finally:
+            self.checking = False
+
+    def answer(self, part: Batch, setting: Form) -> Answer:
+        model: Any = self.trained
+        compiled = setting.compiled and not self.checking
+        hidden = encode(model.bert, part.inputs, full=part.is_full, compiled=compiled).hidden[-1]
+        return Answer(hidden, None if model.bert.pooler is None else model.bert.pooler(hidden))
+
+    def through(self, setting: Form) -> Through:
+        return compile_once if setting.compiled and not self.checking else _as_it_is
+
+    def setting(self, dtype: str) -> str:
+        return str(self._setting(dtype))
+
+
+def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return function
+
+
+# ---- tasks ---------------------------------------------------------------------------------------
+
+
+def masked_lm_loss(model: Any, answer: Any, part: Batch, whole: Batch, through: Through) -> Tensor:
+    labels = part.labels.flatten().index_select(0, part.labelled)
+    transform, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
+    norm = transform.LayerNorm
+    total = through(vocabulary_loss)(
+        answer.last_hidden_state.flatten(0, 1).index_select(0, part.labelled),
+        labels,
+        (transform.dense.weight, transform.dense.bias),
+        (norm.weight, norm.bias, norm.eps),
+        (decoder.weight, decoder.bias),
+    )
+    return total / len(whole.labelled)
+
+
+def pre_training_loss(
+    model: Any, answer: Any, part: Batch, whole: Batch, through: Through
+) -> Tensor:
+    order = model.cls.seq_relationship(answer.pooler_output)
+    return masked_lm_loss(model, answer, part, whole, through) + class_loss(order, part, whole)
+
+
+def classifier_loss(model: Any, answer: Any, part: Batch, whole: Batch, through: Through) -> Tensor:
+    return class_loss(model.classifier(model.dropout(answer.pooler_output)), part, whole)
+
+
+def class_loss(logits: Tensor, part: Batch, whole: Batch) -> Tensor:
+    return F.cross_entropy(logits.float(), part.classes, reduction="sum") / len(whole.lengths)
+
+
+def vocabulary_loss(hidden: Tensor, labels: Tensor, dense: Any, norm: Any, decoder: Any) -> Tensor:
+    """Summed cross-entropy of rows (R, C) behind BERT's prediction head."""
+    hidden = F.gelu(F.linear(hidden, *dense))
+    hidden = F.layer_norm(hidden, hidden.shape[-1:], *norm)
+    return F.cross_entropy(F.linear(hidden, *decoder).float(), labels, reduction="sum")
+
+
+MASKED_LM = Task("BertForMaskedLM", lambda batch: {"labels": batch.labels}, masked_lm_loss)
+PRE_TRAINING = Task(
+    "BertForPreTraining",
+    lambda batch: {"labels": batch.labels, "next_sentence_label": batch.classes},
+    pre_training_loss,
+)
+CLASSIFIER = Task(
+    "BertForSequenceClassification", lambda batch: {"labels": batch.classes}, classifier_loss
+)
