@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tinybert_fast.ops.layout import SequenceLayout
+
 FILL = 0.6  # share of positions that are real, unless asked for another
 SHORTEST = 0.2  # of the width at that share, where lengths spread evenly over [0.2, 1]
 LABELLED = 0.15  # of the tokens between [CLS] and [SEP]
@@ -58,6 +60,12 @@ class Batch:
     def labelled(self) -> Tensor:
         """int64 (R,): flat places of the labels. Read from the device once."""
         return (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """As a collator makes it, which knows the lengths: nothing is read from the device."""
+        width = self.input_ids.shape[1]
+        return SequenceLayout.from_lengths(self.lengths, width, self.input_ids.device)
 
     @property
     def longest_first(self) -> list[int]:

@@ -65,6 +65,7 @@ class OpCall:
         """The same op, if it is one of ours, by an implementation: a provider of that name."""
         other = self.of(self.phase)
         other.name = other.role = impl
+        other._cast = {}
         other.ops = {name: partial(op, impl=impl) for name, op in self.ops.items()}
         return other
 
@@ -132,12 +133,12 @@ class OpCall:
 
     def _sets(self, dtype: str) -> list[list[Tensor]]:
         """Copies of the operands that runs take in turn, so many that none finds its own in a cache
-        from the time before."""
+        from the time before, nor those of another provider."""
         if dtype not in self._cast:
-            first = [x.to(DTYPES[dtype]) if x.is_floating_point() else x for x in self.operands]
-            size = max(1, sum(x.nbytes for x in first))
-            count = min(MOST_SETS, ceil(CACHES[first[0].device.type] / size) + 1)
-            self._cast[dtype] = [first, *([_copy(x) for x in first] for _ in range(count - 1))]
+            cast = [x.to(DTYPES[dtype]) if x.is_floating_point() else x for x in self.operands]
+            size = max(1, sum(x.nbytes for x in cast))
+            count = min(MOST_SETS, ceil(CACHES[cast[0].device.type] / size) + 1)
+            self._cast[dtype] = [[_copy(x) for x in cast] for _ in range(count)]
             for x in chain.from_iterable(one[: self.trained] for one in self._cast[dtype]):
                 x.requires_grad_()
         return self._cast[dtype]

@@ -28,7 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS
+from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, REFERENCE
 from tinybert_fast.benchmarks.table import Row, axis_of, fill_of, newest, read
 
 DPI = 100
@@ -41,7 +41,7 @@ COLOURS = {BASELINE: "tab:gray", CAREFUL: "tab:orange", OURS: "tab:blue"}
 SHADES = {
     "ours cached": "#6baed6",
     "ours weighted": "#6baed6",
-    "reference": "#c6dbef",
+    REFERENCE: "#c6dbef",
     "careful compile": "#fdae6b",
     "flash": "tab:green",
     "efficient": "tab:olive",

@@ -28,6 +28,7 @@ from tinybert_fast.benchmarks.breakdown import show as show_breakdown
 from tinybert_fast.benchmarks.case import (
     DTYPES,
     PASSES,
+    REFERENCE,
     Case,
     Cases,
     Disagreement,
@@ -79,7 +80,8 @@ def run_suite(
             whatever the dtype), "inference" (encoders that answer) or "scaling" (steps against
             batch, length and padding).
         cases: names, or beginnings of names, of the cases to run; all by default.
-        providers: names of those to run, beside the one that others are held to; all by default.
+        providers: names of those to run, beside the one that others are held to; all by default,
+            but for ops' references on a GPU.
         passes: "forward", "backward", "both": of ops, only these; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
         rounds: repetitions in each sweep; by default 10 on a CPU (3 where bf16 is emulated); on a
@@ -114,7 +116,9 @@ def run_suite(
     _refuse(dtype, rounds, sweeps, threads, dropout, minutes)
     earlier = read_earlier(Path(against), suite) if against is not None else []
     file = CsvFile(Path(csv_path)) if csv_path is not None else None
-    setup = Setup(on, dropout=dropout, seed=seed, smoke=smoke)
+    # On a GPU, where rounds have to fit into seconds, a slow one would take them from the others.
+    reference = on.type == "cpu" or REFERENCE in providers
+    setup = Setup(on, dropout=dropout, seed=seed, smoke=smoke, reference=reference)
     dtypes = DTYPE_CHOICES[dtype]
     emulated = "bf16" in dtypes and not has_bf16(setup.device)
     warm_up: int | None = None

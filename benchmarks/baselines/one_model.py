@@ -23,7 +23,7 @@ from tinybert_fast.benchmarks.batches import Batch, bucket_counts
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Outcome
 from tinybert_fast.benchmarks.training_step import TrainingStep
 
-Through = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]  # a function, or it compiled
+Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class Answer(NamedTuple):
@@ -37,7 +37,7 @@ class Task(NamedTuple):
     model: str  # the class of Transformers
     labels: Callable[[Batch], dict[str, Tensor]]  # keywords of its forward
     # Of model, answer, bucket and whole batch: the bucket's share in the batch's loss.
-    loss: Callable[[Any, Any, Batch, Batch, Through], Tensor]
+    loss: Callable[[Any, Any, Batch, Batch, Compiler], Tensor]
 
 
 class TaskStep(TrainingStep):
@@ -80,8 +80,8 @@ class CarefulStep(TaskStep):
         for part in parts:
             with self.autocast(dtype):
                 answer = self.answer(part, setting)
-                through = self.through(setting)
-                loss = self.task.loss(self.trained, answer, part, whole, through)
+                compiler = self.compiler(setting)
+                loss = self.task.loss(self.trained, answer, part, whole, compiler)
             loss.backward()
             total += loss.detach()
         return total
@@ -90,8 +90,8 @@ class CarefulStep(TaskStep):
         model: Any = self.trained
         return model.bert(**part.inputs)
 
-    def through(self, setting: Any) -> Through:
-        return _as_it_is
+    def compiler(self, setting: Any) -> Compiler:
+        return _eager
 
     def setting(self, dtype: str) -> str:
         return f"length buckets: {self._setting(dtype)}"
@@ -130,25 +130,27 @@ class PlainStep(CarefulStep):
         hidden = encode(model.bert, part.inputs, full=part.is_full, compiled=compiled).hidden[-1]
         return Answer(hidden, None if model.bert.pooler is None else model.bert.pooler(hidden))
 
-    def through(self, setting: Form) -> Through:
-        return compile_once if setting.compiled and not self.checking else _as_it_is
+    def compiler(self, setting: Form) -> Compiler:
+        return compile_once if setting.compiled and not self.checking else _eager
 
     def setting(self, dtype: str) -> str:
         return str(self._setting(dtype))
 
 
-def _as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return function
 
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
 
-def masked_lm_loss(model: Any, answer: Any, part: Batch, whole: Batch, through: Through) -> Tensor:
+def masked_lm_loss(
+    model: Any, answer: Any, part: Batch, whole: Batch, compiler: Compiler
+) -> Tensor:
     labels = part.labels.flatten().index_select(0, part.labelled)
     transform, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
     norm = transform.LayerNorm
-    total = through(vocabulary_loss)(
+    total = compiler(head_loss)(
         answer.last_hidden_state.flatten(0, 1).index_select(0, part.labelled),
         labels,
         (transform.dense.weight, transform.dense.bias),
@@ -159,13 +161,15 @@ def masked_lm_loss(model: Any, answer: Any, part: Batch, whole: Batch, through: 
 
 
 def pre_training_loss(
-    model: Any, answer: Any, part: Batch, whole: Batch, through: Through
+    model: Any, answer: Any, part: Batch, whole: Batch, compiler: Compiler
 ) -> Tensor:
     order = model.cls.seq_relationship(answer.pooler_output)
-    return masked_lm_loss(model, answer, part, whole, through) + class_loss(order, part, whole)
+    return masked_lm_loss(model, answer, part, whole, compiler) + class_loss(order, part, whole)
 
 
-def classifier_loss(model: Any, answer: Any, part: Batch, whole: Batch, through: Through) -> Tensor:
+def classifier_loss(
+    model: Any, answer: Any, part: Batch, whole: Batch, compiler: Compiler
+) -> Tensor:
     return class_loss(model.classifier(model.dropout(answer.pooler_output)), part, whole)
 
 
@@ -173,7 +177,7 @@ def class_loss(logits: Tensor, part: Batch, whole: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), part.classes, reduction="sum") / len(whole.lengths)
 
 
-def vocabulary_loss(hidden: Tensor, labels: Tensor, dense: Any, norm: Any, decoder: Any) -> Tensor:
+def head_loss(hidden: Tensor, labels: Tensor, dense: Any, norm: Any, decoder: Any) -> Tensor:
     """Summed cross-entropy of rows (R, C) behind BERT's prediction head."""
     hidden = F.gelu(F.linear(hidden, *dense))
     hidden = F.layer_norm(hidden, hidden.shape[-1:], *norm)

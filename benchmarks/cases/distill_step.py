@@ -108,14 +108,10 @@ class OurStep(TrainingStep):
 
 
 class OnGpu:
-    """Mixed into our steps: the layout comes from lengths on the host, as the collator gives them,
-    so nothing waits for the device."""
-
-    device: torch.device
+    """Mixed into our steps: the layout comes with the batch, so nothing waits for the device."""
 
     def prepare(self, batch: Batch, setting: Any) -> tuple[Batch, SequenceLayout]:
-        width = batch.input_ids.shape[1]
-        return batch, SequenceLayout.from_lengths(batch.lengths, width, self.device)
+        return batch, batch.layout
 
     def laid_out(self, batch: Any) -> tuple[Batch, SequenceLayout]:
         return batch

@@ -2,12 +2,12 @@
 
     loss = mean over sequences of cross_entropy(classifier(dropout(pool(h_[CLS]))), class)
 
-Sentences as a task has them when they are padded to 128: 30 % of the positions are real.
+30 % of the positions are real: sentences of a task, most of them short, one about as long as the
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from tinybert_fast.benchmarks.baselines.one_model import CLASSIFIER, TaskStep
 from tinybert_fast.benchmarks.batches import Batch
-from tinybert_fast.benchmarks.case import OURS, Case, Cases, Setup
+from tinybert_fast.benchmarks.case import OURS, Cases
 from tinybert_fast.benchmarks.cases.step_case import step_case
 from tinybert_fast.benchmarks.step_work import classifier_work
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.teacher import classify
 
 FILL = 0.3
-SHAPE, GPU_SHAPE = {"batch": 32, "width": 128}, {"batch": 256, "width": 128}
 
 
 class LaidOut(NamedTuple):
@@ -30,14 +29,13 @@ class LaidOut(NamedTuple):
     layout: SequenceLayout
 
 
-class OurStep(TaskStep):
+class OurClassifierStep(TaskStep):
     """What `tinybert-fast finetune` runs."""
 
     name, role = "ours", OURS
 
     def prepare(self, batch: Batch, setting: Any) -> LaidOut:
-        width = batch.input_ids.shape[1]
-        return LaidOut(batch, SequenceLayout.from_lengths(batch.lengths, width, self.device))
+        return LaidOut(batch, batch.layout)
 
     def backward(self, batch: LaidOut, dtype: str, setting: Any) -> Tensor:
         rows, layout = batch
@@ -47,12 +45,10 @@ class OurStep(TaskStep):
         return loss.detach()
 
 
-def cases(setup: Setup, *, fill: float = FILL, **shape: Any) -> Iterator[Case]:
-    """``shape``: name, batch, width."""
-    return step_case(setup, CLASSIFIER, OurStep, classifier_work, fill=fill, **shape)
-
-
-CASES: Cases = {"finetune_step": partial(cases, name="finetune_step", **SHAPE)}
+_cases = partial(
+    step_case, task=CLASSIFIER, ours=OurClassifierStep, work=classifier_work, width=128, fill=FILL
+)
+CASES: Cases = {"finetune_step": partial(_cases, name="finetune_step", batch=32)}
 GPU_CASES: Cases = {
-    "finetune_step_b256_n128": partial(cases, name="finetune_step_b256_n128", **GPU_SHAPE)
+    "finetune_step_b256_n128": partial(_cases, name="finetune_step_b256_n128", batch=256)
 }

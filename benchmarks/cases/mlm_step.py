@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tinybert_fast.benchmarks.baselines.one_model import MASKED_LM, TaskStep
-from tinybert_fast.benchmarks.batches import FILL, IGNORED, Batch
+from tinybert_fast.benchmarks.batches import IGNORED, Batch
 from tinybert_fast.benchmarks.case import OURS, Case, Cases, Setup
-from tinybert_fast.benchmarks.cases.step_case import OurStep, step_case
+from tinybert_fast.benchmarks.cases.step_case import AcceleratedStep, step_case
 from tinybert_fast.benchmarks.step_work import masked_lm_work
 from tinybert_fast.modules.heads import vocabulary_loss
 from tinybert_fast.ops.layout import SequenceLayout
@@ -39,7 +39,7 @@ class OurGpuStep(TaskStep):
     name, role = "ours", OURS
 
     def prepare(self, batch: Batch, setting: Any) -> Packed:
-        layout = SequenceLayout.from_lengths(batch.lengths, batch.input_ids.shape[1], self.device)
+        layout = batch.layout
         labels = layout.pack(batch.labels)
         read = (labels != IGNORED).nonzero().squeeze(1)
         return Packed(batch, layout, read, labels.index_select(0, read))
@@ -55,10 +55,10 @@ class OurGpuStep(TaskStep):
         return loss.detach()
 
 
-def cases(setup: Setup, *, fill: float = FILL, **shape: Any) -> Iterator[Case]:
-    """``shape``: name, batch, width."""
-    ours = OurGpuStep if setup.on_gpu else OurStep
-    return step_case(setup, MASKED_LM, ours, masked_lm_work, fill=fill, **shape)
+def cases(setup: Setup, **shape: Any) -> Iterator[Case]:
+    """``shape``: name, batch, width, fill."""
+    ours = OurGpuStep if setup.on_gpu else AcceleratedStep
+    return step_case(setup, task=MASKED_LM, ours=ours, work=masked_lm_work, **shape)
 
 
 CASES: Cases = {"mlm_step": partial(cases, name="mlm_step", batch=BATCH, width=WIDTH)}

@@ -54,7 +54,8 @@ def op_case(
 ) -> Iterator[Case]:
     """One case per pass, those of ``captured`` as a CUDA graph too. Every provider is held to the
     first one. The last is ours; the same op by its reference is put behind it."""
-    providers = [*providers, providers[-1].by(REFERENCE)]
+    if setup.reference:
+        providers = [*providers, providers[-1].by(REFERENCE)]
     first, *others = (provider.name for provider in providers)
     calls = gpu_calls if setup.on_gpu else cpu_calls
     case = Case(
@@ -67,8 +68,7 @@ def op_case(
         providers=providers,
         checks=(Check(what, first, tuple(others)),),
         calls=1 if setup.smoke else calls,
-        # Where its N x N tensors may not fit.
-        optional=(*optional, REFERENCE) if setup.on_gpu else optional,
+        optional=optional,
     )
     for one in passes(case, *phases):
         yield replace(one, work=partial(_by_dtype, work, one.phase), captured=one.phase in captured)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from tinybert_fast.benchmarks.baselines.one_model import (
     CarefulStep,
@@ -19,7 +18,7 @@ from tinybert_fast.benchmarks.baselines.one_model import (
     TaskStep,
     TransformersStep,
 )
-from tinybert_fast.benchmarks.batches import draw_batch, draw_lengths
+from tinybert_fast.benchmarks.batches import FILL, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import OURS, Case, Check, Setup, Work
 from tinybert_fast.benchmarks.training_step import OPTIMIZER, GraphedStep
 from tinybert_fast.integrations import TinyBertConfig, accelerate
@@ -28,28 +27,22 @@ SMOKE_BATCH, SMOKE_WIDTH = 4, 16
 RAGGED = "lengths as timed"
 
 
-class OurStep(TaskStep):
-    """What a user of ``accelerate()`` runs: the model is called as before."""
+class AcceleratedStep(TransformersStep):
+    """The same call of an accelerated model."""
 
     name, role = "ours", OURS
-
-    def backward(self, batch: Any, dtype: str, setting: Any) -> Tensor:
-        with self.autocast(dtype):
-            loss = self.trained(**batch.inputs, **self.task.labels(batch)).loss
-        loss.backward()
-        return loss.detach()
 
 
 def step_case(
     setup: Setup,
+    *,
     task: Task,
     ours: Callable[..., TaskStep],
     work: Callable[..., Work],
-    *,
     name: str,
     batch: int,
     width: int,
-    fill: float,
+    fill: float = FILL,
 ) -> Iterator[Case]:
     """``work``: of config, lengths, number of labelled tokens, dtype."""
     if setup.smoke:

@@ -291,7 +291,7 @@ def gpu_steps(rows: list[Row]) -> str:
         theirs = [beside(group.get("careful graph"))] if captured else []
         lines.append(
             [
-                name_of(ours), shape_of(ours),
+                step_of(ours), shape_of(ours),
                 cell(group.get(BASELINE), "median_ms"), cell(group.get(CAREFUL), "median_ms"),
                 *theirs, beside(ours), beside(graph), cell(graph, "speedup_a", times),
                 cell(graph, "tokens_per_s"), cell(ours, "bound_ms"), memory_of(group),
@@ -405,7 +405,8 @@ def memory(rows: list[Row]) -> str:
 def memory_along(axis: str, rows: list[Row]) -> str:
     lanes: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
-        lanes.setdefault((row["case"], row["role"], row["dtype"]), {})[row[axis]] = row
+        if row["role"] != REFERENCE:
+            lanes.setdefault((row["case"], row["role"], row["dtype"]), {})[row[axis]] = row
     sizes, letter = sorted({row[axis] for row in rows}), "N" if axis == "width" else "B"
     words = {
         BASELINE: "official formula",

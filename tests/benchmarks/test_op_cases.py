@@ -85,7 +85,7 @@ def test_a_wrong_op_is_refused(op, wrong, dtype, monkeypatch):
 
 
 def test_the_reference_is_timed_beside_ours(monkeypatch):
-    """And nothing is compared with it."""
+    """On operands of its own, which ours has not just read."""
     case = first(dropout_add_layer_norm.CASES["dropout_add_layer_norm_d312"])
     op, by = dropout_add_layer_norm.ops.dropout_add_layer_norm, []
 
@@ -99,6 +99,9 @@ def test_the_reference_is_timed_beside_ours(monkeypatch):
     assert set(by) == {"auto", "reference"}
     assert reference["role"] == "reference"
     assert reference["speedup_a"] > 0
+    mine, its = (one._sets("fp32")[0] for one in case.providers[-2:])
+    assert all(torch.equal(*two) for two in zip(mine, its))
+    assert mine[0].data_ptr() != its[0].data_ptr()
 
 
 def test_every_setting_of_attention_agrees():

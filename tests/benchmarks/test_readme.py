@@ -128,6 +128,28 @@ def test_each_point_of_a_grid_has_its_line():
     ]  # fmt: skip
 
 
+def test_references_have_rows_and_no_line():
+    peaks = [
+        row("2026-01-01", who, role, case="attention_score_mse_memory", width=width,
+            peak_mib=width / 10, growth=1.0, median_ms=5.0)
+        for width in (128, 256)
+        for who, role in (("autograd", "a"), ("ours", "ours"), ("reference", "reference"))
+    ]  # fmt: skip
+    lines = cells_of(readme.memory(peaks), "who", "N=256, MiB")
+    assert lines == [("official formula", "25.6"), ("tinybert_fast", "25.6")]
+
+
+def test_a_gpu_step_says_its_share_of_real_positions():
+    rows = [
+        row("2026-01-01", who, role, case="finetune_step_b256_n128", valid_fraction=0.3,
+            median_ms=5.0, speedup_a=2.0, speedup_b=1.5, tokens_per_s=9e5, bound_ms=1.0,
+            peak_mib=5.0)
+        for who, role in (("slow", "a"), ("ours", "ours"))
+    ]  # fmt: skip
+    (said,) = cells_of(readme.gpu_steps(rows), "step")
+    assert said == ("classifier, TinyBERT-4L-312, 30 % real",)
+
+
 def test_repeated_suites_say_how_far_apart_they_lie(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     with pytest.raises(readme.NoRows, match="run twice by one commit"):

@@ -565,6 +565,7 @@ def test_a_broken_collator_gives_no_rows(what, broken, says, tmp_path, monkeypat
 
 @pytest.mark.parametrize("choose", masking.EXACT.values(), ids=masking.EXACT)
 def test_plain_torch_masks_an_exact_number_too(choose):
+    torch.manual_seed(0)
     ids = torch.arange(200, 400).view(2, 100)
     special = torch.zeros_like(ids)
     special[:, [0, -1]] = 1
@@ -575,6 +576,7 @@ def test_plain_torch_masks_an_exact_number_too(choose):
     assert torch.equal(labels[labelled], ids[labelled])
     assert torch.equal(masked[~labelled], ids[~labelled])
     assert 15 < int((masked[labelled] == 4).sum()) < 30
+    assert torch.equal(ids, torch.arange(200, 400).view(2, 100))
 
 
 def test_whole_words_are_held_to_their_words(monkeypatch):
@@ -787,6 +789,25 @@ def test_only_some_providers():
     chosen = {"cases": ["linear_cross_entropy_d312"], "providers": ["ours"]}
     rows = runner.run_suite("ops", smoke=True, rounds=1, **chosen)
     assert [row["provider"] for row in rows] == ["transformers", "ours"]
+
+
+def test_on_a_gpu_the_reference_runs_where_it_is_named(monkeypatch):
+    made = []
+
+    def cases(setup):
+        made.append(setup.reference)
+        return iter(())
+
+    monkeypatch.setattr(runner, "load_cases", lambda suite, on_gpu: {"an_op": cases})
+    runner.run_suite("ops", smoke=True)
+    monkeypatch.setattr(runner, "_device", lambda name: torch.device("cuda"))
+    for name in ("facts", "_ceilings"):
+        monkeypatch.setattr(runner, name, lambda *_: {})
+    monkeypatch.setattr(runner, "has_bf16", lambda device: True)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    runner.run_suite("ops", smoke=True)
+    runner.run_suite("ops", smoke=True, providers=["ours", "reference"])
+    assert made == [True, False, True]
 
 
 def test_only_some_passes():

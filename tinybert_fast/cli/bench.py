@@ -42,7 +42,9 @@ def bench(
     provider: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Only this one, beside what it is held to; may be repeated."
+            metavar="NAME",
+            help="Only this one, beside what it is held to; may be repeated. On a GPU `reference` "
+            "runs if it is named.",
         ),
     ] = None,
     passes: Annotated[
