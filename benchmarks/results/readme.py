@@ -64,7 +64,10 @@ CASES = {
     "inference_4l_312": "answers, 4L-312",
 }
 PRETRAINING = ("transformers", "transformers kept", "ours")  # who runs in pretraining.py
-WHO = {"ours": "tinybert_fast"}
+WHO = {"ours": "tinybert_fast", "ours graph": "tinybert_fast as a CUDA graph"}
+# General distillation as TinyBERT's paper had it, and the step that it is projected from.
+PROJECTED, EPOCHS, WORDS = "distill_step_b256_n128_full", 3, 2.5e9
+TOKENS_OF_A_WORD = 1.3  # TODO
 
 
 class NoRows(ValueError):
@@ -535,6 +538,28 @@ def waiting(page: Path) -> str:
     )
 
 
+def projection(page: Path) -> str:
+    """GPU hours of TinyBERT's general distillation, from the tokens per second of a step."""
+    file = RESULTS / f"step-{GPU}.csv"
+    rows = [row for row in newest(read(file)) if row["case"] == PROJECTED]
+    tokens = EPOCHS * WORDS * TOKENS_OF_A_WORD
+    lines = [
+        [
+            WHO.get(row["provider"], row["provider"]), three(row["tokens_per_s"]),
+            f"{tokens / row['tokens_per_s'] / 3600:.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return (
+        f"{markdown('who|tokens/s|hours, projected', 1, lines)}\n\n"
+        f"{EPOCHS} epochs of {WORDS / 1e6:,.0f} million words (Jiao et al. 2020: English Wikipedia) at "
+        f"{TOKENS_OF_A_WORD} tokens a word, {tokens / 1e9:.1f} thousand million tokens, by the steps of "
+        f"`{PROJECTED}` alone, on one {rows[0]['gpu']}: nobody ran it, and reading, masking, "
+        f"evaluation and checkpoints are left out. Rows of {each(row['date'] for row in rows)} in "
+        f"{link(file, page)}."
+    )
+
+
 def slower(page: Path) -> str:
     """Every case of the newest rows in which somebody is faster than ours."""
     lines, files = [], []
@@ -733,6 +758,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu-steps-all": partial(table_of, "step", GPU, partial(providers, graphs=False)),
     "gpu-ops": partial(table_of, "ops", GPU, partial(providers, graphs=True)),
     "gpu-waiting": waiting,
+    "gpu-projection": projection,
     "slower": slower,
     "baselines": baselines,
     "agreement": agreement,
