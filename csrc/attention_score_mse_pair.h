@@ -1,7 +1,7 @@
 // The attention loss of one (sequence, head), in either form: the body of attention_score_mse.cpp,
 // included by each_isa.h. Queries lie along the lanes of the errors (keys, kQueries).
 
-#include "tiles.h"
+#include "score_operands.h"
 
 inline double lanes_sum(Floats x) {
   double sum = 0.0;
@@ -71,54 +71,6 @@ inline void mirror(float* c, int64_t row) {
     }
   }
 }
-
-// How products of operands with each other take them: as fp32, X = [a Q, -b P]; or in pairs as they
-// are, X = [Q, P], whose sums get the factors. What is a sum itself, E or a Gram matrix, is
-// multiplied in fp32.
-template <class Number>
-struct TermsOf {
-  using Type = Single;
-};
-#if TBF_DOTS
-template <>
-struct TermsOf<BFloat16> {
-  using Type = Paired;
-};
-#endif
-
-// One side: X of queries or Y of keys, student and teacher, each with its factor.
-struct Side {
-  Heads student, teacher;
-  float a, b;
-};
-
-// `count` tokens of a side from `first` on -> the student's as fp32 rows (rows, padded), and both
-// as columns. Zeros that fill up the student's last vector are overwritten by the teacher's.
-template <class Number>
-void gather_columns(Single, const Side& side, const Pair& at, int64_t first, int64_t count,
-                    int64_t rows, const ScoreWorkspace& w, float* student, float* columns,
-                    int64_t stride) {
-  const int64_t C = w.student.padded, Ct = w.teacher.padded;
-  gather<Number>(side.student, at, first, count, rows, w.student, side.a, student);
-  transpose(student, C, rows, C, columns, stride);
-  gather<Number>(side.teacher, at, first, count, rows, w.teacher, side.b, w.r_rows);
-  transpose(w.r_rows, Ct, rows, Ct, columns + w.student.width * stride, stride);
-}
-
-#if TBF_DOTS
-template <class Number>
-void gather_columns(Paired, const Side& side, const Pair& at, int64_t first, int64_t count,
-                    int64_t rows, const ScoreWorkspace& w, float* student, float* columns,
-                    int64_t stride) {
-  const int64_t D = w.student.width, Dt = w.teacher.width;
-  const int64_t C = whole_vectors(Paired::lanes(D)), Ct = whole_vectors(Paired::lanes(Dt));
-  gather_pairs(side.student, at, first, count, rows, D, C, w.r_rows);
-  gather<Number>({w.r_rows, 2 * C, 0}, {}, 0, count, rows, w.student, 1.0f, student);
-  transpose(w.r_rows, C, rows, C, columns, stride);
-  gather_pairs(side.teacher, at, first, count, rows, Dt, Ct, w.r_rows);
-  transpose(w.r_rows, Ct, rows, Ct, columns + Paired::lanes(D) * stride, stride);
-}
-#endif
 
 // Returns |E|^2, or its part that depends on the student.
 template <class Number>

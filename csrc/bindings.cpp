@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
+#include "attention_relation_kl.h"
 #include "attention_score_mse.h"
 #include "block_mask.h"
 #include "dropout_mask.h"
@@ -43,6 +44,14 @@ tbf::AttentionScoreMse attention_score_mse(tbf::Heads q, tbf::Heads k, tbf::Head
                                            bool student, int64_t direct_up_to) {
   return {q,     k,     p,             r,    at<const int32_t>(cu_seqlens), sequences,
           heads, width, teacher_width, bf16, student,                       direct_up_to};
+}
+
+tbf::AttentionRelationKl attention_relation_kl(tbf::Heads a, tbf::Heads b, tbf::Heads c,
+                                               tbf::Heads d, bool itself, Address cu_seqlens,
+                                               int64_t sequences, int64_t tokens, int64_t heads,
+                                               int64_t width, int64_t teacher_width, bool bf16) {
+  return {a,         b,      c,     d,     itself,        at<const int32_t>(cu_seqlens),
+          sequences, tokens, heads, width, teacher_width, bf16};
 }
 
 tbf::MlmMask mlm_mask(Address ids, int64_t batch, int64_t width, Address special,
@@ -165,6 +174,17 @@ PYBIND11_MODULE(_native, m) {
         tbf::attention_score_mse_cpu(call, at<float>(loss), at<void>(dq), at<void>(dk), threads);
       },
       "call"_a, "loss"_a, "dq"_a, "dk"_a, "threads"_a, unlocked);
+  py::class_<tbf::AttentionRelationKl>(m, "AttentionRelationKl")
+      .def(py::init(&attention_relation_kl), py::kw_only(), "a"_a, "b"_a, "c"_a, "d"_a,
+           "itself"_a, "cu_seqlens"_a, "sequences"_a, "tokens"_a, "heads"_a, "width"_a,
+           "teacher_width"_a, "bf16"_a);
+  m.def(
+      "attention_relation_kl_cpu",
+      [](const tbf::AttentionRelationKl& call, Address loss, Address da, Address db, int threads) {
+        tbf::attention_relation_kl_cpu(call, at<float>(loss), at<float>(da), at<float>(db),
+                                       threads);
+      },
+      "call"_a, "loss"_a, "da"_a, "db"_a, "threads"_a, unlocked);
   m.def(
       "exponential_cpu",
       [](Address x, int64_t count, Address out) {

@@ -22,5 +22,6 @@ LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libu
     tests/ops/test_sequence_layout.py tests/ops/test_attention.py \
     tests/ops/test_attention_native.py \
     tests/ops/test_attention_score_mse_native.py \
+    tests/ops/test_attention_relation_kl_native.py \
     tests/ops/test_dropout_add_layer_norm.py tests/ops/test_embedding_layer_norm.py \
     tests/data/test_masking.py -k "not spawn and not compiles" -p no:cacheprovider

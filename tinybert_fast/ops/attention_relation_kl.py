@@ -34,6 +34,7 @@ def _refuses(width: int = 1, **others: Any) -> str | None:
 LIMITS = Limits(
     "attention_relation_kl",
     torch=Limit(FLOATS_AND_DOUBLE),
+    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # in fp64: PyTorch
     triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
 )
 
@@ -42,6 +43,7 @@ _forward = define(
     " Tensor work, SymInt max_length) -> (Tensor loss, Tensor da, Tensor db)",
     fake=lambda a, b, *rest: (in_fp32(a, ()), in_fp32(a), in_fp32(a, (0,) if b is None else None)),
     torch="tinybert_fast.tuned.attention_relation_kl:forward",
+    native="tinybert_fast.tuned.attention_relation_kl:forward_native",
     triton="tinybert_fast.kernels.attention_relation_kl:forward",
 )
 

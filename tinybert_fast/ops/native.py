@@ -206,6 +206,32 @@ def attention_score_mse(
     return total, dq, dk
 
 
+def attention_relation_kl(a, b, c, d, cu_seqlens) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 or bf16 (T, R, D) and (T, R, Dt) on the CPU, whose heads lie together -> loss, da, db in
+    fp32. b and d None: a relation with itself, whose db is empty.
+    """
+    total = torch.empty((), dtype=torch.float32, device="cpu")
+    itself = b is None
+    da = torch.empty(a.shape, dtype=torch.float32, device="cpu")
+    db = torch.empty((0,) if itself else b.shape, dtype=torch.float32, device="cpu")
+    call = module().AttentionRelationKl(
+        a=_heads(a),
+        b=_heads(a if itself else b),
+        c=_heads(c),
+        d=_heads(c if itself else d),
+        itself=itself,
+        cu_seqlens=_at(cu_seqlens),
+        sequences=len(cu_seqlens) - 1,
+        tokens=a.shape[0],
+        heads=a.shape[1],
+        width=a.shape[2],
+        teacher_width=c.shape[2],
+        bf16=a.dtype == torch.bfloat16,
+    )
+    _run("attention_relation_kl", a.device, call, _at(total), _at(da), _at(db))
+    return total, da, db
+
+
 def _heads(x: Tensor) -> Any:
     """Address and strides of (T, H, D), whose heads lie together."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:

@@ -3,7 +3,8 @@
     S = A B^T / sqrt(D),  T = C D^T / sqrt(Dt),  P = softmax(S),  Q = softmax(T),  w = 1 / (R T)
     loss = w sum Q (log Q - log P),   E = P - Q,   dA = w E B / sqrt(D),   dB = w E^T A / sqrt(D)
 
-Of a relation of A with itself dA is the sum of both, w (E + E^T) A / sqrt(D).
+Of a relation of A with itself dA is the sum of both, w (E + E^T) A / sqrt(D). ``native``, on a CPU,
+is the compiled module, one sequence and head at a time, and this one in fp64.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinybert_fast.tuned.attention import SCRATCH, equal_lengths, heads_of, put
+from tinybert_fast.ops import native
+from tinybert_fast.tuned.attention import SCRATCH, equal_lengths, heads_of, put, rows_together
 
 
 def forward(
@@ -54,6 +56,27 @@ def forward(
         if b is not None:
             put(db, rows, db_part.mul_(weight * scale))
     return loss.mul_(weight), da, db
+
+
+def forward_native(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor,
+    d: Tensor | None,
+    cu_seqlens: Tensor,
+    work: Tensor,
+    max_length: int,
+):
+    """``forward`` in the compiled module where that can: it knows fp32 at most."""
+    given = [x for x in (a, b, c, d) if x is not None]
+    dtypes = {x.dtype for x in given}
+    if torch.float64 in dtypes:
+        return forward(a, b, c, d, cu_seqlens, work, max_length)
+    narrow = dtypes == {torch.bfloat16}
+    operands = (
+        None if x is None else rows_together(x if narrow else x.float()) for x in (a, b, c, d)
+    )
+    return native.attention_relation_kl(*operands, cu_seqlens)
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
