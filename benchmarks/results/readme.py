@@ -552,10 +552,10 @@ def projection(page: Path) -> str:
     ]  # fmt: skip
     return (
         f"{markdown('who|tokens/s|hours, projected', 1, lines)}\n\n"
-        f"{EPOCHS} epochs of {WORDS / 1e6:,.0f} million words (Jiao et al. 2020: English Wikipedia) at "
-        f"{TOKENS_OF_A_WORD} tokens a word, which is assumed, by the steps of `{PROJECTED}` alone on "
-        f"one {rows[0]['gpu']}: nobody ran it, and reading, masking, evaluation and checkpoints are "
-        f"left out. Rows of {each(row['date'] for row in rows)} in "
+        f"{EPOCHS} epochs of {WORDS / 1e6:,.0f} million words (Jiao et al. 2020: English "
+        f"Wikipedia) at {TOKENS_OF_A_WORD} tokens a word, which is assumed, by the steps of "
+        f"`{PROJECTED}` alone on one {rows[0]['gpu']}: nobody ran it, and reading, masking, "
+        f"evaluation and checkpoints are left out. Rows of {each(row['date'] for row in rows)} in "
         f"{link(file, page)}."
     )
 
