@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinybert_fast.benchmarks.agreement import WITHIN, repeats
+from tinybert_fast.benchmarks.agreement import WITHIN, Spread, repeats
 from tinybert_fast.benchmarks.baselines.textbrewer import NAME as TEXTBREWER
 from tinybert_fast.benchmarks.batches import FILL
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, CAREFUL_GRAPH, OURS, REFERENCE
@@ -644,37 +644,36 @@ def gain(ours: Row, other: Row, column: str = "median_ms") -> Any:
 
 
 def agreement(page: Path) -> str:
-    """A line for each suite of which cases were run twice by one commit."""
+    """A line for every two runs of one commit that are the newest of their cases."""
     lines, files, commands, machines = [], [], [], []
     for suite in SUITES:
         file = RESULTS / f"{suite}-{CPU}.csv"
         rows = read(file) if file.exists() else []
-        found = repeats(rows)
-        if not found:
-            continue
-        files.append(file)
-        first, *_ = found
-        values = " and ".join(map(times, first.values))
-        then = sorted({one.before["date"] for one in found})
-        now = sorted({one.now["date"] for one in found})
-        again = [row for row in rows if row["date"] in now]
-        commands.append(f"`{command(again, newest(rows))}`")
-        machines.append(machine_of(first.now))
-        lines.append(
-            [
-                suite, f"{each(then)} and {each(now)}", each(one.now["commit"] for one in found),
-                f"{', '.join(first.words)}: {values}", str(len(found)),
-                percent(statistics.median(one.apart for one in found)), percent(first.apart),
-                str(sum(one.apart > WITHIN for one in found)),
-            ]
-        )  # fmt: skip
+        runs: dict[tuple[str, str], list[Spread]] = {}
+        for one in repeats(rows):
+            runs.setdefault((one.before["date"], one.now["date"]), []).append(one)
+        files += [file] * bool(runs)
+        for dates, found in sorted(runs.items()):
+            first, *_ = found
+            again = [row for row in rows if row["date"] == dates[1]]
+            commands.append(f"`{command(again, newest(rows))}`")
+            machines.append(machine_of(first.now))
+            values = " and ".join(map(times, first.values))
+            lines.append(
+                [
+                    suite, " and ".join(dates), first.now["commit"],
+                    f"{', '.join(first.words)}: {values}", str(len(found)),
+                    percent(statistics.median(one.apart for one in found)), percent(first.apart),
+                    str(sum(one.apart > WITHIN for one in found)),
+                ]
+            )  # fmt: skip
     if not files:
         raise NoRows("no suite has cases that were run twice by one commit")
     heads = "suite|runs of|commit|furthest apart|ratios|median difference|largest difference"
     return (
         f"{markdown(f'{heads}|above {100 * WITHIN:.0f} %', 4, lines)}\n\n"
         "A difference is by how much the larger ratio exceeds the smaller. "
-        f"{each(machines)}. {', '.join(commands)}, twice; rows in "
+        f"{each(machines)}. {', '.join(commands)}, each twice; rows in "
         f"{', '.join(link(file, page) for file in files)}."
     )
 

@@ -172,7 +172,7 @@ def test_repeated_suites_say_how_far_apart_they_lie(tmp_path, monkeypatch):
         ("step", "2026-01-02 and 2026-01-03", "c1",
          "mlm_step B=2 N=4, ours, fp32, x (a): 2.00x and 2.30x", "1", "15.0 %", "1"),
     ]  # fmt: skip
-    assert "`tinybert-fast bench --suite step --threads 2 --rounds 4`, twice" in page
+    assert "`tinybert-fast bench --suite step --threads 2 --rounds 4`, each twice" in page
     assert "(step-epyc-avx512.csv)" in page
 
 
