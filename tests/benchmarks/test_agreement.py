@@ -95,7 +95,7 @@ def test_a_run_against_the_one_before_it_in_the_same_file(tmp_path, capsys):
     runner.run_suite("ops", **how, csv_path=rows)
     assert "Two runs" not in capsys.readouterr().out
     runner.run_suite("ops", **how, csv_path=rows, against=rows)
-    assert "Two runs: 1 ratio, largest difference" in " ".join(capsys.readouterr().out.split())
+    assert "Two runs: 2 ratios, largest difference" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
