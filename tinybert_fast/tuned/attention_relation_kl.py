@@ -73,10 +73,10 @@ def forward_native(
     if torch.float64 in dtypes:
         return forward(a, b, c, d, cu_seqlens, work, max_length)
     narrow = dtypes == {torch.bfloat16}
-    operands = (
+    a_, b_, c_, d_ = (
         None if x is None else rows_together(x if narrow else x.float()) for x in (a, b, c, d)
     )
-    return native.attention_relation_kl(*operands, cu_seqlens)
+    return native.attention_relation_kl(a_, b_, c_, d_, cu_seqlens)
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
