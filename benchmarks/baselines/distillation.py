@@ -101,7 +101,7 @@ class OfficialStep(DistillationBaseline):
 
     @torch.no_grad()
     def lesson(self, batch: Batch, dtype: str) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        """Of autocast's dtype."""
+        """Scores and states of every layer of the teacher."""
         return self._read(self.teacher, batch)
 
     @staticmethod
