@@ -2,7 +2,9 @@
 mode.
 """
 
+import contextlib
 import copy
+import functools
 import inspect
 import logging
 import pickle
@@ -11,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import BertConfig, BertForSequenceClassification, BertModel, EncoderDecoderModel
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
@@ -141,6 +145,74 @@ def test_masked_lm_training_skips_unlabelled_rows(cases, name, padding):
     theirs.loss.backward()
     ours.loss.backward()
     cases.same_gradients(fast, plain)
+
+
+def rows_of_the_last_ffn(model, batch):
+    """How many rows the last layer's FFN computes of a batch."""
+    rows = []
+    dense = model.bert.encoder.layer[-1].output.dense
+    hook = dense.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    model(**batch)
+    hook.remove()
+    return rows
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForNextSentencePrediction"])
+def test_the_last_layer_computes_what_the_head_reads(cases, name, poolable):
+    """First tokens alone, unless somebody asks for hidden states or another pooler reads them."""
+    _, fast = cases.pair(name)
+    batch = cases.batch(poolable)
+    tokens, sequences = int(batch["attention_mask"].sum()), cases.shape[0]
+    assert rows_of_the_last_ffn(fast, batch) == [sequences]
+    assert rows_of_the_last_ffn(fast, {**batch, "output_hidden_states": True}) == [tokens]
+    fast.bert.pooler = MeanPooler(fast.config)
+    assert rows_of_the_last_ffn(fast, batch) == [tokens]
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_the_last_layer_computes_labelled_rows_in_training(cases, name):
+    _, fast = cases.pair(name)
+    fast.train()
+    batch = cases.batch("right")
+    tokens = int(batch["attention_mask"].sum())
+    batch |= labels_of(name, batch["attention_mask"])
+    labelled = int((batch["labels"] != -100).sum())
+    firsts = cases.shape[0] if name == "BertForPreTraining" else 0
+    assert rows_of_the_last_ffn(fast, batch) == [firsts + labelled]
+    assert rows_of_the_last_ffn(fast, {**batch, "output_hidden_states": True}) == [tokens]
+    tbf.accelerate(fast, training_logits=True)
+    assert rows_of_the_last_ffn(fast, batch) == [tokens]
+
+
+def test_an_empty_row_gets_the_logits_of_pooled_zeros(cases):
+    _, fast = cases.pair("BertForSequenceClassification")
+    batch = cases.batch("empty_row")
+    pooled = fast.bert(**batch).pooler_output
+    torch.testing.assert_close(fast(**batch).logits, fast.classifier(pooled), **FP32)
+    nothing = {**batch, "attention_mask": torch.zeros(cases.shape, dtype=torch.int64)}
+    assert fast(**nothing).logits.isfinite().all()
+
+
+class MeanPooler(nn.Module):
+    """A pooler that reads every position."""
+
+    def __init__(self, config):
+        super().__init__()
+        torch.manual_seed(2)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden):
+        return torch.tanh(self.dense(hidden.mean(1)))
+
+
+@pytest.mark.parametrize("name", ["BertForPreTraining", "BertForSequenceClassification"])
+def test_another_pooler_reads_every_position(cases, name):
+    plain, fast = cases.pair(name)
+    for model in (plain, fast):
+        model.bert.pooler = MeanPooler(model.config)
+    batch = cases.batch("full")
+    logits = "logits" if name == "BertForSequenceClassification" else "seq_relationship_logits"
+    torch.testing.assert_close(fast(**batch)[logits], plain(**batch)[logits], **FP32)
 
 
 def test_pretraining_gives_a_loss_for_both_labels_only(cases):
@@ -542,6 +614,48 @@ def test_a_layer_norm_without_bias_runs_transformers(cases, caplog):
     assert len(served_by_transformers(caplog, "a LayerNorm has no bias")) == 1
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        "embeddings",
+        "encoder.layer.1",
+        "encoder.layer.0.output.LayerNorm",
+        "encoder.layer.0.attention.self.query",
+        "encoder.layer.1.output.dense",
+    ],
+)
+def test_a_forward_set_on_an_instance_is_heard(cases, where):
+    """As Accelerate's hooks and others' patches do."""
+    plain, fast = cases.pair("BertModel")
+    for model in (plain, fast):
+        module = model.get_submodule(where)
+        module.forward = functools.partial(twice_as_much(type(module)).forward, module)
+    batch = cases.batch("right")
+    theirs, ours = plain(**batch), fast(**batch)
+    assert_same_on_real_tokens(ours, theirs, batch["attention_mask"])
+
+
+@pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq", "sparse"])
+def test_an_embedding_with_options_runs_transformers(cases, caplog, option):
+    plain, fast = cases.pair("BertModel")
+    for model in (plain, fast):
+        setattr(model.embeddings.word_embeddings, option, True)
+    batch = cases.batch("right")
+    assert torch.equal(fast(**batch).last_hidden_state, plain(**batch).last_hidden_state)
+    assert len(served_by_transformers(caplog, "an Embedding has one of max_norm")) == 1
+
+
+def test_sequences_in_one_row_under_flash_attention_run_transformers(cases, caplog):
+    """DataCollatorWithFlattening's form, which packed rows would let attend to one another."""
+    _, fast = cases.pair("BertModel")
+    fast.config._attn_implementation = "flash_attention_2"
+    row = {"input_ids": torch.ones(1, 9, dtype=torch.int64)}
+    with contextlib.suppress(Exception):  # flash attention itself is not here
+        fast(**row, position_ids=torch.tensor([[*range(5), *range(4)]]))
+    assert len(served_by_transformers(caplog, "separates sequences by position_ids")) == 1
+    fast(**row)
+
+
 def twice_as_much(cls):
     """A module that packed rows would miss if they only read its tensors."""
 
@@ -621,8 +735,12 @@ def test_refusals(cases):
         fast(torch.ones(1, 40, dtype=torch.int64))
     with pytest.raises(ValueError, match="nothing to accelerate"):
         tbf.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Mine, a subclass, may compute something else"):
+        tbf.accelerate(type("Mine", (BertModel,), {})(cases.config()))
     with pytest.raises(ValueError, match="got str"):
         tbf.accelerate("bert-base-uncased")
+    with pytest.raises(ValueError, match="got int"):
+        tbf.restore(3)
     with pytest.raises(ValueError, match="impl='trition'"):
         tbf.accelerate(fast, impl="trition")
     with pytest.raises(ValueError, match=r"hidden state 3, and this model has 0\.\.2"):
@@ -678,6 +796,32 @@ def test_restored_model_runs_transformers_code(cases):
     assert all(
         torch.equal(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
+def test_restored_after_a_trainer_prepared_it(cases, name):
+    """Accelerate leaves a forward on the instance, which would go on to call ours."""
+    plain, fast = cases.pair(name)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    accelerator.prepare(fast)
+    tbf.restore(fast)
+    batch = cases.batch("left")
+    assert torch.equal(fast(**batch).logits, plain(**batch).logits)
+    accelerator.prepare(fast)
+    assert fast(**batch).logits.isfinite().all()
+
+
+def test_a_forward_on_the_instance_is_not_passed_over(cases):
+    """accelerate() could not be heard behind it, and restore() would leave it on our class."""
+    plain, fast = cases.pair("BertModel")
+    Accelerator(mixed_precision="bf16", cpu=True).prepare(plain)
+    with pytest.raises(ValueError, match=r"call accelerate\(\) before them"):
+        tbf.accelerate(plain)
+    assert not tbf.is_accelerated(plain)
+    fast.forward = functools.partial(type(fast).forward, fast)
+    with pytest.raises(ValueError, match=r"undo that before restore\(\)"):
+        tbf.restore(fast)
+    assert tbf.is_accelerated(fast)
 
 
 @pytest.mark.parametrize("name", CLASSES)

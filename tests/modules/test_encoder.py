@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tinybert_fast as tbf
 from tinybert_fast.modules import Capture, encode, encoder
 from tinybert_fast.modules.encoder import is_erf_gelu, is_plain
-from tinybert_fast.modules.heads import first_tokens, masked_lm_loss
+from tinybert_fast.modules.heads import first_tokens, vocabulary_loss
 
 CHANNELS, HEADS = 12, 3
 
@@ -217,7 +217,7 @@ def test_first_tokens():
     assert hidden.grad.sum(1).tolist() == [CHANNELS, 0, CHANNELS, 0, 0]
 
 
-def test_masked_lm_loss_without_labels_is_zero():
+def test_vocabulary_loss_of_no_row_is_zero():
     transform = SimpleNamespace(
         dense=nn.Linear(CHANNELS, CHANNELS),
         transform_act_fn=nn.GELU(),
@@ -225,7 +225,7 @@ def test_masked_lm_loss_without_labels_is_zero():
     )
     head = SimpleNamespace(transform=transform, decoder=nn.Linear(CHANNELS, 17))
     hidden = torch.randn(4, CHANNELS, requires_grad=True)
-    loss = masked_lm_loss(head, hidden, torch.full((4,), -100))
+    loss = vocabulary_loss(head, hidden[:0], torch.empty(0, dtype=torch.int64))
     assert loss == 0
     loss.backward()
     assert not hidden.grad.any()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,23 +25,33 @@ from transformers.modeling_outputs import (
 from transformers.models.bert import modeling_bert as bert_modules
 from transformers.models.bert.modeling_bert import (
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
     BertForPreTraining,
     BertForPreTrainingOutput,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertModel,
 )
 from transformers.utils import can_return_tuple, output_capturing
 
-from tinybert_fast.integrations.unserved import head_changed, unserved
+from tinybert_fast.integrations.unserved import head_changed, pools_first_tokens, unserved
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.modules.encoder import encode
-from tinybert_fast.modules.heads import IGNORED, first_tokens, masked_lm_loss, predict
+from tinybert_fast.modules.heads import (
+    IGNORED,
+    first_tokens,
+    predict,
+    vocabulary_loss,
+    without_empty,
+)
 from tinybert_fast.ops.block_mask import BlockMask, BlockPattern
 from tinybert_fast.ops.dispatch import FASTEST_FIRST, Impl, absent
 from tinybert_fast.ops.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = ("fast_impl", "fast_training_logits", "fast_block_mask")  # that accelerate() leaves
 MADE = "fast_lists"  # of an encoder: its block mask on the device of the latest forward
 
 
@@ -48,9 +59,13 @@ MADE = "fast_lists"  # of an encoder: its block mask on the device of the latest
 class Packed:
     """What the encoder hands to a head that reads packed rows."""
 
-    rows: Tensor  # (T, C)
+    rows: Tensor  # (T, C), or (R, C) of the rows that it asked to read
     layout: SequenceLayout
     hidden_states: Any  # None, or M + 1 times (B, N, C), None where not selected
+    read: Tensor | None  # int64 (R,): which rows, None for all
+
+
+Rows = Tensor | Callable[[SequenceLayout], Tensor]  # int64 (R,), or what makes them of the layout
 
 
 class Accelerated:
@@ -102,19 +117,23 @@ class AcceleratedBertModel(Accelerated, BertModel):
         capture: Capture | None = None,
         layout: SequenceLayout | None = None,
         direction: str = "both",
-        read: Tensor | None = None,
+        read: Rows | None = None,
+        first_only: bool = False,
         record_only: bool = False,
         packed: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """BertModel's forward, with six keywords more, which every accelerated class passes on.
+        """BertModel's forward, with seven keywords more, which every accelerated class passes on.
 
         Args:
             capture: what to record of hidden states, queries, keys and values (modules/capture.py).
             layout: of this batch, if the caller has built it; ``attention_mask`` is then not read.
             direction: "both", "causal" or "anti_causal" (``ops.attention``), in every layer.
-            read: the packed rows that a head will read, int64 (R,), with ``packed``: it gets these
-                alone, in this order.
+            read: the packed rows that a head will read, int64 (R,), or a function of the layout
+                that says which, with ``packed``: it gets these alone, in this order, and the last
+                layer computes no others behind its attention.
+            first_only: likewise for a head that reads the pooler's answer: the last hidden state is
+                that of first tokens, (B, 1, C), unless somebody asks for hidden states.
             record_only: with ``capture`` and ``packed``, stop where nothing more is recorded: the
                 head gets no rows.
             packed: give a head its `Packed` rows, or None where Transformers' own code has to run.
@@ -124,7 +143,8 @@ class AcceleratedBertModel(Accelerated, BertModel):
         inputs = input_ids if input_ids is not None else inputs_embeds
         crossed = encoder_hidden_states is not None or encoder_attention_mask is not None
         compiled = torch.compiler.is_compiling()
-        layout, reason = _plan(self, inputs, attention_mask, layout, crossed, kwargs, compiled)
+        plan = (self, inputs, attention_mask, position_ids, layout, crossed, kwargs, compiled)
+        layout, reason = _plan(*plan)
         if reason is not None:
             if self.fast_block_mask is not None:
                 raise ValueError(
@@ -175,6 +195,13 @@ class AcceleratedBertModel(Accelerated, BertModel):
         record = capture or Capture()
         if wanted is not None:
             record = replace(record, hidden_states={*wanted, *record.hidden_states})
+        last = self.config.num_hidden_layers
+        whole = last in record.hidden_states  # somebody asks for all its rows
+        first_only = first_only and not whole and not packed and layout.total > 0
+        if first_only:
+            read = layout.counted.firsts
+        elif callable(read):
+            read = read(layout)
         rows = encode(
             self,
             layout,
@@ -185,26 +212,26 @@ class AcceleratedBertModel(Accelerated, BertModel):
             capture=record,
             block_mask=_block_mask(self, layout.rows.device),
             direction=direction,
-            read=read,
+            read=None if whole else read,
             record_only=record_only,
             impl=self.fast_impl,
         )
         if capture is not None and record is not capture:
             capture.take(record)
-        if packed and wanted is None:
-            return Packed(rows, layout, None)
-        hidden = layout.pad(rows)
         states: Any = None
         if wanted is not None:
-            last = self.config.num_hidden_layers
             states = tuple(
-                (hidden if m == last else layout.pad(record.hidden[m].to(hidden.dtype)))
-                if m in wanted
-                else None
+                layout.pad(record.hidden[m].to(rows.dtype)) if m in wanted else None
                 for m in range(last + 1)
             )
         if packed:
-            return Packed(rows, layout, states)
+            if whole and read is not None:
+                rows = rows.index_select(0, read)
+            return Packed(rows, layout, states, read)
+        if first_only:
+            hidden = without_empty(rows, layout.counted)
+        else:
+            hidden = layout.pad(rows) if states is None or states[last] is None else states[last]
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
             pooler_output=self.pooler(hidden) if self.pooler is not None else None,
@@ -259,7 +286,7 @@ class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
             "encoder_attention_mask": encoder_attention_mask,
             **kwargs,
         }
-        packed = self.encode_packed(**inputs)
+        packed = self.encode_packed(read=_labelled(self, labels), **inputs)
         if packed is None:
             return super().forward(labels=labels, return_dict=True, **inputs)
         loss, logits = _masked_lm(self, packed, labels)
@@ -293,15 +320,25 @@ class AcceleratedBertForPreTraining(AcceleratedHead, BertForPreTraining):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        packed = self.encode_packed(**inputs)
+        # Transformers gives a loss only when both labels are there.
+        complete = labels is not None and next_sentence_label is not None
+        answers = labels if complete else None
+        packed = self.encode_packed(read=_labelled(self, answers, first=True), **inputs)
         if packed is None:
             both = {"labels": labels, "next_sentence_label": next_sentence_label}
             return super().forward(return_dict=True, **both, **inputs)
-        first = first_tokens(packed.rows, packed.layout)
+        layout = packed.layout
+        if packed.read is None:
+            first = first_tokens(packed.rows, layout)
+        else:
+            first = without_empty(packed.rows[: layout.batch_size], layout)
+            packed = replace(
+                packed,
+                rows=packed.rows[layout.batch_size :],
+                read=packed.read[layout.batch_size :],
+            )
         order = self.cls.seq_relationship(self.bert.pooler(first))
-        # Transformers gives a loss only when both labels are there.
-        complete = labels is not None and next_sentence_label is not None
-        loss, logits = _masked_lm(self, packed, labels if complete else None)
+        loss, logits = _masked_lm(self, packed, answers)
         if loss is not None and next_sentence_label is not None:
             loss = loss + F.cross_entropy(order.view(-1, 2), next_sentence_label.view(-1))
         return BertForPreTrainingOutput(
@@ -357,6 +394,33 @@ class AcceleratedBertForQuestionAnswering(AcceleratedHead, BertForQuestionAnswer
         )
 
 
+def reads_first_tokens(plain: Any) -> Any:
+    """The forward of a class whose head reads the pooler's answer alone."""
+
+    @functools.wraps(plain.forward)  # its signature tells Trainers which columns a model takes
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.bert, AcceleratedBertModel):
+            kwargs["first_only"] = pools_first_tokens(self.bert)
+        return plain.forward(self, *args, **kwargs)
+
+    return forward
+
+
+@stands_for(BertForSequenceClassification)
+class AcceleratedBertForSequenceClassification(Accelerated, BertForSequenceClassification):
+    forward = reads_first_tokens(BertForSequenceClassification)
+
+
+@stands_for(BertForNextSentencePrediction)
+class AcceleratedBertForNextSentencePrediction(Accelerated, BertForNextSentencePrediction):
+    forward = reads_first_tokens(BertForNextSentencePrediction)
+
+
+@stands_for(BertForMultipleChoice)
+class AcceleratedBertForMultipleChoice(Accelerated, BertForMultipleChoice):
+    forward = reads_first_tokens(BertForMultipleChoice)
+
+
 def accelerate(
     model: Any,
     *,
@@ -395,10 +459,19 @@ def accelerate(
             raise ValueError(f"impl={impl!r} cannot run here: {reason}")
     found = [m for m in model.modules() if isinstance(m, Accelerated) or type(m) in FAST_CLASSES]
     if not any(isinstance(m, BertModel) for m in found):
+        own = next((type(m).__name__ for m in model.modules() if isinstance(m, BertModel)), None)
         raise ValueError(
             f"no BertModel of Transformers inside {type(model).__name__}: nothing to accelerate"
+            + (f" ({own}, a subclass, may compute something else and is left alone)" if own else "")
         )
     module: Any
+    for module in found:
+        if type(module) in FAST_CLASSES and "forward" in module.__dict__:
+            raise ValueError(
+                f"the forward of this {type(module).__name__} was replaced on the instance, as "
+                "Accelerate's prepare(), Trainer and device_map do, and would run in place of the "
+                "accelerated one: call accelerate() before them"
+            )
     for module in found:
         module.__class__ = FAST_CLASSES.get(type(module), type(module))
         module.fast_impl, module.fast_training_logits = impl, training_logits
@@ -408,15 +481,33 @@ def accelerate(
 
 
 def restore(model: Any) -> Any:
-    """Undo accelerate(), in place: Transformers' own classes again. Returns ``model``."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            for name in ("fast_impl", "fast_training_logits", "fast_block_mask", MADE):
-                module.__dict__.pop(name, None)
-            module.__class__ = module.fast_plain  # type: ignore[assignment]
-            _keep_recordable(module)
+    """Undo accelerate(), in place: Transformers' own classes again. Returns ``model``.
+
+    The forward that Accelerate's prepare() or a Trainer left on it goes as well, and with it their
+    autocast; they put it there again. ValueError for any other forward set on an instance.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"restore() takes a torch module; got {type(model).__name__}")
+    found: list[Any] = [m for m in model.modules() if isinstance(m, Accelerated)]
+    for module in found:
+        if "forward" in module.__dict__ and not _is_prepared(module):
+            raise ValueError(
+                f"the forward of this {type(module).__name__} was replaced on the instance and "
+                "would go on to call the accelerated one: undo that before restore() (hooks of "
+                "Accelerate: accelerate.hooks.remove_hook_from_submodules())"
+            )
+    for module in found:
+        for name in (*SETTINGS, MADE, "forward", "_original_forward"):
+            module.__dict__.pop(name, None)
+        module.__class__ = module.fast_plain
+        _keep_recordable(module)
     return model
+
+
+def _is_prepared(module: Any) -> bool:
+    """Whether Accelerate's prepare() alone replaced the forward: in autocast, it calls ours."""
+    before = getattr(module.__dict__.get("_original_forward"), "__func__", None)
+    return before is type(module).forward and "_hf_hook" not in module.__dict__
 
 
 def is_accelerated(model: Any) -> bool:
@@ -457,6 +548,7 @@ def _plan(
     bert: Any,
     inputs: Any,
     mask: Any,
+    position_ids: Tensor | None,
     layout: SequenceLayout | None,
     crossed: bool,
     kwargs: dict[str, Any],
@@ -466,14 +558,16 @@ def _plan(
 
     All that is read on the host is read here: once per forward, outside compiled code.
     """
-    reason = unserved(bert, mask, crossed, kwargs)
+    batch, width = inputs.shape[:2]
+    # How sequences that lie in one row come to flash attention, in Transformers' own code.
+    joined = mask is None and layout is None and batch == 1 and position_ids is not None
+    reason = unserved(bert, mask, crossed, joined, kwargs)
     if reason is not None:
         return layout, reason
-    batch, width = inputs.shape[:2]
     if layout is None and mask is None:
         layout = SequenceLayout.full(batch, width, device=inputs.device)
     elif layout is None:
-        layout = SequenceLayout.from_mask(mask)
+        layout = SequenceLayout.from_mask(mask.to(inputs.device))
     if (layout.batch_size, layout.width) != (batch, width):
         raise ValueError(
             f"the attention mask covers {layout.batch_size} sequences of {layout.width} positions, "
@@ -507,15 +601,34 @@ def _selected(asked: bool | int | list[int] | None, layers: int) -> set[int] | N
     return {i % (layers + 1) for i in indices if -layers - 1 <= i <= layers}
 
 
+def _labelled(
+    model: Any, labels: Tensor | None, first: bool = False
+) -> Callable[[SequenceLayout], Tensor] | None:
+    """What a masked-LM head reads: in training the labelled rows, behind the ``first`` tokens."""
+    if labels is None or not model.training or model.fast_training_logits:
+        return None
+    return functools.partial(_labelled_rows, labels, first)
+
+
+def _labelled_rows(labels: Tensor, first: bool, layout: SequenceLayout) -> Tensor:
+    labelled = (_packed_labels(labels, layout) != IGNORED).nonzero().squeeze(1)
+    return torch.cat((layout.firsts, labelled)) if first else labelled
+
+
+def _packed_labels(labels: Tensor, layout: SequenceLayout) -> Tensor:
+    return layout.pack(labels.view(layout.batch_size, layout.width))
+
+
 def _masked_lm(
     model: Any, packed: Packed, labels: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Loss and logits (B, N, V) of a masked-LM head; either may be None."""
     predictions, layout, impl = model.cls.predictions, packed.layout, model.fast_impl
     if labels is not None:
-        labels = layout.pack(labels.view(layout.batch_size, layout.width))
-        if model.training and not model.fast_training_logits:
-            return masked_lm_loss(predictions, packed.rows, labels, impl=impl), None
+        labels = _packed_labels(labels, layout)
+        if packed.read is not None:
+            wanted = labels.index_select(0, packed.read)
+            return vocabulary_loss(predictions, packed.rows, wanted, impl=impl), None
     logits = predict(predictions, packed.rows, impl=impl)
     loss = None if labels is None else F.cross_entropy(logits, labels, ignore_index=IGNORED)
     return loss, layout.pad(logits)

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer
 from transformers.models.bert.modeling_bert import (
-    BertForNextSentencePrediction,
     BertForSequenceClassification,
     BertForTokenClassification,
 )
 
 from tinybert_fast.integrations.bert import (
+    Accelerated,
     AcceleratedBertForMaskedLM,
+    AcceleratedBertForNextSentencePrediction,
     AcceleratedBertForPreTraining,
     AcceleratedBertForQuestionAnswering,
     AcceleratedBertModel,
     accelerate,
     bears_name_of,
+    reads_first_tokens,
     say_once,
+    stands_for,
 )
 
 TinyBertTokenizer = BertTokenizer  # the same WordPiece and the same files
@@ -83,6 +86,11 @@ class ReluClassifier(BertForSequenceClassification):
 bears_name_of(BertForSequenceClassification, ReluClassifier)
 
 
+@stands_for(ReluClassifier)
+class AcceleratedReluClassifier(Accelerated, ReluClassifier):
+    forward = reads_first_tokens(BertForSequenceClassification)
+
+
 def with_pooled_relu(model: Any) -> Any:
     """In place, and only a BertForSequenceClassification whose config asks for it."""
     if isinstance(model, BertForSequenceClassification) and getattr(
@@ -114,11 +122,13 @@ class TinyBertForMaskedLM(_AcceleratedAtConstruction, AcceleratedBertForMaskedLM
     """BertForMaskedLM on packed rows."""
 
 
-class TinyBertForNextSentencePrediction(_AcceleratedAtConstruction, BertForNextSentencePrediction):
+class TinyBertForNextSentencePrediction(
+    _AcceleratedAtConstruction, AcceleratedBertForNextSentencePrediction
+):
     """BertForNextSentencePrediction on packed rows."""
 
 
-class TinyBertForSequenceClassification(_AcceleratedAtConstruction, ReluClassifier):
+class TinyBertForSequenceClassification(_AcceleratedAtConstruction, AcceleratedReluClassifier):
     """BertForSequenceClassification on packed rows; ``pooled_relu``: see TinyBertConfig."""
 
 

@@ -23,12 +23,18 @@ PLUG_IN = "tinybert_fast"  # the name that attention.py registers
 EQUIVALENT_ATTENTION = {None, "eager", "sdpa", "flex_attention", PLUG_IN}
 # Keywords that reach BertModel.forward and change nothing in an encoder.
 INERT_KEYWORDS = {"use_cache", "num_items_in_batch", "return_dict"}
+# Of nn.Embedding, which the embedding op does not know.
+EMBEDDING_OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse")
 # Where Transformers defines the hooks that it registers itself.
 OWN_HOOKS = {output_capturing.__name__, modeling_utils.__name__}
 
 
-def unserved(bert: Any, mask: Any, crossed: bool, kwargs: dict[str, Any]) -> str | None:
-    """Why Transformers' own forward has to run, or None."""
+def unserved(
+    bert: Any, mask: Any, crossed: bool, joined: bool, kwargs: dict[str, Any]
+) -> str | None:
+    """Why Transformers' own forward has to run, or None. ``joined``: position_ids may separate
+    several sequences of one row.
+    """
     config = bert.config
     if config.is_decoder:
         return "config.is_decoder makes it a decoder"
@@ -42,8 +48,11 @@ def unserved(bert: Any, mask: Any, crossed: bool, kwargs: dict[str, Any]) -> str
     if kwargs.get("is_causal", getattr(config, "is_causal", None)):
         return "is_causal was asked for"
     implementation = config._attn_implementation
-    if implementation not in EQUIVALENT_ATTENTION and "flash" not in implementation:
+    flash = implementation is not None and "flash" in implementation
+    if implementation not in EQUIVALENT_ATTENTION and not flash:
         return f"attn_implementation={implementation!r} is not one of Transformers' own"
+    if joined and flash:
+        return f"attn_implementation={implementation!r} separates sequences by position_ids"
     for name, value in kwargs.items():
         if value is not None and name not in INERT_KEYWORDS and not name.startswith("output_"):
             return f"the keyword {name!r} is not known here"
@@ -64,16 +73,18 @@ def _bypassed(bert: Any) -> Iterator[tuple[Any, type]]:
     yield from _normed(embeddings)
     yield bert.encoder, bert_modules.BertEncoder
     for layer in bert.encoder.layer:
+        attention, inner, output = layer.attention, layer.intermediate, layer.output
+        heads, attention_output = attention.self, attention.output
         yield layer, bert_modules.BertLayer
-        yield layer.attention, bert_modules.BertAttention
-        yield layer.attention.self, bert_modules.BertSelfAttention
-        yield layer.attention.self.dropout, nn.Dropout
-        yield layer.attention.output, bert_modules.BertSelfOutput
-        yield from _normed(layer.attention.output)
-        yield layer.intermediate, bert_modules.BertIntermediate
-        yield layer.intermediate.intermediate_act_fn, object
-        yield layer.output, bert_modules.BertOutput
-        yield from _normed(layer.output)
+        yield attention, bert_modules.BertAttention
+        yield heads, bert_modules.BertSelfAttention
+        yield heads.dropout, nn.Dropout
+        yield attention_output, bert_modules.BertSelfOutput
+        yield from _normed(attention_output)
+        yield inner, bert_modules.BertIntermediate
+        yield inner.intermediate_act_fn, object
+        yield output, bert_modules.BertOutput
+        yield from _normed(output)
 
 
 @torch.compiler.disable
@@ -82,7 +93,15 @@ def head_changed(model: Any) -> str | None:
     return None if model.fast_head is None else _changed(_bypassed_head(model))
 
 
+@torch.compiler.disable
+def pools_first_tokens(bert: Any) -> bool:
+    """Whether ``bert`` has a pooler and it reads first tokens alone, as BERT's does."""
+    return _changed([(bert.pooler, bert_modules.BertPooler)]) is None
+
+
 def _bypassed_head(model: Any) -> Iterator[tuple[Any, type]]:
+    if model.fast_head is bert_modules.BertPreTrainingHeads:
+        yield model.bert.pooler, bert_modules.BertPooler  # called, on first tokens alone
     yield model.cls, model.fast_head
     predictions = model.cls.predictions
     yield predictions, bert_modules.BertLMPredictionHead
@@ -104,13 +123,16 @@ def _changed(modules: Iterable[tuple[Any, type]]) -> str | None:
     gradients, as encode() does itself.
     """
     for module, kind in modules:
-        name = type(module).__name__
         if kind is not object and type(module) is not kind:
-            return f"a {kind.__name__} was replaced by a {name}"
+            return f"a {kind.__name__} was replaced by a {type(module).__name__}"
         if kind is nn.LayerNorm and module.bias is None:
             return "a LayerNorm has no bias"
-        if not isinstance(module, nn.Module):
+        if kind is nn.Embedding and any(getattr(module, name) for name in EMBEDDING_OPTIONS):
+            return f"an Embedding has one of {', '.join(EMBEDDING_OPTIONS)}"
+        if kind is object and not isinstance(module, nn.Module):
             continue
+        if "forward" in module.__dict__:
+            return f"the forward of a {type(module).__name__} was replaced"
         if any(getattr(hook, "__module__", None) not in OWN_HOOKS for hook in hooks_of(module)):
-            return f"a hook was registered on a {name}"
+            return f"a hook was registered on a {type(module).__name__}"
     return None

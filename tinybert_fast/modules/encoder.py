@@ -221,6 +221,8 @@ def encode_layer(
         block_mask=block_mask,
         impl=impl,
     )
+    given = [x[..., :size] for x in (queries, keys, values)] if give else []
+    del queries, keys, values  # without a graph their memory serves the rest of the layer
     context = context.flatten(1)
     if read is not None:  # dropout keeps the cells of the whole
         context, hidden = context.index_select(0, read), hidden.index_select(0, read)
@@ -239,6 +241,7 @@ def encode_layer(
         lambda weight: _pad_columns(rounded(weight), size, padding),
         **common,
     )
+    del context
     inner = layer.intermediate
     if adds_bias(inner.dense, hidden) and is_erf_gelu(inner.intermediate_act_fn):
         expanded = F.linear(hidden, rounded(inner.dense.weight))
@@ -246,9 +249,7 @@ def encode_layer(
     else:
         expanded = inner.intermediate_act_fn(inner.dense(hidden))
     hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, rounded, **common)
-    if not give:
-        return hidden
-    return hidden, queries[..., :size], keys[..., :size], values[..., :size]
+    return (hidden, *given) if give else hidden
 
 
 def pays_to_pad(hidden: Tensor) -> bool:
@@ -363,18 +364,25 @@ def adds_bias(dense: nn.Module, x: Tensor) -> bool:
 
 
 def is_plain(dense: nn.Module) -> bool:
-    """True if a layer is its weight and bias alone; adapters and hooks need it to be called."""
-    return type(dense) is nn.Linear and dense.bias is not None and not hooks_of(dense)
+    """True if a layer is its weight and bias alone; adapters, hooks and a forward that somebody
+    set on it need it to be called."""
+    return (
+        type(dense) is nn.Linear
+        and dense.bias is not None
+        and "forward" not in dense.__dict__
+        and not hooks_of(dense)
+    )
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
     """Whoever waits for this module to be called."""
-    return [
-        *module._forward_pre_hooks.values(),
-        *module._forward_hooks.values(),
-        *module._backward_pre_hooks.values(),
-        *module._backward_hooks.values(),
-    ]
+    kinds = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return [hook for hooks in kinds for hook in hooks.values()] if any(kinds) else []
 
 
 def is_erf_gelu(activation: Any) -> bool:

@@ -19,8 +19,12 @@ def first_tokens(hidden: Tensor, layout: SequenceLayout) -> Tensor:
     """What a pooler reads, (T, C) -> (B, 1, C): first tokens, zeros for an empty sequence."""
     if layout.total == 0:
         return hidden.new_zeros(layout.batch_size, 1, hidden.shape[-1])
-    first = hidden.index_select(0, layout.first_rows.clamp(min=0))
-    if 0 in layout.lengths:
+    return without_empty(hidden.index_select(0, layout.firsts), layout)
+
+
+def without_empty(first: Tensor, layout: SequenceLayout) -> Tensor:
+    """Rows of first tokens (B, C) -> (B, 1, C), zeros for an empty sequence."""
+    if layout.may_be_empty:
         first = first * (layout.first_rows >= 0).unsqueeze(1)
     return first.unsqueeze(1)
 
@@ -28,20 +32,6 @@ def first_tokens(hidden: Tensor, layout: SequenceLayout) -> Tensor:
 def predict(predictions: Any, hidden: Tensor, *, impl: Any = "auto") -> Tensor:
     """Vocabulary logits (R, V) of rows (R, C)."""
     return predictions.decoder(_transform(predictions.transform, hidden, impl))
-
-
-def masked_lm_loss(
-    predictions: Any, hidden: Tensor, labels: Tensor, *, impl: Any = "auto"
-) -> Tensor:
-    """Mean cross-entropy of labelled rows: hidden (T, C), labels (T,), -100 where there is none.
-
-    The whole prediction head runs on those rows alone, about 15 % of them. 0 if there is none,
-    where Transformers gives NaN.
-    """
-    rows = (labels != IGNORED).nonzero().squeeze(1)
-    return vocabulary_loss(
-        predictions, hidden.index_select(0, rows), labels.index_select(0, rows), impl=impl
-    )
 
 
 def vocabulary_loss(

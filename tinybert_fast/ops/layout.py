@@ -8,6 +8,7 @@ left, holes, and sequences with no token at all.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -224,6 +225,16 @@ class SequenceLayout:
         return torch.where(starts[1:] > starts[:-1], starts[:-1], -1)
 
     @cached_property
+    def firsts(self) -> Tensor:
+        """int64 (B,): likewise, row 0 where a sequence is empty."""
+        return self.first_rows.clamp(min=0)
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether a sequence without a token is among them, as far as the host knows."""
+        return isinstance(self.lengths, _OnTheDevice) or 0 in self.lengths
+
+    @cached_property
     def is_full(self) -> bool:
         """No position is padding, so packing is a reshape."""
         return self.total == self.batch_size * self.width and not self.spare
@@ -311,14 +322,19 @@ def _listed(sequences: Tensor, lengths: Tensor, firsts: Tensor) -> Tensor:
 def _tables(lengths: list[int], columns: list[int], device: torch.device) -> Tables:
     """cu_seqlens, work and padded_work, in one copy from the host.
 
-    columns: of each sequence's first token.
+    columns: of each sequence's first token. Without tensors until the copy: for the few numbers of
+    a batch, a dozen of PyTorch's operations take longer.
     """
-    counts, starts = (
-        torch.tensor(numbers, dtype=torch.int64, device="cpu") for numbers in (lengths, columns)
-    )
-    stops = F.pad(counts.cumsum(0), (1, 0))
-    lists = [longest_first(counts, firsts).flatten() for firsts in (stops[:-1], starts)]
-    # The lists lie in front, so that each of their rows begins at a multiple of 16 bytes.
-    numbers = torch.cat((*lists, stops.int())).to(device, non_blocking=True)
-    work, padded_work, cu_seqlens = numbers.split([len(lists[0]), len(lists[1]), len(stops)])
+    stops = array("i", itertools.accumulate(lengths, initial=0))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    numbers = array("i")  # the lists in front: each of their rows begins at a multiple of 16 bytes
+    for firsts in (stops, columns):
+        entries = array("i", bytes(4 * 4 * len(order)))  # zeros
+        entries[0::4] = array("i", order)
+        entries[1::4] = array("i", map(lengths.__getitem__, order))
+        entries[2::4] = array("i", map(firsts.__getitem__, order))
+        numbers += entries
+    numbers += stops
+    tables = torch.frombuffer(numbers, dtype=torch.int32).to(device, non_blocking=True)
+    work, padded_work, cu_seqlens = tables.split([4 * len(order), 4 * len(order), len(stops)])
     return cu_seqlens, work.view(-1, 4), padded_work.view(-1, 4)
