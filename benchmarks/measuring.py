@@ -1,6 +1,6 @@
 """The rows of one case, measured at full size:
 
-1. each provider that has settings times them and keeps its fastest;
+1. each provider that has settings times them and keeps its fastest, by all sweeps so far;
 2. at dropout 0 the providers must agree in loss and gradients, or there are no rows (checking.py);
 3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios (rounds.py);
 4. on a GPU, calls of a single op are timed as CUDA graphs too, in rounds of their own; a graph of a
@@ -13,6 +13,7 @@ Further sweeps, later and with tensors made anew, repeat 1, 3 and 4; their round
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -165,9 +166,10 @@ def tune(
 
     def seconds(provider: Any, dtype: str, call: Callable[[], Any]) -> float:
         taken = clock.best(partial(in_a_row, call, case.calls)) / case.calls
-        tried = Who(provider.name, provider.role, dtype), provider.setting(dtype)
-        sweeps.tried.setdefault(tried, []).append(taken)
-        return taken
+        setting = Who(provider.name, provider.role, dtype), provider.setting(dtype)
+        tried = sweeps.tried.setdefault(setting, [])
+        tried.append(taken)
+        return statistics.median(tried)  # of this sweep and those before: one may be disturbed
 
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(clock.device) else ("fp32",):

@@ -18,7 +18,7 @@ from tinybert_fast.ops import BlockPattern
 
 
 def documents(tokenizer, text: str, length: int) -> list[dict[str, list[int]]]:
-    """Whole documents of ``length`` tokens, [CLS] first and [SEP] last."""
+    """Consecutive pieces of the text, of ``length`` tokens with [CLS] first and [SEP] last."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     body = length - 2
     starts = range(0, len(ids) - body + 1, body)
@@ -40,7 +40,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    examples = documents(tokenizer, arguments.text.read_text(), arguments.length)
+    examples = documents(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.length)
     if not examples:
         parser.error(f"{arguments.text} has fewer than {arguments.length:,} tokens")
     config = tbf.TinyBertConfig.tiny_4l_312(
@@ -58,9 +58,10 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        value = float(loss.detach())  # waits for the GPU
         seconds = time.perf_counter() - start
         tokens = batch["input_ids"].numel() / seconds
-        print(f"step {step + 1}: loss {float(loss.detach()):.3f}, {tokens:,.0f} tokens/s")
+        print(f"step {step + 1}: loss {value:.3f}, {tokens:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

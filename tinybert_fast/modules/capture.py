@@ -22,6 +22,10 @@ HEADS = ("queries", "keys", "values")
 class Capture:
     """What to record, and what the latest forward left.
 
+    ``hidden_states``: of 0..M, where 0 is the embedding output; ``attention`` (queries and keys)
+    and ``attention_values``: of layers 1..M. A forward raises ValueError for what a model of M
+    layers does not have.
+
     ``Capture(hidden_states=(0, 2), attention=(2,))`` passed as ``model(**batch, capture=capture)``
     to an accelerated model leaves ``hidden[m]`` (T, C), ``queries[m]`` and ``keys[m]`` (T, H, D),
     and the ``layout`` of the T tokens; ``attention_values=(2,)`` leaves ``values[m]``.

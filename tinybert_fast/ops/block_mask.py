@@ -64,8 +64,9 @@ class BlockPattern:
     """Which tokens may attend to each other by rule: those that any of its rules lets meet.
 
     Attributes:
-        window: tokens at most so far apart.
-        window_blocks: tokens whose blocks are at most so far apart.
+        window: tokens whose ranks differ by at most this, so many to either side (half of what
+            ``longformer`` takes).
+        window_blocks: tokens whose blocks' numbers differ by at most this, likewise.
         global_tokens: these attend to all tokens, and all attend to them.
         random_blocks: so many more blocks of keys for every block of queries, which no other rule
             lets it meet, drawn by ``seed``.

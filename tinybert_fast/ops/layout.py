@@ -77,7 +77,8 @@ class SequenceLayout:
 
     @classmethod
     def from_mask(cls, mask: Tensor, impl: str = "auto") -> SequenceLayout:
-        """From a (B, N) key-padding mask, non-zero where a token is real. One host sync."""
+        """From a (B, N) key-padding mask of any dtype, non-zero where a token is real. One host
+        sync. ValueError for another number of dimensions."""
         if mask.dim() != 2:
             raise ValueError(
                 "a key-padding mask has 2 dimensions (batch, width); got shape "
@@ -102,7 +103,8 @@ class SequenceLayout:
     def from_lengths(
         cls, lengths: Sequence[int], width: int | None = None, device: torch.device | str = "cpu"
     ) -> SequenceLayout:
-        """Right-padded rows of the given lengths, padded to ``width`` (default: the longest)."""
+        """Right-padded rows of the given lengths, padded to ``width`` (default: the longest).
+        ValueError for a length that is negative or above it."""
         lengths = [int(n) for n in lengths]
         width = max(lengths, default=0) if width is None else width
         if any(not 0 <= n <= width for n in lengths):
@@ -116,7 +118,8 @@ class SequenceLayout:
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, width: int | None = None) -> SequenceLayout:
-        """Of packed rows, as FlashAttention's varlen functions describe them. One host sync."""
+        """Of packed rows, as FlashAttention's varlen functions describe them: int32 or int64
+        (B + 1,), from 0, never decreasing, or ValueError. One host sync."""
         integers = cu_seqlens.dtype in (torch.int32, torch.int64)
         if not integers or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
             raise ValueError(
