@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -838,6 +839,24 @@ def test_sweeps_count_together_and_only_the_first_checks():
     assert log.count("check o") == 1
     assert log.count("tune o") == 2
     assert log.count("o") == 2 * (1 + 3) + 1  # warm-ups, rounds, peak memory
+
+
+def test_settings_are_chosen_by_all_sweeps_so_far():
+    """A sweep that was disturbed while it timed one setting does not choose by that alone."""
+    sweeps, chosen = measuring.Sweeps(), []
+    # Of "x" and "y" in turn: "x" is the faster one, and in the third sweep somebody disturbed it.
+    taken = iter([1.0, 2.0, 1.0, 2.0, 5.0, 2.0])
+    clock = SimpleNamespace(device=CPU, best=lambda call: next(taken))
+    for _ in range(3):
+        provider = Fake("o", "ours", [])
+        at = {"setting": "x"}
+        provider.setting = lambda dtype, at=at: at["setting"]
+        provider.tune = lambda dtype, seconds, provider=provider, at=at: op_call.fastest(
+            provider, dtype, ("x", "y"), lambda name: at.update(setting=name), seconds
+        )
+        measuring.tune(fake_case(provider), ("fp32",), clock, lambda text: None, sweeps)
+        chosen.append(at["setting"])
+    assert chosen == ["x", "x", "x"]
 
 
 def test_a_setting_chosen_in_a_later_sweep_is_checked():

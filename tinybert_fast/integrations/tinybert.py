@@ -46,8 +46,8 @@ class TinyBertConfig(BertConfig):
 
     @classmethod
     def tiny_4l_312(cls, **changes: Any) -> TinyBertConfig:
-        """4 layers, 312 wide, FFN 1200, 12 heads of 26 (14.4 M parameters with English BERT's 30,522
-        words)."""
+        """4 layers, 312 wide, FFN 1200, 12 heads of 26; with English BERT's 30,522 words 14.4 M
+        parameters."""
         return cls(**changes)
 
     @classmethod
