@@ -61,6 +61,12 @@ class Batch:
         """int64 (R,): flat places of the labels. Read from the device once."""
         return (self.labels.flatten() != IGNORED).nonzero().squeeze(1)
 
+    @cached_property
+    def firsts(self) -> Tensor:
+        """int64 (B,): flat places of the first tokens."""
+        batch, width = self.input_ids.shape
+        return torch.arange(batch, device=self.input_ids.device) * width
+
     @property
     def layout(self) -> SequenceLayout:
         """As a collator makes it, which knows the lengths: nothing is read from the device."""

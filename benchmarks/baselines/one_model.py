@@ -26,18 +26,12 @@ from tinybert_fast.benchmarks.training_step import TrainingStep
 Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
-class Answer(NamedTuple):
-    """Of a BertModel, as far as losses read it."""
-
-    last_hidden_state: Tensor  # (B, N, C)
-    pooler_output: Tensor | None  # (B, C)
-
-
 class Task(NamedTuple):
     model: str  # the class of Transformers
     labels: Callable[[Batch], dict[str, Tensor]]  # keywords of its forward
-    # Of model, answer, bucket and whole batch: the bucket's share in the batch's loss.
-    loss: Callable[[Any, Any, Batch, Batch, Compiler], Tensor]
+    read: Callable[[Batch], Tensor]  # flat places (R,) whose last states its heads read
+    # Of model, these states (R, C), bucket and whole batch: the bucket's share in the batch's loss.
+    loss: Callable[[Any, Tensor, Batch, Batch, Compiler], Tensor]
 
 
 class TaskStep(TrainingStep):
@@ -61,49 +55,54 @@ class TransformersStep(TaskStep):
 
 
 class CarefulStep(TaskStep):
-    """(b) The same model: SDPA, the batch sorted by length and cut into buckets that are trimmed to
-    their longest sequence, gradients accumulated, the vocabulary head on labelled rows alone. The
-    number of buckets is the fastest one on this machine."""
+    """(b) The encoder of plain_bert.py: SDPA, the batch sorted by length and cut into buckets that
+    are trimmed to their longest sequence, gradients accumulated; heads, and the last layer behind
+    its attention, on the rows alone that heads read. The number of buckets is the fastest one on
+    this machine."""
 
     name, role = "careful", CAREFUL
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.settings = bucket_counts(self.batches["timed"])
+        self.settings: tuple[Any, ...] = bucket_counts(self.batches["timed"])
 
     def prepare(self, batch: Batch, setting: Any) -> tuple[Batch, list[Batch]]:
         return batch, batch.buckets(setting)
 
     def backward(self, batch: tuple[Batch, list[Batch]], dtype: str, setting: Any) -> Tensor:
         whole, parts = batch
+        model: Any = self.trained
+        compiled = self.compiles(setting)
         total = torch.zeros((), device=self.device)
         for part in parts:
             with self.autocast(dtype):
-                answer = self.answer(part, setting)
-                compiler = self.compiler(setting)
-                loss = self.task.loss(self.trained, answer, part, whole, compiler)
+                states = encode(
+                    model.bert,
+                    part.inputs,
+                    full=part.is_full,
+                    compiled=compiled,
+                    read=self.task.read(part),
+                )
+                compiler = compile_once if compiled else _eager
+                loss = self.task.loss(model, states.hidden[-1], part, whole, compiler)
             loss.backward()
             total += loss.detach()
         return total
 
-    def answer(self, part: Batch, setting: Any) -> Any:
-        model: Any = self.trained
-        return model.bert(**part.inputs)
-
-    def compiler(self, setting: Any) -> Compiler:
-        return _eager
+    def compiles(self, setting: Any) -> bool:
+        return False
 
     def setting(self, dtype: str) -> str:
         return f"length buckets: {self._setting(dtype)}"
 
 
 class PlainStep(CarefulStep):
-    """The careful step on plain_bert.py: nothing waits for the device, so that it can be captured;
-    and compiled, but for the checks, whose dropout rate would be compiled for once more."""
+    """The careful step compiled, but for the checks, whose dropout rate would be compiled for once
+    more. Nothing waits for the device, so that it can be captured."""
 
     def __init__(self, *args: Any, compiled_alone: bool = False) -> None:
         super().__init__(*args)
-        chosen_from: Any = (Form(1, True),) if compiled_alone else forms(self.batches["timed"])
+        chosen_from = (Form(1, True),) if compiled_alone else forms(self.batches["timed"])
         self.settings = chosen_from
         self.name = self.role = "careful compile" if compiled_alone else "careful plain"
         self.checking = False
@@ -124,14 +123,8 @@ class PlainStep(CarefulStep):
         finally:
             self.checking = False
 
-    def answer(self, part: Batch, setting: Form) -> Answer:
-        model: Any = self.trained
-        compiled = setting.compiled and not self.checking
-        hidden = encode(model.bert, part.inputs, full=part.is_full, compiled=compiled).hidden[-1]
-        return Answer(hidden, None if model.bert.pooler is None else model.bert.pooler(hidden))
-
-    def compiler(self, setting: Form) -> Compiler:
-        return compile_once if setting.compiled and not self.checking else _eager
+    def compiles(self, setting: Form) -> bool:
+        return setting.compiled and not self.checking
 
     def setting(self, dtype: str) -> str:
         return str(self._setting(dtype))
@@ -145,13 +138,13 @@ def _eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def masked_lm_loss(
-    model: Any, answer: Any, part: Batch, whole: Batch, compiler: Compiler
+    model: Any, hidden: Tensor, part: Batch, whole: Batch, compiler: Compiler
 ) -> Tensor:
     labels = part.labels.flatten().index_select(0, part.labelled)
     transform, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
     norm = transform.LayerNorm
     total = compiler(head_loss)(
-        answer.last_hidden_state.flatten(0, 1).index_select(0, part.labelled),
+        hidden,
         labels,
         (transform.dense.weight, transform.dense.bias),
         (norm.weight, norm.bias, norm.eps),
@@ -161,16 +154,18 @@ def masked_lm_loss(
 
 
 def pre_training_loss(
-    model: Any, answer: Any, part: Batch, whole: Batch, compiler: Compiler
+    model: Any, hidden: Tensor, part: Batch, whole: Batch, compiler: Compiler
 ) -> Tensor:
-    order = model.cls.seq_relationship(answer.pooler_output)
-    return masked_lm_loss(model, answer, part, whole, compiler) + class_loss(order, part, whole)
+    first, labelled = hidden.split((len(part.firsts), len(part.labelled)))
+    order = model.cls.seq_relationship(model.bert.pooler(first.unsqueeze(1)))
+    return masked_lm_loss(model, labelled, part, whole, compiler) + class_loss(order, part, whole)
 
 
 def classifier_loss(
-    model: Any, answer: Any, part: Batch, whole: Batch, compiler: Compiler
+    model: Any, hidden: Tensor, part: Batch, whole: Batch, compiler: Compiler
 ) -> Tensor:
-    return class_loss(model.classifier(model.dropout(answer.pooler_output)), part, whole)
+    pooled = model.bert.pooler(hidden.unsqueeze(1))
+    return class_loss(model.classifier(model.dropout(pooled)), part, whole)
 
 
 def class_loss(logits: Tensor, part: Batch, whole: Batch) -> Tensor:
@@ -184,12 +179,21 @@ def head_loss(hidden: Tensor, labels: Tensor, dense: Any, norm: Any, decoder: An
     return F.cross_entropy(F.linear(hidden, *decoder).float(), labels, reduction="sum")
 
 
-MASKED_LM = Task("BertForMaskedLM", lambda batch: {"labels": batch.labels}, masked_lm_loss)
+MASKED_LM = Task(
+    "BertForMaskedLM",
+    labels=lambda batch: {"labels": batch.labels},
+    read=lambda part: part.labelled,
+    loss=masked_lm_loss,
+)
 PRE_TRAINING = Task(
     "BertForPreTraining",
-    lambda batch: {"labels": batch.labels, "next_sentence_label": batch.classes},
-    pre_training_loss,
+    labels=lambda batch: {"labels": batch.labels, "next_sentence_label": batch.classes},
+    read=lambda part: torch.cat((part.firsts, part.labelled)),
+    loss=pre_training_loss,
 )
 CLASSIFIER = Task(
-    "BertForSequenceClassification", lambda batch: {"labels": batch.classes}, classifier_loss
+    "BertForSequenceClassification",
+    labels=lambda batch: {"labels": batch.classes},
+    read=lambda part: part.firsts,
+    loss=classifier_loss,
 )

@@ -51,7 +51,8 @@ def forms(batch: Batch) -> tuple[Form, ...]:
 
 
 class States(NamedTuple):
-    """Hidden states 0..M (B, N, C); queries and keys (B, N, C) of layers 1..M, at 0..M - 1."""
+    """Hidden states 0..M (B, N, C), the last (R, C) if only some rows are read; queries and keys
+    (B, N, C) of layers 1..M, at 0..M - 1."""
 
     hidden: list[Tensor]
     queries: list[Tensor]
@@ -66,8 +67,10 @@ def run_layer(
     eps: float,
     attention_p: float,
     hidden_p: float,
+    read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, C) -> the layer's output, queries and keys, (B, N, C) each. ``weights``: of LAYER."""
+    """(B, N, C) -> the layer's output, queries and keys, (B, N, C) each. ``weights``: of LAYER.
+    ``read``: flat places (R,), and the output is (R, C) of these."""
     w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, g_1, c_1, w_1, b_1, w_2, b_2, g_2, c_2 = weights
     q, k, v = F.linear(hidden, w_q, b_q), F.linear(hidden, w_k, b_k), F.linear(hidden, w_v, b_v)
     size = q.shape[-1] // heads
@@ -80,6 +83,8 @@ def run_layer(
         scale=size**-0.5,
     )
     context = context[..., :size].transpose(1, 2).flatten(2)
+    if read is not None:
+        context, hidden = (x.flatten(0, 1).index_select(0, read) for x in (context, hidden))
     hidden = hidden + F.dropout(F.linear(context, w_o, b_o), hidden_p, hidden_p > 0.0)
     hidden = F.layer_norm(hidden, hidden.shape[-1:], g_1, c_1, eps)
     inner = F.gelu(F.linear(hidden, w_1, b_1))
@@ -94,12 +99,21 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def encode(bert: Any, inputs: dict[str, Tensor], *, full: bool, compiled: bool) -> States:
-    """All states of ``bert`` on a padded batch. ``full``: no position is padding."""
+def encode(
+    bert: Any,
+    inputs: dict[str, Tensor],
+    *,
+    full: bool,
+    compiled: bool,
+    read: Tensor | None = None,
+) -> States:
+    """All states of ``bert`` on a padded batch. ``full``: no position is padding. ``read``: flat
+    places (R,), all that the last layer computes behind its attention."""
     layer = compile_once(run_layer) if compiled else run_layer
     mask = None if full else inputs["attention_mask"].bool()[:, None, None]  # (B, 1, 1, N)
     hidden = bert.embeddings(input_ids=inputs["input_ids"], token_type_ids=inputs["token_type_ids"])
     found = States([hidden], [], [])
+    last = bert.encoder.layer[-1]
     for block in bert.encoder.layer:
         attention = block.attention
         hidden, q, k = layer(
@@ -110,6 +124,7 @@ def encode(bert: Any, inputs: dict[str, Tensor], *, full: bool, compiled: bool) 
             block.output.LayerNorm.eps,
             rate(attention.self.dropout),
             rate(block.output.dropout),
+            read if block is last else None,
         )
         found.hidden.append(hidden)
         found.queries.append(q)
