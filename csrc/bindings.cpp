@@ -1,5 +1,5 @@
 // Every function of tinybert_fast._native. Addresses and streams arrive as integers: nothing here
-// knows torch. tinybert_fast/ops/native.py, the one caller, has checked devices, types and sizes.
+// knows torch. tinybert_fast/ops/native.py, the one caller, says who has checked what.
 #include <pybind11/pybind11.h>
 
 #include "attention.h"

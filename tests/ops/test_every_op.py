@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from tinybert_fast import ops
 from tinybert_fast.ops.dispatch import INTERPRETED
 from tinybert_fast.testing import operands, proofs
 from tinybert_fast.testing.budgets import assert_within_budget
@@ -29,12 +30,16 @@ FROM_LINEAR = {
 }
 VALUE = {"attention": HALF, "bias_gelu": HALF, "layer_norm": HALF}
 MULTIPLY_BY_A_PARAMETER = ("hidden_mse", "linear_cross_entropy")
+PACKED = (
+    "attention", "attention_relation_kl", "attention_score_mse", "dropout_add_layer_norm",
+    "embedding_layer_norm", "hidden_mse",
+)  # fmt: skip
 DROPPING = ("attention", "dropout_add_layer_norm", "embedding_layer_norm")
 
 each_op = pytest.mark.parametrize("op", FACTORIES)
 
 
-@pytest.fixture(params=["triton", "torch", "pair", "reference"])
+@pytest.fixture(params=["triton", "native", "torch", "pair", "reference"])
 def impl(request):
     return ("torch", "reference") if request.param == "pair" else request.param
 
@@ -137,6 +142,27 @@ def test_any_strides(op, impl, device):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("lengths", [(0, 0), ()], ids=str)
+@pytest.mark.parametrize("op", PACKED[:3])
+def test_nothing_of_any_strides(op, lengths, padded, impl, device):
+    """No token, no sequence: a zero with a graph, of operands whose strides say nothing."""
+    case = FACTORIES[op](lengths, device=device)
+    options = case.options
+    sizes = (len(lengths), 0) if padded else (0,)
+    if padded:
+        options = {name: x for name, x in options.items() if name != "layout"}
+    given = tuple(
+        x.new_empty(*sizes, x.shape[-1], x.shape[-2]).mT.requires_grad_(x.requires_grad)
+        for x in case.operands
+    )
+    leaves = [x for x in given if x.requires_grad]
+    value = case.op(*given, **options, impl=impl)
+    assert not value.any()
+    for x, gradient in zip(leaves, torch.autograd.grad(value.sum(), leaves), strict=True):
+        assert gradient.shape == x.shape
+
+
 @each_op
 def test_a_gradient_alone(op, impl, device):
     """Frozen operands get none and change nothing for the others."""
@@ -206,6 +232,72 @@ def test_operands_are_left_alone(op, impl, device):
     for x, copy in zip(case.operands, before, strict=True):
         if copy is not None:
             torch.testing.assert_close(x.detach(), copy, rtol=0.0, atol=0.0)
+
+
+NEGATED = {
+    "conj": lambda x: torch.complex(-x, -x).conj().imag,
+    "contiguous": lambda x: torch._neg_view(-x),
+}
+
+
+@each_op
+@pytest.mark.parametrize("view", NEGATED)
+def test_negative_views(op, view, impl, device):
+    """Whose memory holds the negative of their values, which whoever reads it as it lies gets."""
+    case = FACTORIES[op](device=device)
+    given = tuple(
+        NEGATED[view](x.detach()).requires_grad_(x.requires_grad) if is_float(x) else x
+        for x in case.operands
+    )
+    assert all(x.is_neg() for x in given if is_float(x))
+
+    def run(operands):
+        leaves = [x for x in operands if is_float(x) and x.requires_grad]
+        value = case.op(*operands, **case.options, impl=impl)
+        return value, torch.autograd.grad(value.square().sum(), leaves)
+
+    torch.testing.assert_close(run(given), run(case.operands))
+
+
+@each_op
+def test_operands_on_two_devices(op, impl, device):
+    case = FACTORIES[op](device=device)
+    for i, x in enumerate(case.operands):
+        if isinstance(x, torch.Tensor):
+            given = (*case.operands[:i], x.to("meta"), *case.operands[i + 1 :])
+            with pytest.raises(ValueError, match="meta"):
+                case.op(*given, **case.options, impl=impl)
+
+
+@pytest.mark.parametrize("op", PACKED)
+def test_layout_of_something_else(op, impl, device):
+    case = FACTORIES[op](device=device)
+    tokens = len(case.operands[0])
+    elsewhere = ops.SequenceLayout.from_lengths((tokens,), device="meta")
+    more = ops.SequenceLayout.from_lengths((tokens + 1,), device=device)
+    for layout, complaint in (
+        (torch.ones(1, tokens, device=device), "layout is Tensor; expected a SequenceLayout"),
+        (elsewhere, "layout is on meta"),
+        (more, rf"leading sizes \({tokens + 1},\); got \({tokens}, "),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: .*{complaint}"):
+            case.op(*case.operands, **{**case.options, "layout": layout}, impl=impl)
+
+
+@pytest.mark.parametrize("op", DROPPING)
+def test_seed_and_site(op, impl, device):
+    case = FACTORIES[op](device=device, dropout_p=0.1)
+    impl = impl if isinstance(impl, str) else "torch"  # that pair drops nothing
+    column = torch.ones(2, 3, dtype=torch.int64, device=device)[:, 1]
+    for wrong, complaint in (
+        ({"seed": column}, r"needs seed, a contiguous int64 .* got torch.int64 \(2,\) of strides"),
+        ({"site": -1}, "site=-1; expected an integer from 0 to 4294967295"),
+        ({"site": 2**32}, "site=4294967296; expected an integer"),
+        ({"site": 1.5}, "site=1.5; expected an integer"),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: .*{complaint}"):
+            case.with_options(**wrong).run(impl)
+    case.with_options(site=2**32 - 1).run(impl)
 
 
 TEACHERS = {  # op -> the operands that are the teacher's

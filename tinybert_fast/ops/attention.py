@@ -15,7 +15,6 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
-    check_devices,
     check_dropout,
     choose,
     define,
@@ -24,6 +23,7 @@ from tinybert_fast.ops.dispatch import (
 )
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.native import DIRECTIONS
+from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.attention import attention as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
@@ -162,7 +162,7 @@ def attention(
     }
     impls = choose(impl, LIMITS, q, dropout_p=dropout_p, **facts)
     _check(q, k, v, layout, direction, block_mask)
-    check_dropout("attention", dropout_p, seed, q.device)
+    check_dropout("attention", dropout_p, seed, site, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     in_place = impls == ("triton", "triton")  # reads padded rows where they are
     padded = q.dim() == 4
@@ -204,12 +204,7 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
             "each sequence starts"
         )
     if layout is not None:
-        expected = (layout.total,) if q.dim() == 3 else (layout.batch_size, layout.width)
-        if tuple(q.shape[: len(expected)]) != expected:
-            raise ValueError(
-                f"attention: the layout describes leading sizes {expected}; got {shapes()}"
-            )
-        check_devices("attention", q.device, layout=layout.cu_seqlens)
+        check_layout("attention", layout, q, leading=q.dim() - 2)
     if direction not in DIRECTIONS:
         raise ValueError(f"attention: direction={direction!r} is not one of {DIRECTIONS}")
     if block_mask is not None:

@@ -16,6 +16,7 @@ from tinybert_fast.ops.dispatch import (
     Limits,
     choose,
     define,
+    integer,
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
@@ -102,7 +103,8 @@ def _check(operands, layout, relation_heads) -> None:
     names = ("a_student", "b_student", "a_teacher", "b_teacher")
     check_sides("attention_relation_kl", names, operands, layout)
     widths = [x.shape[-2] * x.shape[-1] for x in operands[::2]]
-    if relation_heads < 1 or any(width % relation_heads for width in widths):
+    integer("attention_relation_kl", "relation_heads", relation_heads, 1, max(1, *widths))
+    if any(width % relation_heads for width in widths):
         raise ValueError(
             f"attention_relation_kl: relation_heads={relation_heads} must divide the student's "
             f"width {widths[0]} and the teacher's {widths[1]}; take a divisor of "

@@ -154,7 +154,7 @@ class Limits:
 def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[str, str]:
     """The implementations of (forward, backward) for this call."""
     if not isinstance(impl, str):
-        if len(impl) != 2:
+        if not isinstance(impl, (tuple, list)) or len(impl) != 2:
             raise ValueError(
                 f"{limits.op}: impl={impl!r} must be one name or a (forward, backward) pair"
             )
@@ -218,7 +218,8 @@ def define(
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its function.
 
     Called eagerly on plain tensors it runs the implementation at once: PyTorch's dispatcher takes
-    longer than some of them. Whoever traces, profiles or intercepts sees the operator.
+    longer than some of them. Whoever traces, profiles or intercepts sees the operator. The
+    dispatcher also resolves tensors whose memory holds their negative, as ``z.conj().imag``.
 
     Args:
         schema: ``name(Tensor x, ...) -> (...)`` as torch.library takes it.
@@ -246,9 +247,10 @@ def define(
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args):
-        if _watched() or not PLAIN.issuperset(map(type, args)):
-            return registered(*args)
-        return run(*args)
+        plain = PLAIN.issuperset(map(type, args)) and not _watched()
+        if plain and not any(x.is_neg() for x in args if isinstance(x, Tensor)):
+            return run(*args)
+        return registered(*args)
 
     return call
 
@@ -306,15 +308,23 @@ def reference_gradient(
     return tuple(next(found) if need else None for need in needs)
 
 
-def check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
-    """ValueError unless the rate fits 8 bits and a seed on ``device`` comes with it."""
+def check_dropout(
+    op: str, dropout_p: float, seed: Tensor | None, site: int, device: torch.device
+) -> None:
+    """ValueError unless the rate fits 8 bits, the site 32, and a seed on ``device`` comes along,
+    whose two numbers are neighbours, as kernels read them.
+    """
     if dropout_p == 0.0:
         return
     threshold(dropout_p)
-    if seed is None or seed.dtype != torch.int64 or seed.shape != (2,):
-        got = "None" if seed is None else f"{seed.dtype} {tuple(seed.shape)}"
+    integer(op, "site", site, 0, 2**32 - 1)
+    if seed is None or (seed.dtype, seed.shape, seed.stride()) != (torch.int64, (2,), (1,)):
+        got = "None"
+        if seed is not None:
+            got = f"{seed.dtype} {tuple(seed.shape)} of strides {seed.stride()}"
         raise ValueError(
-            f"{op}: dropout_p={dropout_p} needs seed, an int64 tensor of shape (2,); got {got}"
+            f"{op}: dropout_p={dropout_p} needs seed, a contiguous int64 tensor of shape (2,); got "
+            f"{got}"
         )
     check_devices(op, device, seed=seed)
 

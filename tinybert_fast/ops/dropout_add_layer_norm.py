@@ -26,6 +26,7 @@ from tinybert_fast.ops.layer_norm import (
     statistic,
 )
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.dropout_add_layer_norm import dropout_add_layer_norm as reference
 
 LIMITS = Limits(
@@ -161,7 +162,7 @@ def dropout_add_layer_norm(
         )
     check_devices("dropout_add_layer_norm", x.device, residual=residual)
     check_columns("dropout_add_layer_norm", x, bias=bias, weight=weight, ln_bias=ln_bias)
-    check_dropout("dropout_add_layer_norm", dropout_p, seed, x.device)
+    check_dropout("dropout_add_layer_norm", dropout_p, seed, site, x.device)
     rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
     sequences, positions = token_places("dropout_add_layer_norm", x, layout)
     if impls[0] == "reference":
@@ -182,11 +183,9 @@ def dropout_add_layer_norm(
 def token_places(op: str, x: Tensor, layout: SequenceLayout | None) -> tuple[Tensor, Tensor]:
     """(sequence, rank) of each row of x: from the layout, or from x's own (B, N) or (rows,)."""
     if layout is not None:
-        if x.dim() != 2 or x.shape[0] != layout.total:
-            raise ValueError(
-                f"{op}: with a layout x is packed ({layout.total}, C); got {tuple(x.shape)}"
-            )
-        check_devices(op, x.device, layout=layout.sequences)
+        if x.dim() != 2:
+            raise ValueError(f"{op}: with a layout x is packed (T, C); got {tuple(x.shape)}")
+        check_layout(op, layout, x, leading=1)
         return layout.sequences, layout.positions
     batch, width = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[:-1].numel())
     row = torch.arange(batch * width, device=x.device, dtype=torch.int32)

@@ -193,7 +193,7 @@ def embedding_layer_norm(
             f"{tuple(word.shape)}; None means no padding word"
         )
     check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
-    check_dropout("embedding_layer_norm", dropout_p, seed, word.device)
+    check_dropout("embedding_layer_norm", dropout_p, seed, site, word.device)
     sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)
     # A row may be further into its table than int32 counts.
     ids = (input_ids.long(), position_ids.long(), token_type_ids.long())

@@ -13,6 +13,7 @@ from tinybert_fast.ops.dispatch import (
     Limit,
     Limits,
     autocast,
+    check_devices,
     choose,
     define,
     without_autocast,
@@ -20,6 +21,7 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.ops.layer_norm import refuses_columns
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.hidden_mse import hidden_mse as reference
 from tinybert_fast.tuned import hidden_mse as tuned
 
@@ -107,10 +109,13 @@ def hidden_mse(
 
 
 def _check(student, teacher, weight, bias, layout) -> None:
-    if layout is not None and student.shape[:-1] != (layout.total,):
-        raise ValueError(
-            f"hidden_mse: the layout has {layout.total} packed rows; got {tuple(student.shape)}"
-        )
+    check_devices("hidden_mse", student.device, teacher=teacher, weight=weight, bias=bias)
+    if layout is not None:
+        if student.dim() != 2:
+            raise ValueError(
+                f"hidden_mse: with a layout rows are packed (T, C); got {tuple(student.shape)}"
+            )
+        check_layout("hidden_mse", layout, student, leading=1)
     width, projection = student.shape[-1], None if weight is None else tuple(weight.shape)
     if weight is not None and (weight.dim() != 2 or weight.shape[1] != width):
         raise ValueError(

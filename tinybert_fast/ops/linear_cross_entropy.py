@@ -13,6 +13,7 @@ from tinybert_fast.ops.dispatch import (
     Limit,
     Limits,
     autocast,
+    check_devices,
     choose,
     define,
     reference_gradient,
@@ -144,6 +145,9 @@ def linear_cross_entropy(
 
 
 def _check(hidden, weight, bias, rows, labels) -> None:
+    check_devices(
+        "linear_cross_entropy", hidden.device, weight=weight, bias=bias, rows=rows, labels=labels
+    )
     if hidden.dim() != 2 or weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             "linear_cross_entropy: hidden must be (T, C) and weight (V, C); got "

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import define, reference_gradient
+from tinybert_fast.ops.dispatch import check_devices, define, reference_gradient
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.packed import check_layout
 
 _scaled = define(
     "scaled_gradient(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
@@ -36,7 +37,7 @@ def check_sides(
     op: str, names: Sequence[str], operands: Sequence[Tensor], layout: SequenceLayout | None
 ) -> None:
     """ValueError unless two operands of the student and two of the teacher have heads of the same
-    tokens, packed as ``layout`` says or padded.
+    tokens, packed as ``layout`` says or padded, on one device.
     """
     a, b, c, d = operands
 
@@ -52,10 +53,9 @@ def check_sides(
         raise ValueError(f"{op}: student and teacher must see the same tokens; got {shapes()}")
     if a.dim() == 3 and layout is None:
         raise ValueError(f"{op}: packed (T, H, D) operands need layout=")
+    check_devices(op, a.device, **dict(zip(names, operands, strict=True)))
     if layout is not None:
-        expected = (layout.total,) if a.dim() == 3 else (layout.batch_size, layout.width)
-        if tuple(a.shape[: len(expected)]) != expected:
-            raise ValueError(f"{op}: the layout has leading sizes {expected}; got {shapes()}")
+        check_layout(op, layout, a, leading=a.dim() - 2)
 
 
 def clearing(forward_op: Callable, layout: SequenceLayout) -> Callable:

@@ -9,6 +9,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    check_devices,
     choose,
     define,
     without_autocast,
@@ -60,6 +61,7 @@ def soft_cross_entropy(
             "soft_cross_entropy: both logits must be (batch, classes); got student "
             f"{tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}"
         )
+    check_devices("soft_cross_entropy", student_logits.device, teacher_logits=teacher_logits)
     if not temperature > 0.0:
         raise ValueError(f"soft_cross_entropy: temperature must be positive; got {temperature}")
     for name, value, known in (("form", form, FORMS), ("reduction", reduction, REDUCTIONS)):
