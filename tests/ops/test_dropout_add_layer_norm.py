@@ -41,6 +41,14 @@ def test_matches_reference_dropping(shape, with_bias, dtype, counted, device):
     assert_within_budget(case, counted)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8)], ids=str)
+def test_branch_and_residual_accumulate_apart(shape, with_bias, impl, device):
+    """Without dropout they have one gradient, which both may want to keep."""
+    case = dropout_add_layer_norm(shape, with_bias=with_bias, device=device)
+    proofs.prove_accumulates(case, impl)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_branch_in_half_precision_beside_a_wider_residual(dropout_p, counted, device):
     case = dropout_add_layer_norm((5, 312), dropout_p=dropout_p, device=device)

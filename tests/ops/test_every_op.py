@@ -207,6 +207,12 @@ def twice(case, impl):
 
 
 @each_op
+def test_gradients_accumulate(op, impl, device):
+    """Leaves keep the gradients of a backward, and add to them in place: no two are one memory."""
+    proofs.prove_accumulates(FACTORIES[op](device=device), impl)
+
+
+@each_op
 def test_no_second_derivative(op, device):
     """The tuned backwards are not differentiable, and say so instead of giving zeros."""
     case = FACTORIES[op](device=device)

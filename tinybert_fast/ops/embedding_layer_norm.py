@@ -194,7 +194,9 @@ def embedding_layer_norm(
         )
     check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
     check_dropout("embedding_layer_norm", dropout_p, seed, site, word.device)
-    sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)
+    sequences, positions = token_places(
+        "embedding_layer_norm", input_ids[:, None], layout, dropout_p
+    )
     # A row may be further into its table than int32 counts.
     ids = (input_ids.long(), position_ids.long(), token_type_ids.long())
     padding = -1 if padding_idx is None else padding_idx

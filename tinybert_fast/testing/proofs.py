@@ -93,6 +93,18 @@ def prove_pair(case: Case, impl: str) -> None:
     torch.testing.assert_close(paired, want, rtol=0.0, atol=0.0)
 
 
+def prove_accumulates(case: Case, impl: dispatch.Impl) -> None:
+    """Two backwards add up in the leaves, which keep the first one's gradients as they were handed
+    to them: no two may be one memory.
+    """
+    leaves, function = case.leaves(), case.function(impl)
+    once = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    for times in (1, 2):
+        function(*leaves).square().sum().backward()
+        found = [x.grad for x in leaves]
+        torch.testing.assert_close(found, [times * g for g in once])
+
+
 STOPPED = 3  # how such a process ends
 _CALL = f"""
 import ctypes, os, sys
