@@ -41,17 +41,21 @@ tbf::Attention attention(tbf::Heads q, tbf::Heads k, tbf::Heads v, Address cu_se
 tbf::AttentionScoreMse attention_score_mse(tbf::Heads q, tbf::Heads k, tbf::Heads p, tbf::Heads r,
                                            Address cu_seqlens, int64_t sequences, int64_t heads,
                                            int64_t width, int64_t teacher_width, bool bf16,
-                                           bool student, int64_t direct_up_to) {
+                                           bool student, int64_t direct_up_to,
+                                           bool gradients) {
   return {q,     k,     p,             r,    at<const int32_t>(cu_seqlens), sequences,
-          heads, width, teacher_width, bf16, student,                       direct_up_to};
+          heads, width, teacher_width, bf16, student,                       direct_up_to,
+          gradients};
 }
 
 tbf::AttentionRelationKl attention_relation_kl(tbf::Heads a, tbf::Heads b, tbf::Heads c,
                                                tbf::Heads d, bool itself, Address cu_seqlens,
                                                int64_t sequences, int64_t tokens, int64_t heads,
-                                               int64_t width, int64_t teacher_width, bool bf16) {
+                                               int64_t width, int64_t teacher_width, bool bf16,
+                                               bool gradients) {
   return {a,         b,      c,     d,     itself,        at<const int32_t>(cu_seqlens),
-          sequences, tokens, heads, width, teacher_width, bf16};
+          sequences, tokens, heads, width, teacher_width, bf16,
+          gradients};
 }
 
 tbf::MlmMask mlm_mask(Address ids, int64_t batch, int64_t width, Address special,
@@ -167,7 +171,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<tbf::AttentionScoreMse>(m, "AttentionScoreMse")
       .def(py::init(&attention_score_mse), py::kw_only(), "q"_a, "k"_a, "p"_a, "r"_a,
            "cu_seqlens"_a, "sequences"_a, "heads"_a, "width"_a, "teacher_width"_a, "bf16"_a,
-           "student"_a, "direct_up_to"_a);
+           "student"_a, "direct_up_to"_a, "gradients"_a);
   m.def(
       "attention_score_mse_cpu",
       [](const tbf::AttentionScoreMse& call, Address loss, Address dq, Address dk, int threads) {
@@ -177,7 +181,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<tbf::AttentionRelationKl>(m, "AttentionRelationKl")
       .def(py::init(&attention_relation_kl), py::kw_only(), "a"_a, "b"_a, "c"_a, "d"_a,
            "itself"_a, "cu_seqlens"_a, "sequences"_a, "tokens"_a, "heads"_a, "width"_a,
-           "teacher_width"_a, "bf16"_a);
+           "teacher_width"_a, "bf16"_a, "gradients"_a);
   m.def(
       "attention_relation_kl_cpu",
       [](const tbf::AttentionRelationKl& call, Address loss, Address da, Address db, int threads) {

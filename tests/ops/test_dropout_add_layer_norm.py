@@ -1,5 +1,7 @@
 """dropout_add_layer_norm: values and gradients, contract, compilation, dropout, refusal."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,9 @@ def test_branch_and_residual_accumulate_apart(shape, with_bias, impl, device):
     """Without dropout they have one gradient, which both may want to keep."""
     case = dropout_add_layer_norm(shape, with_bias=with_bias, device=device)
     proofs.prove_accumulates(case, impl)
+    if not with_bias:
+        torch._dynamo.reset()
+        proofs.prove_accumulates(case, impl, partial(torch.compile, fullgraph=True))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

@@ -5,8 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinybert_fast import ops
+from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.dispatch import INTERPRETED
 from tinybert_fast.testing import operands, proofs
 from tinybert_fast.testing.budgets import assert_within_budget
@@ -126,19 +129,40 @@ def test_loss_scale_of_fp16(op, device):
 @each_op
 def test_any_strides(op, impl, device):
     """Operands and upstream gradient may be transposed or expanded views."""
-    case = FACTORIES[op](device=device)
+    prove_any_strides(FACTORIES[op](device=device), impl)
 
-    def strided(x):
-        if not is_float(x) or x.dim() < 2:
-            return x
-        return x.detach().mT.contiguous().mT.requires_grad_(x.requires_grad)
 
-    def backward(given):
-        leaves = [x for x in given if is_float(x) and x.requires_grad]
-        value = case.op(*given, **case.options, impl=impl)
+SMALL = {
+    "bias_gelu": [partial(operands.bias_gelu, (2, 3, 24))],
+    "dropout_add_layer_norm": [partial(operands.dropout_add_layer_norm, (1, 16, 12))],
+    "hidden_mse": [
+        partial(operands.hidden_mse, (5,), 12, 24),
+        partial(operands.hidden_mse, (5,), 12, 12, projection="none"),
+    ],
+    "layer_norm": [partial(operands.layer_norm, (2, 3, 12))],
+    "linear_cross_entropy": [partial(operands.linear_cross_entropy, 5, 3, 12, 24)],
+    "soft_cross_entropy": [operands.soft_cross_entropy],
+}
+
+
+@pytest.mark.parametrize("fast", ["triton", "torch"])
+@pytest.mark.parametrize("op", SMALL)
+def test_any_strides_compiled(op, fast, device):
+    """inductor holds outputs to the strides that the fakes announced."""
+    for factory in SMALL[op]:
+        torch._dynamo.reset()
+        case = factory(device=device)
+        prove_any_strides(case, fast, partial(torch.compile, fullgraph=True))
+        proofs.prove_contract(case.transposed(), fast)
+
+
+def prove_any_strides(case, impl, wrap=lambda f: f):
+    def backward(case, wrap):
+        leaves = case.leaves()
+        value = wrap(case.function(impl))(*leaves)
         return value, torch.autograd.grad(value.sum(), leaves)  # an expanded upstream gradient
 
-    want, got = backward(case.operands), backward(tuple(map(strided, case.operands)))
+    got, want = backward(case.transposed(), wrap), backward(case, lambda f: f)
     torch.testing.assert_close(got, want)
 
 
@@ -181,6 +205,60 @@ def test_no_gradient_at_all(op, impl, device):
         value = case.op(*case.operands, **case.options, impl=impl)
     assert not value.requires_grad
     torch.testing.assert_close(value, case.run(impl)["value"], rtol=0.0, atol=0.0)
+
+
+class Outputs(TorchDispatchMode):
+    """What this package's registered operators give; outer modes see what runs inside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != dispatch.NAMESPACE:
+            return func(*args, **(kwargs or {}))
+        with self:  # a mode is off while it handles a call
+            found = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+        self.given[func._opname] = found
+        return found
+
+
+@pytest.mark.parametrize("op", [*LARGE, "embedding_layer_norm"])
+def test_only_wanted_gradients(op, impl, device):
+    """What a frozen operand, no_grad or a reference's backward does not read is not handed out."""
+    case = FACTORIES[op](device=device)
+    name, values = (f"{op}_fwd", 1) if op in LARGE else (f"{op}_bwd", 0)
+    for trained in (*([one] for one in case.trained()), case.trained()):
+        with Outputs() as seen:
+            case.freeze(*(other for other in case.trained() if other not in trained)).run(impl)
+        if name in seen.given:  # a reference is no operator
+            gradients = [x for x in seen.given[name][values:] if x.numel()]
+            assert len(gradients) == (0 if isinstance(impl, tuple) else len(trained))
+    with torch.no_grad(), Outputs() as seen:
+        case.op(*case.operands, **case.options, impl=impl)
+    if name in seen.given:
+        assert not any(x.numel() for x in seen.given[name][values:])
+
+
+FROZEN = {  # op -> what makes it cheaper to freeze
+    "attention_relation_kl": (),
+    "attention_score_mse": (),
+    "hidden_mse": ("weight",),
+    "linear_cross_entropy": (),
+}
+
+
+@pytest.mark.parametrize("op", FROZEN)
+def test_only_wanted_products(op, device):
+    case = FACTORIES[op](device=device)
+    flops = []
+    for some in {(), FROZEN[op], tuple(case.trained())}:
+        with FlopCounterMode(display=False) as counter, Outputs():
+            one = case.freeze(*some)
+            one.op(*one.operands, **one.options, impl="torch")
+        flops.append((len(some), counter.get_total_flops()))
+    counts = [count for _, count in sorted(flops)]
+    assert counts == sorted(set(counts), reverse=True), counts
 
 
 @each_op

@@ -20,7 +20,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, check_sides, clearing, in_fp32
+from tinybert_fast.ops.loss import check_sides, clearing, in_fp32, scalar_loss
 from tinybert_fast.reference.attention_relation_kl import attention_relation_kl as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
@@ -43,6 +43,7 @@ _forward = define(
     "attention_relation_kl_fwd(Tensor a, Tensor? b, Tensor c, Tensor? d, Tensor cu_seqlens,"
     " Tensor work, SymInt max_length) -> (Tensor loss, Tensor da, Tensor db)",
     fake=lambda a, b, *rest: (in_fp32(a, ()), in_fp32(a), in_fp32(a, (0,) if b is None else None)),
+    sparing=("torch", "native"),
     torch="tinybert_fast.tuned.attention_relation_kl:forward",
     native="tinybert_fast.tuned.attention_relation_kl:forward_native",
     triton="tinybert_fast.kernels.attention_relation_kl:forward",
@@ -96,7 +97,8 @@ def attention_relation_kl(
     call = (a, b, c, d, layout.cu_seqlens, layout.work, layout.max_length)
     if impls[0] == "reference":
         return layout.over_tokens(without_autocast(reference, *call))
-    return layout.over_tokens(ScalarLoss.apply(clearing(_forward, layout), reference, impls, *call))
+    loss = scalar_loss(clearing(_forward, layout), reference, impls, 2, *call)
+    return layout.over_tokens(loss)
 
 
 def _check(operands, layout, relation_heads) -> None:

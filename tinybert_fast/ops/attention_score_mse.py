@@ -21,7 +21,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout, full_cu_seqlens
-from tinybert_fast.ops.loss import ScalarLoss, check_sides, clearing, in_fp32
+from tinybert_fast.ops.loss import check_sides, clearing, in_fp32, scalar_loss
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 from tinybert_fast.reference.block_mask import allowed_pairs
 from tinybert_fast.tuned.attention_score_mse import crossover
@@ -57,6 +57,7 @@ _forward = define(
     " -> (Tensor loss, Tensor dq, Tensor dk)",
     fake=lambda q, k, *rest: (in_fp32(q, ()), *(_gradient(x, rest[-1]) for x in (q, k))),
     fake_knows_impl=True,
+    sparing=("torch", "native"),
     torch="tinybert_fast.tuned.attention_score_mse:forward",
     native="tinybert_fast.tuned.attention_score_mse:forward_native",
     triton="tinybert_fast.kernels.attention_score_mse:forward",
@@ -145,7 +146,7 @@ def attention_score_mse(
     call = (*operands, cu_seqlens, longest, form, loss, mask)
     if impls[0] == "reference":
         return without_autocast(_by_definition, *call)
-    return ScalarLoss.apply(forward, _by_definition, impls, *call)
+    return scalar_loss(forward, _by_definition, impls, 2, *call)
 
 
 def _check(operands, layout, form, loss, block_mask, count_padded_queries) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -213,7 +213,12 @@ def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]
 
 
 def define(
-    schema: str, *, fake: Callable, fake_knows_impl: bool = False, **implementations: str
+    schema: str,
+    *,
+    fake: Callable,
+    fake_knows_impl: bool = False,
+    sparing: tuple[str, ...] | None = None,
+    **implementations: str,
 ) -> Callable:
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its function.
 
@@ -226,23 +231,35 @@ def define(
         fake: shapes and dtypes of the outputs, from the same arguments without ``impl``.
         fake_knows_impl: ``fake`` takes ``impl`` too, last: not every implementation fills every
             output.
+        sparing: ``bool[] wanted`` is added behind the schema's arguments, one for each of the last
+            outputs: what is not wanted is returned empty. These implementations take it too, last,
+            and spare the work.
         implementations: name -> "module:function", imported when first executed.
     """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.partition(") ->")
+    if sparing is not None:
+        arguments += ", bool[] wanted"
     torch.library.define(f"{NAMESPACE}::{name}", f"({arguments}, str impl) ->{returns}")
 
     def run(*args):
         *operands, impl = args
+        wanted = () if sparing is None else operands[-1]
+        if sparing is not None and impl not in sparing:
+            operands.pop()
         module, _, function = implementations[impl].partition(":")
         with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
-            return without_autocast(getattr(import_module(module), function), *operands)
+            found = without_autocast(getattr(import_module(module), function), *operands)
+            return _without_unwanted(found, wanted)
 
     torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def run_fake(*args):
-        return fake(*args) if fake_knows_impl else fake(*args[:-1])
+        *operands, impl = args
+        wanted = () if sparing is None else operands.pop()
+        found = fake(*operands, impl) if fake_knows_impl else fake(*operands)
+        return _without_unwanted(found, wanted)
 
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -253,6 +270,20 @@ def define(
         return registered(*args)
 
     return call
+
+
+def _without_unwanted(found: Any, wanted: Sequence[bool]) -> Any:
+    if all(wanted):
+        return found
+    kept = len(found) - len(wanted)
+    last = zip(found[kept:], wanted, strict=True)
+    return *found[:kept], *(x if want else x.new_empty(0) for x, want in last)
+
+
+def wanted_gradients(*operands: Any) -> list[bool]:
+    """Of which operands autograd wants a gradient just now."""
+    recording = torch.is_grad_enabled()
+    return [recording and isinstance(x, Tensor) and x.requires_grad for x in operands]
 
 
 def _watched() -> bool:

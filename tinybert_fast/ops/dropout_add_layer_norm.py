@@ -122,6 +122,8 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             # to be one memory, both leaves would keep it and add to it.
             of_residual = dtotal.view(grad.shape)
             of_x = of_residual if dx.shape != dtotal.shape else dx.view(grad.shape)
+            if of_x is of_residual and grad.dim() != 2 and torch.compiler.is_compiling():
+                of_x = of_residual.clone()  # inductor would hand out two views of its buffer
             grads = (of_x, dbias if ctx.with_bias else None, of_residual, dweight, dln_bias)
         return (*grads, None, None, None, None, None)
 

@@ -51,7 +51,7 @@ LIMITS = Limits(
 def _forward_fake(word, position, token_type, weight, bias, input_ids, *call):
     dropout_p, impl = call[4], call[-1]
     y = word.new_empty(input_ids.shape[0], word.shape[1])
-    return y, torch.empty_like(y), statistic(y), statistic(y), kept_cells(y, dropout_p, impl)
+    return y, y.new_empty(y.shape), statistic(y), statistic(y), kept_cells(y, dropout_p, impl)
 
 
 def _backward_fake(
@@ -83,6 +83,7 @@ _backward = define(
     f" {PLACE}, int words, int position_rows, int types, int padding_idx, float dropout_p)"
     " -> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     fake=_backward_fake,
+    sparing=("torch", "native"),
     torch="tinybert_fast.tuned.embedding_layer_norm:backward",
     native="tinybert_fast.tuned.embedding_layer_norm:backward",
     triton="tinybert_fast.kernels.embedding_layer_norm:backward",
@@ -119,7 +120,10 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
             operands = (*operands, padding_idx, eps, dropout_p, *place)
             grads = reference_gradient(reference, operands, needs, grad)[:5]
         else:
-            grads = _backward(grad, *operands, *place, *ctx.sizes, padding_idx, dropout_p, ctx.impl)
+            wanted = list(ctx.needs_input_grad[:5])
+            call = (*ctx.sizes, padding_idx, dropout_p, wanted)
+            found = _backward(grad, *operands, *place, *call, ctx.impl)
+            grads = tuple(g if want else None for g, want in zip(found, wanted, strict=True))
         return (*grads, None, None, None, None, None, None)
 
 

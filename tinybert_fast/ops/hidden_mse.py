@@ -20,7 +20,7 @@ from tinybert_fast.ops.dispatch import (
 )
 from tinybert_fast.ops.layer_norm import refuses_columns
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.loss import in_fp32, scalar_loss
 from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.hidden_mse import hidden_mse as reference
 from tinybert_fast.tuned import hidden_mse as tuned
@@ -40,20 +40,22 @@ _forward = define(
         in_fp32(student, (0,) if weight is None else weight.shape),
         in_fp32(student, (0,) if bias is None else bias.shape),
     ),
+    sparing=("torch",),
     torch="tinybert_fast.tuned.hidden_mse:forward",
     triton="tinybert_fast.kernels.hidden_mse:forward",
 )
 
 
-def _forward_of_live(student, weight, bias, teacher, dead: Tensor, impl):
+def _forward_of_live(student, weight, bias, teacher, dead: Tensor, wanted, impl):
     """``_forward`` without the rows that ``dead`` names of the last ones, divided by the numbers
     that the rows before those have, or a row if there is none. PyTorch takes the last ones: the
     device alone knows how many are dead.
     """
     first = len(student) - len(dead)
     n = max(first, 1) * teacher.shape[1]
-    loss, dstudent, *others = _forward(student[:first], weight, bias, teacher[:first], impl)
-    last = (student[first:], weight, bias, teacher[first:], dead, n)
+    live = (student[:first], weight, bias, teacher[:first])
+    loss, dstudent, *others = _forward(*live, wanted, impl)
+    last = (student[first:], weight, bias, teacher[first:], wanted, dead, n)
     more, dlast, *rest = without_autocast(tuned.forward, *last)
     sums = (a + b for a, b in zip(others, rest, strict=True))
     return loss + more, torch.cat((dstudent, dlast)), *sums
@@ -92,19 +94,19 @@ def hidden_mse(
     impls = choose(impl, LIMITS, student, columns=teacher.shape[-1])
     _check(student, teacher, weight, bias, layout)
     student = student if weight is None else autocast(student)
-    rows = student.reshape(-1, student.shape[-1])
-    targets = teacher.detach().reshape(-1, teacher.shape[-1])
+    rows = student.reshape(-1, student.shape[-1]).contiguous()
+    targets = teacher.detach().reshape(-1, teacher.shape[-1]).contiguous()
     operands = (rows, weight, bias, targets)
     if layout is None or not layout.spare:
         if impls[0] == "reference":
             return without_autocast(reference, *operands)
-        return ScalarLoss.apply(_forward, reference, impls, *operands)
+        return scalar_loss(_forward, reference, impls, 3, *operands)
     layout = layout.counted
     if impls[0] == "reference":
         loss = without_autocast(_reference_of_live, *operands, layout.dead)
     else:
-        call = (_forward_of_live, _reference_of_live, impls, *operands, layout.dead)
-        loss = ScalarLoss.apply(*call)
+        both = (_forward_of_live, _reference_of_live)
+        loss = scalar_loss(*both, impls, 3, *operands, layout.dead)
     return loss * max(len(rows) - layout.spare, 1) / layout.cu_seqlens[-1]
 
 

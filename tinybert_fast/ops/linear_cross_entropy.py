@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.loss import in_fp32, scalar_loss
 from tinybert_fast.reference.linear_cross_entropy import linear_cross_entropy as reference
 
 LIMITS = Limits(
@@ -30,27 +32,31 @@ LIMITS = Limits(
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _fake(hidden, weight, bias, rows, labels, ignore_index, smoothing, upstream, gradients):
-    losses = in_fp32(hidden, labels.shape)
-    if not gradients:
-        return losses, *(in_fp32(hidden, (0,)) for _ in range(3))
+def _fake(hidden, weight, bias, rows, labels, *options):
     dbias = in_fp32(hidden, (0,) if bias is None else bias.shape)
-    return losses, in_fp32(hidden), in_fp32(hidden, weight.shape), dbias
+    return in_fp32(hidden, labels.shape), in_fp32(hidden), in_fp32(hidden, weight.shape), dbias
 
 
 _forward = define(
     "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows,"
-    " Tensor labels, int ignore_index, float label_smoothing, Tensor? upstream, bool gradients)"
+    " Tensor labels, int ignore_index, float label_smoothing, Tensor? upstream)"
     " -> (Tensor losses, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
+    sparing=("torch", "triton"),
     torch="tinybert_fast.tuned.linear_cross_entropy:forward",
-    triton="tinybert_fast.kernels.linear_cross_entropy:forward",
+    triton="tinybert_fast.ops.linear_cross_entropy:_in_kernels",
 )
 
 
+def _in_kernels(*operands):
+    """Which compute all gradients or none."""
+    *call, wanted = operands
+    return import_module("tinybert_fast.kernels.linear_cross_entropy").forward(*call, any(wanted))
+
+
 def _sum(*arguments):
-    *operands, impl = arguments
-    losses, *gradients = _forward(*operands, None, True, impl)
+    *operands, wanted, impl = arguments
+    losses, *gradients = _forward(*operands, None, wanted, impl)
     return losses.sum(), *gradients
 
 
@@ -65,7 +71,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impls, *operands) -> Tensor:
-        losses, *_ = _forward(*operands, None, False, impls[0])
+        losses, *_ = _forward(*operands, None, [False] * 3, impls[0])
         ctx.save_for_backward(*operands[:5])
         ctx.options, ctx.impl = operands[5:], impls[1]
         return losses
@@ -80,7 +86,7 @@ class _Losses(torch.autograd.Function):
         largest = upstream.new_ones(())
         if len(upstream):
             largest = upstream.abs().amax().clamp_min(torch.finfo(upstream.dtype).tiny)
-        _, *gradients = _forward(*operands, upstream / largest, True, ctx.impl)
+        _, *gradients = _forward(*operands, upstream / largest, list(needs[:3]), ctx.impl)
         rest = [None] * (len(needs) - len(gradients))
         return None, *(
             (g * largest).to(x.dtype) if need else None
@@ -138,7 +144,7 @@ def linear_cross_entropy(
     elif reduction == "none":
         losses = _Losses.apply(impls, *operands)
     else:
-        total = ScalarLoss.apply(_sum, _reference_sum, impls, *operands)
+        total = scalar_loss(_sum, _reference_sum, impls, 3, *operands)
     if reduction == "none":
         return losses
     return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp_min(1)

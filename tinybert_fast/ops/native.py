@@ -192,13 +192,15 @@ def _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site) -> 
 
 
 def attention_score_mse(
-    q, k, p, r, cu_seqlens, direct_up_to: int, loss: str
+    q, k, p, r, cu_seqlens, direct_up_to: int, loss: str, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 or bf16 (T, H, D) and (T, H, Dt) on the CPU, whose heads lie together -> fp32
-    loss, dq, dk. Sequences of more tokens than ``direct_up_to`` take the Gram form.
+    loss, dq, dk, empty without ``gradients``. Sequences of more tokens than ``direct_up_to`` take
+    the Gram form.
     """
     total = torch.empty((), dtype=torch.float32, device="cpu")
-    dq, dk = (torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(2))
+    shape = q.shape if gradients else (0,)
+    dq, dk = (torch.empty(shape, dtype=q.dtype, device="cpu") for _ in range(2))
     call = module().AttentionScoreMse(
         q=_heads(q),
         k=_heads(k),
@@ -212,19 +214,20 @@ def attention_score_mse(
         bf16=q.dtype == torch.bfloat16,
         student=loss == "student",
         direct_up_to=direct_up_to,
+        gradients=gradients,
     )
     _run("attention_score_mse", q.device, call, _at(total), _at(dq), _at(dk))
     return total, dq, dk
 
 
-def attention_relation_kl(a, b, c, d, cu_seqlens) -> tuple[Tensor, Tensor, Tensor]:
+def attention_relation_kl(a, b, c, d, cu_seqlens, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 or bf16 (T, R, D) and (T, R, Dt) on the CPU, whose heads lie together -> loss, da, db in
-    fp32. b and d None: a relation with itself, whose db is empty.
+    fp32, empty without ``gradients``. b and d None: a relation with itself, whose db is empty.
     """
     total = torch.empty((), dtype=torch.float32, device="cpu")
     itself = b is None
-    da = torch.empty(a.shape, dtype=torch.float32, device="cpu")
-    db = torch.empty((0,) if itself else b.shape, dtype=torch.float32, device="cpu")
+    da = torch.empty(a.shape if gradients else (0,), dtype=torch.float32, device="cpu")
+    db = torch.empty((0,) if itself else da.shape, dtype=torch.float32, device="cpu")
     call = module().AttentionRelationKl(
         a=_heads(a),
         b=_heads(a if itself else b),
@@ -238,6 +241,7 @@ def attention_relation_kl(a, b, c, d, cu_seqlens) -> tuple[Tensor, Tensor, Tenso
         width=a.shape[2],
         teacher_width=c.shape[2],
         bf16=a.dtype == torch.bfloat16,
+        gradients=gradients,
     )
     _run("attention_relation_kl", a.device, call, _at(total), _at(da), _at(db))
     return total, da, db

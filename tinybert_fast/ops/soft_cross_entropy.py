@@ -14,7 +14,7 @@ from tinybert_fast.ops.dispatch import (
     define,
     without_autocast,
 )
-from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.loss import in_fp32, scalar_loss
 from tinybert_fast.reference.soft_cross_entropy import soft_cross_entropy as reference
 
 LIMITS = Limits("soft_cross_entropy", torch=Limit(FLOATS_AND_DOUBLE))
@@ -25,6 +25,7 @@ _forward = define(
     "soft_cross_entropy_fwd(Tensor student, Tensor teacher, float temperature, SymInt divisor,"
     " str form) -> (Tensor loss, Tensor dstudent)",
     fake=lambda student, *rest: (in_fp32(student, ()), in_fp32(student)),
+    sparing=("torch",),
     torch="tinybert_fast.tuned.soft_cross_entropy:forward",
 )
 
@@ -74,4 +75,4 @@ def soft_cross_entropy(
     operands = (student_logits, teacher_logits.detach(), float(temperature), divisor, form)
     if impls[0] == "reference":
         return without_autocast(reference, *operands)
-    return ScalarLoss.apply(_forward, reference, impls, *operands)
+    return scalar_loss(_forward, reference, impls, 1, *operands)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,11 +94,14 @@ def prove_pair(case: Case, impl: str) -> None:
     torch.testing.assert_close(paired, want, rtol=0.0, atol=0.0)
 
 
-def prove_accumulates(case: Case, impl: dispatch.Impl) -> None:
+def prove_accumulates(
+    case: Case, impl: dispatch.Impl, wrap: Callable[[Callable], Callable] = lambda f: f
+) -> None:
     """Two backwards add up in the leaves, which keep the first one's gradients as they were handed
     to them: no two may be one memory.
     """
-    leaves, function = case.leaves(), case.function(impl)
+    leaves = [x.detach().clone().requires_grad_() for x in case.leaves()]
+    function = wrap(case.function(impl))
     once = torch.autograd.grad(function(*leaves).square().sum(), leaves)
     for times in (1, 2):
         function(*leaves).square().sum().backward()
