@@ -1,6 +1,7 @@
 """What holds of every op alike: mixed precision, autocast, strides, partial, repeated backward."""
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -164,6 +165,18 @@ def prove_any_strides(case, impl, wrap=lambda f: f):
 
     got, want = backward(case.transposed(), wrap), backward(case, lambda f: f)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("op", [*PACKED[:3], "dropout_add_layer_norm", "embedding_layer_norm"])
+def test_no_layout_is_made(op, impl, device, monkeypatch):
+    """Of a batch without padding, or where nothing is dropped, no places of tokens are made."""
+    case = FACTORIES[op](device=device)
+    options = {name: x for name, x in case.options.items() if name != "layout"}
+    if op in PACKED[:3]:
+        case = replace(case, operands=tuple(x[None] for x in case.operands))
+    monkeypatch.setattr(ops.SequenceLayout, "full", None)
+    monkeypatch.setattr(torch, "div", None)
+    case.op(*case.operands, **options, impl=impl)
 
 
 @pytest.mark.parametrize("padded", [False, True])

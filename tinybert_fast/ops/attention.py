@@ -21,7 +21,7 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.layout import SequenceLayout, full_tables
 from tinybert_fast.ops.native import DIRECTIONS
 from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.attention import attention as reference
@@ -165,14 +165,17 @@ def attention(
     check_dropout("attention", dropout_p, seed, site, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     in_place = impls == ("triton", "triton")  # reads padded rows where they are
-    padded = q.dim() == 4
-    layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
-    packs = padded and not (in_place and not layout.has_holes)
+    padded, shape = q.dim() == 4, q.shape
+    packs = padded and not (in_place and (layout is None or not layout.has_holes))
+    if layout is None:
+        longest = shape[1]
+        cu_seqlens, work, padded_work = full_tables(shape[0], longest, q.device)
+    else:
+        longest = layout.max_length
+        cu_seqlens, work, padded_work = layout.cu_seqlens, layout.work, layout.padded_work
     if packs:
-        q, k, v = (layout.pack(x) for x in (q, k, v))
-    cu_seqlens, work = layout.cu_seqlens, None
-    if impls[0] == "triton":
-        work = layout.padded_work if padded and not packs else layout.work
+        q, k, v = (x.flatten(0, 1) if layout is None else layout.pack(x) for x in (q, k, v))
+    work = padded_work if padded and not packs else work
     forms = [_mask_of(block_mask, name) for name in impls]
     if impls[0] == "reference":
         mask = forms[0][0] if forms[0] else None
@@ -180,9 +183,12 @@ def attention(
             reference, q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, mask
         )
     else:
-        settings = (layout.max_length, scale, direction, dropout_p, site, len(forms[0]))
+        settings = (longest, scale, direction, dropout_p, site, len(forms[0]))
         masks = forms[0] if impls[0] == impls[1] else forms[0] + forms[1]
+        work = work if impls[0] == "triton" else None
         out = _Attention.apply(q, k, v, cu_seqlens, work, seed, settings, impls, *masks)
+    if layout is None:
+        return out.view(shape)
     return layout.pad(out) if packs else out
 
 

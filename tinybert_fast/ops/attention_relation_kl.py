@@ -19,7 +19,7 @@ from tinybert_fast.ops.dispatch import (
     integer,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.layout import SequenceLayout, full_tables
 from tinybert_fast.ops.loss import check_sides, clearing, in_fp32, scalar_loss
 from tinybert_fast.reference.attention_relation_kl import attention_relation_kl as reference
 
@@ -83,22 +83,30 @@ def attention_relation_kl(
     _check(operands, layout, relation_heads)
     widths = [x.shape[-2] * x.shape[-1] // relation_heads for x in (a_student, a_teacher)]
     impls = choose(impl, LIMITS, a_student, width=max(widths))
-    whole = layout or SequenceLayout.full(a_student.shape[0], a_student.shape[1], a_student.device)
-    layout = whole.counted
 
     def regrouped(x: Tensor) -> Tensor:
-        rows = x if x.dim() == 3 else whole.pack(x)
-        return rows.flatten(1).unflatten(1, (relation_heads, -1))
+        if x.dim() == 4:
+            x = x.flatten(0, 1) if layout is None else layout.pack(x)
+        return x.flatten(1).unflatten(1, (relation_heads, -1))
 
     a, c = regrouped(a_student), regrouped(a_teacher.detach())
     b = d = None
     if a_student is not b_student or a_teacher is not b_teacher:
         b, d = regrouped(b_student), regrouped(b_teacher.detach())
-    call = (a, b, c, d, layout.cu_seqlens, layout.work, layout.max_length)
+    counted, forward = None, _forward
+    if layout is None:
+        batch, longest = a_student.shape[:2]
+        cu_seqlens, work, _ = full_tables(batch, longest, a.device)
+    else:
+        counted = layout.counted
+        cu_seqlens, work, longest = counted.cu_seqlens, counted.work, counted.max_length
+        forward = clearing(_forward, counted)
+    call = (a, b, c, d, cu_seqlens, work, longest)
     if impls[0] == "reference":
-        return layout.over_tokens(without_autocast(reference, *call))
-    loss = scalar_loss(clearing(_forward, layout), reference, impls, 2, *call)
-    return layout.over_tokens(loss)
+        loss = without_autocast(reference, *call)
+    else:
+        loss = scalar_loss(forward, reference, impls, 2, *call)
+    return loss if counted is None else counted.over_tokens(loss)
 
 
 def _check(operands, layout, relation_heads) -> None:
