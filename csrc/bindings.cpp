@@ -102,7 +102,7 @@ tbf::PackedRows packed_rows(Address cu_seqlens, Address rows, Address sequences,
 }
 
 tbf::Pattern pattern(int64_t size, int64_t masks, int64_t side, bool everything, int64_t window,
-                     int64_t window_blocks, Address global_tokens, int64_t random_blocks,
+                     int64_t window_blocks, Address global_words, int64_t random_blocks,
                      uint64_t seed, Address document_first, Address document_stop,
                      Address lengths, Address dense) {
   return {size,
@@ -111,7 +111,7 @@ tbf::Pattern pattern(int64_t size, int64_t masks, int64_t side, bool everything,
           everything,
           window,
           window_blocks,
-          at<const uint8_t>(global_tokens),
+          at<const uint32_t>(global_words),
           random_blocks,
           seed,
           at<const int32_t>(document_first),
@@ -248,7 +248,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<tbf::Pattern>(m, "Pattern")
       .def(py::init(&pattern), py::kw_only(), "size"_a, "masks"_a, "side"_a, "everything"_a,
-           "window"_a, "window_blocks"_a, "global_tokens"_a, "random_blocks"_a, "seed"_a,
+           "window"_a, "window_blocks"_a, "global_words"_a, "random_blocks"_a, "seed"_a,
            "document_first"_a, "document_stop"_a, "lengths"_a, "dense"_a);
   py::class_<tbf::PatternLists>(m, "PatternLists")
       .def(py::init(&pattern_lists), py::kw_only(), "kinds"_a, "tile_of"_a, "row_offsets"_a,

@@ -345,7 +345,7 @@ def block_mask_lists(kinds: Tensor, entries: int, partials: int, *operands: Any)
 
 
 def _pattern(
-    probe, document_first, document_stop, global_tokens, lengths, dense, size, masks, side,
+    probe, document_first, document_stop, global_words, lengths, dense, size, masks, side,
     everything, window, window_blocks, random_blocks, seed,
 ):  # fmt: skip
     """The C++ pattern; sizes; device."""
@@ -357,7 +357,7 @@ def _pattern(
         everything=everything,
         window=window,
         window_blocks=window_blocks,
-        global_tokens=at(global_tokens),
+        global_words=at(global_words),
         random_blocks=random_blocks,
         seed=seed,
         document_first=at(document_first),
