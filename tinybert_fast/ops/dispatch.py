@@ -52,8 +52,8 @@ def _probe() -> dict[str, str | None]:
     why: dict[str, str | None] = dict.fromkeys(FASTEST_FIRST)
     if find_spec("tinybert_fast._native") is None:
         why["native"] = (
-            "the compiled module tinybert_fast._native is not installed (its build needs a C++ "
-            "compiler)"
+            "the compiled module tinybert_fast._native is not installed (its build needs GCC 9 or "
+            "newer, or clang)"
         )
     if find_spec("triton") is None:
         why["triton"] = "the package triton is not installed"
