@@ -134,26 +134,29 @@ def attention(
     block_mask: BlockMask | Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``dropout(softmax(q @ k.mT * scale)) @ v`` within each sequence.
+    """``dropout(softmax(q @ k.mT * scale)) @ v`` within each sequence (Vaswani et al. 2017,
+    arXiv:1706.03762, equation 1).
 
     Args:
         q, k, v: packed (T, H, D) with ``layout``; or padded (B, N, H, D), where ``layout`` names
-            the real tokens and None means all. Any strides.
+            the real tokens and None means all. One dtype, fp16, bf16, fp32 or fp64 (``triton``:
+            not fp64, D up to 128); any strides.
         scale: D**-0.5 by default.
         direction: "both", "causal" (a token sees itself and what precedes it) or "anti_causal".
-        dropout_p, seed, site: rate, int64 (2,) seed of the step, and the number of this place in
-            the model; the rate is 0 or above 1/512 and below 1 - 1/512. The ``torch``
-            implementation draws from torch's own generator, every other one drops the cells of
-            ``reference/philox.py``.
+        dropout_p, seed, site: rate, contiguous int64 (2,) seed of the step, and the number of this
+            place in the model, 0 to 2^32 - 1; the rate is 0 or above 1/512 and below 1 - 1/512. The
+            ``torch`` implementation draws from torch's own generator, every other one drops the
+            cells of ``reference/philox.py``.
         block_mask: a BlockMask; or bool (N, N) or (B, N, N), True where attention is allowed, which
             ``triton`` does not take. Both are indexed by token ranks.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         The shape and dtype of ``q``; padding rows and queries with no allowed key are zero.
 
     Raises:
-        ValueError: shapes, dtypes or devices that disagree, an unknown direction, a dropout rate
-            out of range, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes, dtypes, devices or a layout that disagree, an unknown direction, a
+            dropout rate, seed or site that is none, or a named ``impl`` that cannot serve the call.
     """
     facts = {
         "width": q.shape[-1],

@@ -60,15 +60,18 @@ def attention_relation_kl(
     layout: SequenceLayout | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.kl_div(log_softmax(a_s @ b_s.mT / d_s**0.5), softmax(a_t @ b_t.mT / d_t**0.5))`` within
-    each sequence, after the H heads of D numbers have become ``relation_heads`` of d = H D / R.
+    """``F.kl_div(log_softmax(a_s @ b_s.mT / d_s**0.5), softmax(a_t @ b_t.mT / d_t**0.5),
+    reduction="sum") / (T * R)``, pairs within each of the sequences, whose tokens are T, after H
+    heads of D numbers have become R = ``relation_heads`` of d = H D / R.
 
     Args:
         a_student, b_student, a_teacher, b_teacher: packed (T, H, D) with ``layout``; or padded
             (B, N, H, D), where ``layout`` names the real tokens and None means all. Queries and
             keys, or one tensor twice: queries, keys or values (a relation with itself, which costs
             less and whose gradient is the sum of both). Student and teacher may differ in H and D.
+            fp16, bf16, fp32 or fp64 (``triton``: not fp64, d up to 128); any strides.
         relation_heads: R, of student and teacher alike; divides both widths H D.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         Scalar, fp32 or wider: the mean over real tokens and relation heads of KL(teacher ||
@@ -76,8 +79,8 @@ def attention_relation_kl(
         gradient to the teacher.
 
     Raises:
-        ValueError: shapes that disagree, relation heads that do not divide a width, or a named
-            ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree, relation heads that do not divide a
+            width, or a named ``impl`` that cannot serve the call.
     """
     operands = (a_student, b_student, a_teacher, b_teacher)
     _check(operands, layout, relation_heads)

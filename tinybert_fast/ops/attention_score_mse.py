@@ -92,7 +92,8 @@ def attention_score_mse(
     Args:
         q_student, k_student, q_teacher, k_teacher: packed (T, H, D) with ``layout``; or padded
             (B, N, H, D), where ``layout`` names the real tokens and None means all. Student and
-            teacher may differ in D, not in H.
+            teacher may differ in D, not in H. fp16, bf16, fp32 or fp64 (``triton``: not fp64, D up
+            to 64); any strides.
         form: "direct" (scores in blocks), "gram" (no scores, linear in the length), or "auto":
             whichever multiplies less, decided by lengths, widths and the mask, never by values.
         loss: "student" leaves out the teacher's own term, the mean of its squared scores: the
@@ -103,6 +104,7 @@ def attention_score_mse(
             so the form is direct.
         count_padded_queries: the released code's semantics, padded operands only: padding keys
             contribute 0, padding queries count, and the mean is over B * H * N * N.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Precision, where rho = sum (S - T)^2 / sum (S^2 + T^2): Gram's gradients, before they are
     rounded to the operands' dtype, are within 1e-3 of exact ones down to rho = 3e-5; its full loss
@@ -115,9 +117,9 @@ def attention_score_mse(
         No gradient to the teacher.
 
     Raises:
-        ValueError: shapes or devices that disagree (the message names the remedy for different
-            head counts), an unknown form or loss, the Gram form or ``count_padded_queries`` under a
-            mask, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree (the message names the remedy for
+            different head counts), an unknown form or loss, the Gram form or
+            ``count_padded_queries`` under a mask, or a named ``impl`` that cannot serve the call.
     """
     widths = q_student.shape[-1], q_teacher.shape[-1]
     facts = {"width": max(widths), "dense_mask": isinstance(block_mask, Tensor)}

@@ -146,21 +146,25 @@ def dropout_add_layer_norm(
     layout: SequenceLayout | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.layer_norm(residual + F.dropout(x + bias), (C,), weight, ln_bias, eps)``.
+    """``F.layer_norm(residual + F.dropout(x + bias), (C,), weight, ln_bias, eps)``: the end of
+    each half of a post-norm layer (Devlin et al. 2018, arXiv:1810.04805).
 
     Args:
-        x, residual: packed (T, C) with ``layout``; or (B, N, C) or (rows, C) without.
+        x, residual: packed (T, C) with ``layout``; or (B, N, C) or (rows, C) without. fp16, bf16,
+            fp32 or fp64 each (``triton``: not fp64, C up to 8192); any strides.
         bias: (C,) of the linear layer that made x, or None where x has it already.
-        dropout_p, seed, site, layout: as in ``attention``; the mask is a function of seed, site,
-            sequence, token rank and column.
+        weight, ln_bias: (C,) of the layer norm.
+        dropout_p, seed, site, layout: as in ``attention``; the mask is a function of seed, site
+            (0 to 2^32 - 1), sequence, token rank and column.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         The residual's shape and dtype, computed in fp32 or wider; what a backward reads of the sum
         is rounded to the residual's dtype, its statistics are not.
 
     Raises:
-        ValueError: shapes that disagree, a dropout rate out of range, a layout of another size, or
-            a named ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree, a dropout rate, seed or site that is
+            none, or a named ``impl`` that cannot serve the call.
     """
     double = any_double(bias, residual, weight, ln_bias)
     impls = choose(impl, LIMITS, x, dropout_p=dropout_p, columns=x.shape[-1], double=double)

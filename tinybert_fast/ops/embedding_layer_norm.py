@@ -145,21 +145,25 @@ def embedding_layer_norm(
     padding_idx: int | None = 0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.dropout(F.layer_norm(word[ids] + position[positions] + token_type[types]))``.
+    """``F.dropout(F.layer_norm(word[ids] + position[positions] + token_type[types]))``: BERT's
+    input layer (Devlin et al. 2018, arXiv:1810.04805, figure 2).
 
     Args:
-        input_ids, token_type_ids, position_ids: int64 (T,).
-        word, position, token_type: tables (V, C), (P, C), (S, C).
+        input_ids, token_type_ids, position_ids: int32 or int64 (T,).
+        word, position, token_type: tables (V, C), (P, C), (S, C), fp16, bf16, fp32 or fp64
+            (``triton``: not fp64, S up to 2, C up to 8192).
         weight, bias: (C,) of the layer norm.
         dropout_p, seed, site, layout: as in ``dropout_add_layer_norm``.
         padding_idx: the word whose embedding gets no gradient, or None.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         (T, C) in the tables' dtype.
 
     Raises:
-        ValueError: ids that disagree in shape, tables that disagree in width, a dropout rate out of
-            range, or a named ``impl`` that cannot serve the call.
+        ValueError: ids that disagree in shape, tables that disagree in width, devices or a layout
+            that disagree, a dropout rate, seed or site that is none, or a named ``impl`` that
+            cannot serve the call.
         IndexError: an id outside its table.
     """
     impls = choose(

@@ -80,16 +80,19 @@ def hidden_mse(
     """``F.mse_loss(F.linear(student, weight, bias), teacher)``, no gradient to the teacher.
 
     Args:
-        student: (..., C). teacher: (..., Ct), the same leading sizes.
+        student: (..., C). teacher: (..., Ct), the same leading sizes. fp16, bf16, fp32 or fp64 each
+            (``triton``: no fp64 student, Ct up to 8192); any strides.
         weight, bias: (Ct, C) and (Ct,) of the projection; None where the widths agree.
         layout: of packed (T, C) rows; the mean leaves out those of its dummies.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         Scalar, fp32 or wider: the mean over all entries (Jiao et al. 2020, equations 8 and 9), 0
         of none. The product runs in the student's dtype, or in autocast's.
 
     Raises:
-        ValueError: shapes that disagree, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree, or a named ``impl`` that cannot serve
+            the call.
     """
     impls = choose(impl, LIMITS, student, columns=teacher.shape[-1])
     _check(student, teacher, weight, bias, layout)

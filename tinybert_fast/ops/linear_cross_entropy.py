@@ -106,23 +106,26 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``.
+    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``: the masked-token head
+    (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
 
     Args:
-        hidden: (T, C). weight: (V, C), the tied word embeddings. bias: (V,) or None.
+        hidden: (T, C). weight: (V, C), the tied word embeddings. bias: (V,) or None. fp16, bf16,
+            fp32 or fp64 each (``triton``: no fp64 hidden); any strides.
         rows, labels: int64 (R,), which rows are labelled and with what, 0..V-1.
         ignore_index: a label that has no loss and does not count, as behind what ``mlm_mask`` has
             masked when it is given a capacity.
         label_smoothing, reduction: as ``F.cross_entropy`` takes them.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         Fp32 or wider: a scalar, or (R,) for "none". No labelled row: loss 0 with zero gradients.
         The product runs in hidden's dtype, or in autocast's; the softmax in fp32 or wider.
 
     Raises:
-        ValueError: shapes or dtypes that disagree, numbers out of range, or a named ``impl`` that
-            cannot serve the call. On a GPU nobody waits to look at labels: one out of range makes
-            its loss NaN (triton) or stops PyTorch's kernel (torch).
+        ValueError: shapes, dtypes or devices that disagree, numbers out of range, or a named
+            ``impl`` that cannot serve the call. On a GPU nobody waits to look at labels: one out of
+            range makes its loss NaN (triton) or stops PyTorch's kernel (torch).
         IndexError or RuntimeError: a row out of range, from PyTorch.
     """
     impls = choose(impl, LIMITS, hidden)

@@ -278,7 +278,8 @@ def mlm_mask(
             always enough.
         allow_empty_rows: leave a row without an eligible token as it is; else it raises. On a GPU a
             given capacity needs it, since nobody could be told without waiting.
-        in_place: replace tokens of ``input_ids`` itself; after an error it is as it was.
+        in_place: replace tokens of ``input_ids`` itself; after a ValueError it is as it was.
+        impl: "auto", "native" or "reference": ``ops/dispatch.py``.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit. On a GPU an id outside the

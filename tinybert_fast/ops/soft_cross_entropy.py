@@ -42,19 +42,21 @@ def soft_cross_entropy(
     """``F.cross_entropy(student / t, softmax(teacher / t))`` on (B, K) logits.
 
     Args:
+        student_logits, teacher_logits: fp16, bf16, fp32 or fp64; any strides.
         temperature: t, divides both.
         form: "cross_entropy" as above, without a factor t^2 (Jiao et al. 2020, equation 10); or
             "kl", ``t**2 * F.kl_div(log_softmax(student / t), softmax(teacher / t),
             reduction="batchmean")``, whose gradient keeps its size as t grows (Hinton et al. 2015).
         reduction: "batch" averages over B (the paper); "official" over B and K, as the released
             code does, which makes the loss K times smaller.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         Scalar, fp32 or wider; no gradient to the teacher.
 
     Raises:
-        ValueError: shapes that disagree, a temperature that is not positive, an unknown form or
-            reduction, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes or devices that disagree, a temperature that is not positive, an unknown
+            form or reduction, or a named ``impl`` that cannot serve the call.
     """
     impls = choose(impl, LIMITS, student_logits)
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:

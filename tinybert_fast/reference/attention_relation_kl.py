@@ -25,7 +25,9 @@ def attention_relation_kl(
     work: Tensor,
     max_length: int,
 ) -> Tensor:
-    """``F.kl_div(log_softmax(a @ b.mT / D**0.5), softmax(c @ d.mT / Dt**0.5))``, mean of rows."""
+    """``F.kl_div(log_softmax(a @ b.mT / D**0.5), softmax(c @ d.mT / Dt**0.5), reduction="sum")
+    / (T * R)``, a relation with itself if b and d are None.
+    """
     wide = torch.promote_types(a.dtype, torch.float32)
     operands = (a, a if b is None else b, c.detach(), (c if d is None else d).detach())
     # A zero with a graph, if nothing follows.
