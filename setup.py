@@ -3,10 +3,12 @@ csrc/ as tinybert_fast._native.
 
 Everything else is said in pyproject.toml. TINYBERT_FAST_NATIVE says what is built: `off` nothing,
 `cpu` no CUDA, `cuda` both, where a failure is an error; without it as much as can be, with a
-warning about the rest. CXX, CXXFLAGS and LDFLAGS are heard.
+warning about the rest. CXX, CXXFLAGS and LDFLAGS are heard, as a shell would split them; -Werror
+among CXXFLAGS, with which the tests build, is nvcc's too.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,9 +21,9 @@ from setuptools.command.build_ext import build_ext
 
 MAPPED = ("kernels", "benchmarks")
 CSRC = Path("csrc")
-CUDA_ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200 (nvcc 12.8 or newer)
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 LINK_FLAGS = ["-static-libstdc++", "-static-libgcc"]
 
 
@@ -53,7 +55,7 @@ class BuildNative(build_ext):
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             warnings.warn(
                 f"tinybert_fast without its compiled module, whose ops run in Python: {error}. It "
-                "needs a C++17 compiler ($CXX, by default g++), pybind11 and ninja",
+                "needs GCC 9 or newer, or clang ($CXX, by default g++), pybind11 and ninja",
                 stacklevel=1,
             )
 
@@ -83,43 +85,69 @@ def nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def architectures(compiler: str) -> list[str]:
+    """Those of CUDA_ARCHITECTURES that this nvcc compiles for."""
+    listing = subprocess.run(
+        [compiler, "--list-gpu-code"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    known = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in listing]
+    if not known:
+        raise OSError(f"{compiler} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+    if len(known) < len(CUDA_ARCHITECTURES):
+        warnings.warn(
+            f"tinybert_fast._native for sm_{', sm_'.join(known)} alone, which is all of sm_"
+            f"{', sm_'.join(CUDA_ARCHITECTURES)} that {compiler} compiles for",
+            stacklevel=1,
+        )
+    return known
+
+
 def write_ninja(ninja, target: Path, *, cuda: bool) -> None:
     import pybind11
+    from ninja.ninja_syntax import escape
 
-    cxx = os.environ.get("CXX", "g++")
-    if shutil.which(cxx) is None:
-        raise OSError(f"no C++ compiler {cxx!r} was found")
-    compiler = nvcc() if cuda else cxx
+    def given(name: str) -> list[str]:
+        return shlex.split(os.environ.get(name, ""))
+
+    def line(*words: str) -> str:
+        return escape(shlex.join(words))
+
+    cxx = given("CXX") or ["g++"]  # perhaps behind a launcher, and with flags: `ccache g++ -m64`
+    options = [word for word in cxx if word.startswith("-")]
+    programs = [word for word in cxx if word not in options]
+    for program in programs:
+        if shutil.which(program) is None:
+            raise OSError(f"no C++ compiler {program!r} was found")
+    compiler = nvcc() if cuda else cxx[0]
     if compiler is None:
         raise OSError("no nvcc was found, neither in CUDA_HOME nor on the PATH")
-    includes = [f"-I{pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
-    flags = CXX_FLAGS + os.environ.get("CXXFLAGS", "").split()
-    flags += ["-DTBF_CUDA='\"" + " ".join(CUDA_ARCHITECTURES) + "\"'"] if cuda else []
-    ninja.variable("cxx", cxx)
-    ninja.rule(
-        "cxx", f"$cxx {' '.join(flags)} -MMD -MF $out.d {' '.join(includes)} -c $in -o $out",
-        depfile="$out.d", deps="gcc",
-    )  # fmt: skip
+    flags = [*CXX_FLAGS, *given("CXXFLAGS")]
+    link_flags = [*LINK_FLAGS, *given("LDFLAGS")]
+    includes = [f"-I{pybind11.get_include()}", "-isystem", sysconfig.get_path("include")]
     sources = sorted(CSRC.resolve().glob("*.cpp"))
-    link_flags = LINK_FLAGS + os.environ.get("LDFLAGS", "").split()
-    link = f"$cxx -shared {' '.join(link_flags)} $in -lpthread -ldl -o $out"
+    link = f"{line(*cxx)} -shared {line(*link_flags)} $in -lpthread -ldl -o $out"
     if cuda:
-        generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        ninja.variable("nvcc", compiler)
+        known = architectures(compiler)
+        flags.append(f'-DTBF_CUDA="{" ".join(known)}"')
+        host = ["-ccbin", programs[-1], *(f"-Xcompiler={option}" for option in options)]
+        strict = ["-Werror=all-warnings"] if "-Werror" in flags else []
+        generate = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in known]
+        for_gpus = line(compiler, *NVCC_FLAGS, *strict, *generate, *host)
         ninja.rule(
-            "cuda",
-            f"$nvcc {' '.join(NVCC_FLAGS + generate)} -ccbin $cxx -MMD -MF $out.d -c $in -o $out",
-            depfile="$out.d", deps="gcc",
-        )  # fmt: skip
+            "cuda", f"{for_gpus} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
+        )
         sources += sorted(CSRC.resolve().glob("*.cu"))
-        wrapped = " ".join(f"-Xcompiler={flag}" for flag in link_flags)
-        link = f"$nvcc -shared -cudart=static -ccbin $cxx {wrapped} $in -o $out"
+        wrapped = line(compiler, "-shared", "-cudart=static", *host,
+                       *(f"-Xcompiler={flag}" for flag in link_flags))  # fmt: skip
+        link = f"{wrapped} $in -o $out"
+    command = f"{line(*cxx, *flags)} -MMD -MF $out.d {line(*includes)} -c $in -o $out"
+    ninja.rule("cxx", command, depfile="$out.d", deps="gcc")
     ninja.rule("link", link)
     objects = []
     for source in sources:
         rule = "cuda" if source.suffix == ".cu" else "cxx"
         objects += ninja.build(f"{source.name}.o", rule, str(source))
-    ninja.default(ninja.build(str(target), "link", objects))
+    ninja.build(str(target), "link", objects)
 
 
 def extensions() -> list[Extension]:

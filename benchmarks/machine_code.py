@@ -439,7 +439,7 @@ def cuda_rows(csrc: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> lis
         with tempfile.TemporaryDirectory() as folder:
             command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v"]
             said = subprocess.run(
-                [*command, source, "-o", Path(folder) / "kernels.cubin"],
+                [*command, "-Werror=all-warnings", source, "-o", Path(folder) / "kernels.cubin"],
                 capture_output=True, text=True, check=True,
             ).stderr  # fmt: skip
         for kernel, *numbers in ENTRY.findall(said):

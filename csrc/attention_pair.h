@@ -165,7 +165,7 @@ template <class Number>
 void forward_as(const Attention& call, const Pair& at, const Key& key, const Workspace& w,
                 void* out, float* lse) {
   const Sizes& size = w.size;
-  const int64_t n = at.length, D = size.width, rows = (n + 15) / 16 * 16;
+  const int64_t n = at.length, D = size.width, rows = whole_vectors(n);
   gather<Number>(call.k, at, 0, n, rows, size, 1.0f, w.k_rows);
   transpose(w.k_rows, size.padded, rows, size.padded, w.k_columns, w.stride);
   gather<Number>(call.v, at, 0, n, rows, size, 1.0f, w.v_rows);
@@ -247,7 +247,7 @@ void backward_as(const Attention& call, const Pair& at, const Key& key, const Wo
                  const Heads& grad, const Heads& out, const float* lse, void* dq, void* dk,
                  void* dv) {
   const Sizes& size = w.size;
-  const int64_t n = at.length, D = size.width, C = size.padded, rows = (n + 15) / 16 * 16;
+  const int64_t n = at.length, D = size.width, C = size.padded, rows = whole_vectors(n);
   gather<Number>(call.v, at, 0, n, rows, size, 1.0f, w.k_rows);
   transpose(w.k_rows, C, rows, C, w.v_columns, w.stride);
   gather<Number>(call.k, at, 0, n, rows, size, 1.0f, w.k_rows);

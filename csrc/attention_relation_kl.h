@@ -21,7 +21,8 @@ struct AttentionRelationKl {
   bool itself;       // b is a, and its gradient is added to a's
   const int32_t* cu_seqlens;  // (sequences + 1,)
   int64_t sequences, tokens, heads, width, teacher_width;
-  bool bf16;  // else fp32, as are all operands
+  bool bf16;       // else fp32, as are all operands
+  bool gradients;  // else the loss alone
 };
 
 // loss is one number; da and db (T, R, D), fp32, are contiguous. db is not written of a relation

@@ -76,6 +76,7 @@ double relation_kl_as(const AttentionRelationKl& call, const Pair& at, const Rel
     double divergence[kQueries];
     errors(n, a, b, w.scores, w.teacher_scores, divergence);
     for (int64_t i = 0; i < count; ++i) total += divergence[i];
+    if (!call.gradients) continue;
     // Rows of queries beyond the last token are zero, and so is what they add.
     product<kQueries>(n, C, w.scores, 1, w.a_rows, C, kQueries, w.db, C, true);
     product<1>(count, C, w.scores, kQueries, w.b_rows, C, n, w.da, C, false);
@@ -86,7 +87,9 @@ double relation_kl_as(const AttentionRelationKl& call, const Pair& at, const Rel
       scatter<float>(w.da, at, first, count, w.student, float(weight * a), da);
     }
   }
-  scatter<float>(w.db, at, 0, n, w.student, float(weight * a), call.itself ? da : db);
+  if (call.gradients) {
+    scatter<float>(w.db, at, 0, n, w.student, float(weight * a), call.itself ? da : db);
+  }
   return total;
 }
 

@@ -26,6 +26,7 @@ struct AttentionScoreMse {
   bool bf16;            // else fp32, as are all operands
   bool student;         // without the teacher's own term in the loss
   int64_t direct_up_to;  // tokens of a sequence; longer ones take the Gram form
+  bool gradients;        // else the loss alone
 };
 
 // loss is one number; dq and dk (T, H, D), of the operands' dtype, are contiguous.

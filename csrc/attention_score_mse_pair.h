@@ -78,7 +78,7 @@ double direct(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspac
               const Factors& factors, void* dq, void* dk) {
   using Terms = typename TermsOf<Number>::Type;
   constexpr bool kPaired = Terms::kOfLane == 2;
-  const int64_t n = at.length, rows = (n + 15) / 16 * 16, C = w.student.padded;
+  const int64_t n = at.length, rows = whole_vectors(n), C = w.student.padded;
   const int64_t D = w.student.width, S = Terms::lanes(D), St = Terms::lanes(w.teacher.width);
   const Side x = {call.q, call.p, factors.a, -factors.b}, y = {call.k, call.r, 1.0f, 1.0f};
   // Of pairs, error = E / unit = (a / -b) Q K^T + P R^T, and rows of the student have no factor.
@@ -111,6 +111,7 @@ double direct(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspac
                           kQueries, false);
         total -= squares(w.scores, some);
       }
+      if (!call.gradients) continue;
       std::memset(w.error + some * kQueries, 0, kSpare * kQueries * sizeof(float));
       product<kQueries>(some, C, w.error, 1, w.q_rows, C, kQueries, w.dk + block * C, C, true);
       if (dq_as_rows) {
@@ -120,12 +121,15 @@ double direct(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspac
                    block > 0);
       }
     }
+    if (!call.gradients) continue;
     if (!dq_as_rows) transpose(w.dq, kQueries, C, kQueries, w.q_rows, C);
     scatter<Number>(dq_as_rows ? w.dq : w.q_rows, at, first, count, w.student,
                     factors.gradient * factors.a * unit, dq);
   }
-  scatter<Number>(w.dk, at, 0, n, w.student,
-                  kPaired ? factors.gradient * factors.a * unit : factors.gradient, dk);
+  if (call.gradients) {
+    scatter<Number>(w.dk, at, 0, n, w.student,
+                    kPaired ? factors.gradient * factors.a * unit : factors.gradient, dk);
+  }
   return total * unit * unit;
 }
 
@@ -183,6 +187,7 @@ double gram(const AttentionScoreMse& call, const Pair& at, const ScoreWorkspace&
     total += inner_of_upper(x[2], y[2], Dt, Ct);
     total = total < 0.0 ? 0.0 : total;  // a difference of large numbers; NaN stays NaN
   }
+  if (!call.gradients) return total;
   for (int side = 0; side < 2; ++side) {
     float* const* const other = w.gram[1 - side];
     for (int64_t first = 0; first < n; first += kChunk) {

@@ -1,5 +1,5 @@
 // Every function of tinybert_fast._native. Addresses and streams arrive as integers: nothing here
-// knows torch. tinybert_fast/ops/native.py, the one caller, has checked devices, types and sizes.
+// knows torch. tinybert_fast/ops/native.py, the one caller, says who has checked what.
 #include <pybind11/pybind11.h>
 
 #include "attention.h"
@@ -41,17 +41,21 @@ tbf::Attention attention(tbf::Heads q, tbf::Heads k, tbf::Heads v, Address cu_se
 tbf::AttentionScoreMse attention_score_mse(tbf::Heads q, tbf::Heads k, tbf::Heads p, tbf::Heads r,
                                            Address cu_seqlens, int64_t sequences, int64_t heads,
                                            int64_t width, int64_t teacher_width, bool bf16,
-                                           bool student, int64_t direct_up_to) {
+                                           bool student, int64_t direct_up_to,
+                                           bool gradients) {
   return {q,     k,     p,             r,    at<const int32_t>(cu_seqlens), sequences,
-          heads, width, teacher_width, bf16, student,                       direct_up_to};
+          heads, width, teacher_width, bf16, student,                       direct_up_to,
+          gradients};
 }
 
 tbf::AttentionRelationKl attention_relation_kl(tbf::Heads a, tbf::Heads b, tbf::Heads c,
                                                tbf::Heads d, bool itself, Address cu_seqlens,
                                                int64_t sequences, int64_t tokens, int64_t heads,
-                                               int64_t width, int64_t teacher_width, bool bf16) {
+                                               int64_t width, int64_t teacher_width, bool bf16,
+                                               bool gradients) {
   return {a,         b,      c,     d,     itself,        at<const int32_t>(cu_seqlens),
-          sequences, tokens, heads, width, teacher_width, bf16};
+          sequences, tokens, heads, width, teacher_width, bf16,
+          gradients};
 }
 
 tbf::MlmMask mlm_mask(Address ids, int64_t batch, int64_t width, Address special,
@@ -98,7 +102,7 @@ tbf::PackedRows packed_rows(Address cu_seqlens, Address rows, Address sequences,
 }
 
 tbf::Pattern pattern(int64_t size, int64_t masks, int64_t side, bool everything, int64_t window,
-                     int64_t window_blocks, Address global_tokens, int64_t random_blocks,
+                     int64_t window_blocks, Address global_words, int64_t random_blocks,
                      uint64_t seed, Address document_first, Address document_stop,
                      Address lengths, Address dense) {
   return {size,
@@ -107,7 +111,7 @@ tbf::Pattern pattern(int64_t size, int64_t masks, int64_t side, bool everything,
           everything,
           window,
           window_blocks,
-          at<const uint8_t>(global_tokens),
+          at<const uint32_t>(global_words),
           random_blocks,
           seed,
           at<const int32_t>(document_first),
@@ -167,7 +171,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<tbf::AttentionScoreMse>(m, "AttentionScoreMse")
       .def(py::init(&attention_score_mse), py::kw_only(), "q"_a, "k"_a, "p"_a, "r"_a,
            "cu_seqlens"_a, "sequences"_a, "heads"_a, "width"_a, "teacher_width"_a, "bf16"_a,
-           "student"_a, "direct_up_to"_a);
+           "student"_a, "direct_up_to"_a, "gradients"_a);
   m.def(
       "attention_score_mse_cpu",
       [](const tbf::AttentionScoreMse& call, Address loss, Address dq, Address dk, int threads) {
@@ -177,7 +181,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<tbf::AttentionRelationKl>(m, "AttentionRelationKl")
       .def(py::init(&attention_relation_kl), py::kw_only(), "a"_a, "b"_a, "c"_a, "d"_a,
            "itself"_a, "cu_seqlens"_a, "sequences"_a, "tokens"_a, "heads"_a, "width"_a,
-           "teacher_width"_a, "bf16"_a);
+           "teacher_width"_a, "bf16"_a, "gradients"_a);
   m.def(
       "attention_relation_kl_cpu",
       [](const tbf::AttentionRelationKl& call, Address loss, Address da, Address db, int threads) {
@@ -244,7 +248,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<tbf::Pattern>(m, "Pattern")
       .def(py::init(&pattern), py::kw_only(), "size"_a, "masks"_a, "side"_a, "everything"_a,
-           "window"_a, "window_blocks"_a, "global_tokens"_a, "random_blocks"_a, "seed"_a,
+           "window"_a, "window_blocks"_a, "global_words"_a, "random_blocks"_a, "seed"_a,
            "document_first"_a, "document_stop"_a, "lengths"_a, "dense"_a);
   py::class_<tbf::PatternLists>(m, "PatternLists")
       .def(py::init(&pattern_lists), py::kw_only(), "kinds"_a, "tile_of"_a, "row_offsets"_a,

@@ -22,7 +22,7 @@ struct Pattern {
   bool everything;
   int64_t window;                // tokens to either side; -1: none
   int64_t window_blocks;         // blocks to either side; -1: none
-  const uint8_t* global;         // (N,)
+  const uint32_t* global;        // (N / 32 rounded up,): a bit for each token
   int64_t random_blocks;         // of each row of blocks
   uint64_t seed;
   const int32_t* document_first;  // (M, N): first position of i's document
@@ -48,8 +48,9 @@ TBF_HD bool open_block(const Pattern& pattern, int64_t r, int64_t c) {
   if (tokens <= pattern.window || blocks <= pattern.window_blocks) return false;
   if (!pattern.global) return true;
   const int64_t stop = (c + 1) * pattern.side;
-  for (int64_t j = c * pattern.side; j < (stop < pattern.size ? stop : pattern.size); ++j) {
-    if (pattern.global[j]) return false;
+  for (int64_t j = c * pattern.side; j < (stop < pattern.size ? stop : pattern.size);
+       j += kWordBits) {
+    if (pattern.global[j / kWordBits]) return false;
   }
   return true;
 }
@@ -80,11 +81,9 @@ TBF_HD uint32_t allowed_word(const Pattern& pattern, int64_t m, int64_t i, int64
   const int64_t apart = i / pattern.side - base / pattern.side;
   if (apart <= pattern.window_blocks && -apart <= pattern.window_blocks) word = ~0u;
   if (pattern.window >= 0) word |= bits(i - pattern.window, i + pattern.window + 1, base);
-  if (pattern.global && word != ~0u) {
-    if (pattern.global[i]) word = ~0u;
-    for (int bit = 0; bit < kWordBits && base + bit < size; ++bit) {
-      word |= uint32_t(pattern.global[base + bit] != 0) << bit;
-    }
+  if (pattern.global) {
+    if (pattern.global[i / kWordBits] >> i % kWordBits & 1) word = ~0u;
+    if (base < size) word |= pattern.global[base / kWordBits];
   }
   word &= bits(0, length, base);
   if (pattern.document_first) {

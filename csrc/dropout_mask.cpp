@@ -15,7 +15,6 @@ constexpr int kTile = 32;   // columns of attention cells, which four calls cove
 constexpr int kBytes = 16;  // of a call
 
 typedef uint32_t Four __attribute__((vector_size(16)));
-typedef uint32_t Eight __attribute__((vector_size(32)));
 
 // One word of four calls -> the 8 columns that it has in their tile of 32: bytes `byte` are those
 // of columns 2 g, bytes `byte` + 2 those of columns 2 g + 1.
@@ -25,8 +24,9 @@ TBF_HD void spread(const uint32_t* words, int byte, uint32_t threshold, float* o
   std::memcpy(&own, words, sizeof own);
   const Four even = ((own >> (8 * byte) & 0xFF) >= threshold) & one;
   const Four odd = ((own >> (8 * byte + 16) & 0xFF) >= threshold) & one;
-  const Eight both = __builtin_shufflevector(even, odd, 0, 4, 1, 5, 2, 6, 3, 7);
-  std::memcpy(out, &both, sizeof both);
+  const Four both[2] = {TBF_SHUFFLE(Four, even, odd, 0, 4, 1, 5),
+                        TBF_SHUFFLE(Four, even, odd, 2, 6, 3, 7)};
+  std::memcpy(out, both, sizeof both);
 }
 
 struct AttentionCells {

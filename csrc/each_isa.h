@@ -11,6 +11,11 @@
 // What that file needs of others is included before. TBF_VARIANTS of isa.h serves plain loops; code
 // on vector types has to be compiled for its instruction set from the start.
 #include "isa.h"
+#include "portable.h"
+
+#if !TBF_KNOWS_DOTS
+#undef TBF_WITH_DOTS
+#endif
 
 #if defined(__clang__)
 #define TBF_UNROLL _Pragma("clang loop unroll(full)")

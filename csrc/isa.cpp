@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "portable.h"
+
 namespace tbf {
 
 static int detect() {
@@ -11,7 +13,10 @@ static int detect() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#if TBF_KNOWS_DOTS
+    if (__builtin_cpu_supports("avx512bf16")) return 3;
+#endif
+    return 2;
   }
   return 1;
 #else

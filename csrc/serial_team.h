@@ -157,9 +157,9 @@ struct Serial {
       for (int64_t j = pass & 1; j < count; j += kLane) {
         Vector own, other;
         std::memcpy(&own, keys + j, sizeof own);
-        other = __builtin_shufflevector(own, own, 1, 0, 3, 2, 5, 4, 7, 6);
+        other = TBF_SHUFFLE(Vector, own, own, 1, 0, 3, 2, 5, 4, 7, 6);
         const Vector less = own < other ? own : other, more = own < other ? other : own;
-        own = __builtin_shufflevector(less, more, 0, 9, 2, 11, 4, 13, 6, 15);
+        own = TBF_SHUFFLE(Vector, less, more, 0, 9, 2, 11, 4, 13, 6, 15);
         std::memcpy(keys + j, &own, sizeof own);
       }
       if (pass < 3 || pass % 2 == 0) continue;

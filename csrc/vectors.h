@@ -103,8 +103,8 @@ inline void transpose(const float* in, int64_t in_row, int64_t rows, int64_t col
         TBF_UNROLL
         for (int lane = 0; lane < kWide / 2; ++lane) {
           const Floats a = x[lane], b = x[lane + kWide / 2];
-          y[2 * lane] = __builtin_shufflevector(a, b, TBF_LOW);
-          y[2 * lane + 1] = __builtin_shufflevector(a, b, TBF_HIGH);
+          y[2 * lane] = TBF_SHUFFLE(Ints, a, b, TBF_LOW);
+          y[2 * lane + 1] = TBF_SHUFFLE(Ints, a, b, TBF_HIGH);
         }
         TBF_UNROLL
         for (int lane = 0; lane < kWide; ++lane) x[lane] = y[lane];

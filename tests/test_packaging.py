@@ -1,6 +1,8 @@
 """What an installation holds: wheel and editable, the mapped folders, and the guard of kernels/."""
 
 import os
+import runpy
+import shlex
 import shutil
 import site
 import subprocess
@@ -10,7 +12,9 @@ import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
+import ninja
 import pytest
+from ninja import ninja_syntax
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -51,8 +55,10 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the sources, so that no build leaves files in the working tree."""
-    copy = tmp_path_factory.mktemp("checkout")
+    """A copy of the sources, so that no build leaves files in the working tree; its path has a
+    space.
+    """
+    copy = tmp_path_factory.mktemp("a checkout")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,7 +69,10 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
-    return build(checkout, tmp_path_factory.mktemp("wheel"), TINYBERT_FAST_NATIVE="cpu")
+    """Built without a warning, by a compiler behind a launcher."""
+    compiler = f"env {os.environ.get('CXX', 'g++')} -pipe"
+    strict = {"TINYBERT_FAST_NATIVE": "cpu", "CXX": compiler, "CXXFLAGS": "-Werror"}
+    return build(checkout, tmp_path_factory.mktemp("wheel"), **strict)
 
 
 def build(checkout: Path, folder: Path, **environment: str) -> zipfile.ZipFile:
@@ -153,6 +162,68 @@ def test_a_wheel_without_a_compiler_is_pure_python(checkout, tmp_path):
         result = attempt(*wheel, cwd=tmp_path, TINYBERT_FAST_NATIVE=forced, **compiler)
         assert result.returncode != 0
         assert message in result.stderr + result.stdout
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """What setup.py defines."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    return runpy.run_path("setup.py")
+
+
+def nvcc_that_knows(folder: Path, *architectures: str) -> Path:
+    """It answers --list-gpu-code."""
+    script = folder / "bin" / "nvcc"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(f"#!/bin/sh\nprintf '%s\\n' {' '.join(architectures)}\n")
+    script.chmod(0o755)
+    return script
+
+
+def test_an_older_nvcc_builds_what_it_can(setup_py, tmp_path):
+    architectures = setup_py["architectures"]
+    assert architectures(nvcc_that_knows(tmp_path, "sm_75", "sm_80", "sm_90", "sm_100")) == [
+        "80", "90", "100",
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match="for sm_80, sm_90 alone, .* compiles for"):
+        assert architectures(nvcc_that_knows(tmp_path, "sm_75", "sm_80", "sm_90")) == ["80", "90"]
+    with pytest.raises(OSError, match="nvcc compiles for none of sm_80, sm_90, sm_100"):
+        architectures(nvcc_that_knows(tmp_path, "sm_70"))
+
+
+@pytest.mark.filterwarnings("ignore:tinybert_fast._native for sm_80 alone")
+@pytest.mark.parametrize("strict", [False, True])
+def test_commands_of_a_build(strict, setup_py, tmp_path, monkeypatch):
+    """Words with spaces, a compiler of several words; warnings are errors where asked for."""
+    home, include = tmp_path / "cuda home", tmp_path / "some headers"
+    nvcc_that_knows(home, "sm_80")
+    monkeypatch.setattr("pybind11.get_include", lambda: str(include))
+    for name, value in {
+        "CUDA_HOME": str(home),
+        "CXX": f"env '{sys.executable}' -m64",
+        "CXXFLAGS": "-DNAME='two words'" + (" -Werror" if strict else ""),
+        "LDFLAGS": "-Wl,-rpath,'$ORIGIN'",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with (tmp_path / "build.ninja").open("w") as file:
+        setup_py["write_ninja"](ninja_syntax.Writer(file), tmp_path / "a target.so", cuda=True)
+    asked = [Path(ninja.BIN_DIR, "ninja"), "-C", tmp_path, "-t", "commands"]
+    lines = run(*asked, cwd=tmp_path).splitlines()
+    by_nvcc = [words for line in lines if (words := shlex.split(line))[0] == str(home / "bin/nvcc")]
+    by_cxx = [words for line in lines if (words := shlex.split(line))[0] == "env"]
+    assert len(by_nvcc) + len(by_cxx) == len(lines)
+    for words in by_nvcc:
+        assert words[words.index("-ccbin") + 1] == sys.executable
+        assert "-Xcompiler=-m64" in words
+        assert ("-Werror=all-warnings" in words) == (strict and "-c" in words)
+    for words in by_cxx:
+        assert words[:3] == ["env", sys.executable, "-m64"]
+        assert {f"-I{include}", "-DNAME=two words", '-DTBF_CUDA="80"'} <= set(words)
+        assert ("-Werror" in words) == strict
+    (link,) = (words for words in by_nvcc if "-shared" in words)
+    assert "-Xcompiler=-Wl,-rpath,$ORIGIN" in link
+    assert link[-2:] == ["-o", str(tmp_path / "a target.so")]
 
 
 def test_editable_install(checkout, tmp_path):

@@ -131,6 +131,20 @@ def test_info_shows_the_environment(cli, monkeypatch):
     assert "TINYBERT_FAST_IMPL" in out
 
 
+def test_info_asks_what_auto_asks(cli, monkeypatch, tmp_path):
+    """As on a GPU that the compiled module was not built for."""
+    from tinybert_fast.ops import dispatch
+
+    def refusal(limits, name, tensor, facts):
+        return "the compiled module was built without CUDA" if name == "native" else None
+
+    monkeypatch.setattr(dispatch.Limits, "refusal", refusal)
+    answer = cli("info", "--json", tmp_path / "info.json")
+    found = json.loads((tmp_path / "info.json").read_text())["ops"]["mlm_mask"]
+    assert found["native"] == {"runs": False, "why_not": refusal(None, "native", None, {})}
+    assert "was built without CUDA" in answer.out
+
+
 def test_info_says_what_nothing_can_serve(cli, monkeypatch, tmp_path):
     from tinybert_fast.ops import dispatch
 

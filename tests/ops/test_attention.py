@@ -428,7 +428,7 @@ def test_refuses():
     for wrong in (torch.ones(2, 2) > 0, torch.ones(3, 4, 4) > 0):
         mask = ops.BlockMask.from_dense(wrong)
         refuses("must hold 1 or 2 masks of size N >= 3", q, k, v, layout=layout, block_mask=mask)
-    refuses("needs seed, an int64 tensor", q, k, v, layout=layout, dropout_p=0.1)
+    refuses("needs seed, a contiguous int64 tensor", q, k, v, layout=layout, dropout_p=0.1)
     seed = torch.zeros(2, dtype=torch.int64)
     refuses("cannot be expressed in 8 bits", q, k, v, layout=layout, dropout_p=1e-3, seed=seed)
     for rate in (-0.1, 1.0, 1.5):

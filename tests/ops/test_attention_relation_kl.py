@@ -247,7 +247,9 @@ def test_refuses():
     complaint = r"relation_heads=4 must divide .* width 52 and the teacher's 66; .* divisor of 2"
     narrow = normal((5, 2, 33), 0)
     refuses(complaint, a, b, narrow, narrow, heads=4, layout=layout)
-    refuses("relation_heads=0 must divide", a, b, c, d, heads=0, layout=layout)
+    for heads in (0, 2.0, None):
+        wanted = f"relation_heads={heads}; expected an integer from 1 to 128"
+        refuses(wanted, a, b, c, d, heads=heads, layout=layout)
 
 
 def test_heads_do_not_matter_but_their_order(impl, device):

@@ -109,7 +109,7 @@ def flops(length, widths, form, loss="full", block_mask=()):
     operands = (normal((length, 1, width), 0) for width in sorted(widths * 2))
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
     with FlopCounterMode(display=False) as counter:
-        tuned.forward(*operands, cu_seqlens, length, form, loss, list(block_mask))
+        tuned.forward(*operands, cu_seqlens, length, form, loss, list(block_mask), [True, True])
     return counter.get_total_flops()
 
 
@@ -183,13 +183,13 @@ def test_precision_of_nearly_equal_scores(form, length, width, dtype, scale, fas
     """As the docstring promises, against fp64 on the same numbers, before any loss scale."""
     for rho, (of_loss, of_gradients) in PROMISED[form].items():
         operands, layout = nearly_equal(rho, length, width, scale, dtype, device)
-        call = (layout.cu_seqlens, layout.max_length)
+        call, both = (layout.cu_seqlens, layout.max_length), [True, True]
         actual = torch.ops.tinybert_fast.attention_score_mse_fwd(
-            *operands, *call, form, "full", [], fast
+            *operands, *call, form, "full", [], both, fast
         )
         exact = [x.double() for x in operands]
         want = torch.ops.tinybert_fast.attention_score_mse_fwd(
-            *exact, *call, "direct", "full", [], "torch"
+            *exact, *call, "direct", "full", [], both, "torch"
         )
         squares = ops.attention_score_mse(*exact[:2], *(0 * x for x in exact[2:]), layout=layout)
         assert (want[0] / (2 * squares)).item() == pytest.approx(rho, rel=0.5)
@@ -211,7 +211,7 @@ def test_what_stands_behind_a_head_does_not_count(form, dtype, fast, device):
     for x, within in zip(case.operands, stored):
         within[..., :26] = x
     layout = case.options["layout"]
-    call = (layout.cu_seqlens, layout.max_length, form, "full", [], fast)
+    call = (layout.cu_seqlens, layout.max_length, form, "full", [], [True, True], fast)
     with torch.no_grad():
         got, want = (
             torch.ops.tinybert_fast.attention_score_mse_fwd(*operands, *call)

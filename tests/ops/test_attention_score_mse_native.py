@@ -47,10 +47,10 @@ def test_nothing_but_the_result_is_rounded_to_bf16(form, widths, isa):
     """
     layout = ops.SequenceLayout.from_lengths(BEYOND)
     operands = [normal((layout.total, 2, widths[n // 2]), n, torch.bfloat16) for n in range(4)]
-    call = (layout.cu_seqlens, layout.max_length)
+    call, both = (layout.cu_seqlens, layout.max_length), [True, True]
     forward = torch.ops.tinybert_fast.attention_score_mse_fwd
-    loss, *gradients = forward(*operands, *call, form, "full", [], "native")
-    exact = forward(*(x.double() for x in operands), *call, "direct", "full", [], "torch")
+    loss, *gradients = forward(*operands, *call, form, "full", [], both, "native")
+    exact = forward(*(x.double() for x in operands), *call, "direct", "full", [], both, "torch")
     assert loss.item() == pytest.approx(exact[0].item(), rel=1e-5)
     for got, want in zip(gradients, exact[1:], strict=True):
         assert got.dtype == torch.bfloat16

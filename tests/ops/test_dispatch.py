@@ -87,7 +87,7 @@ def test_pairs(limits):
     for pair in (("reference", "torch"), ("native", "torch"), ("torch", "triton")):
         with pytest.raises(ValueError, match=f"'{pair[1]}'; the backward must be '{pair[0]}' or"):
             choose(pair, limits, X)
-    for wrong in ((), ("torch",), ("torch",) * 3):
+    for wrong in ((), ("torch",), ("torch",) * 3, None, 2):
         with pytest.raises(ValueError, match=r"one name or a \(forward, backward\) pair"):
             choose(wrong, limits, X)
 

@@ -1,5 +1,7 @@
 """dropout_add_layer_norm: values and gradients, contract, compilation, dropout, refusal."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,17 @@ def test_matches_reference_dropping(shape, with_bias, dtype, counted, device):
         shape, with_bias=with_bias, dropout_p=0.1, dtype=dtype, device=device, eps=0.1
     )
     assert_within_budget(case, counted)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8)], ids=str)
+def test_branch_and_residual_accumulate_apart(shape, with_bias, impl, device):
+    """Without dropout they have one gradient, which both may want to keep."""
+    case = dropout_add_layer_norm(shape, with_bias=with_bias, device=device)
+    proofs.prove_accumulates(case, impl)
+    if not with_bias:
+        torch._dynamo.reset()
+        proofs.prove_accumulates(case, impl, partial(torch.compile, fullgraph=True))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -162,10 +175,10 @@ def test_refuses():
         with pytest.raises(ValueError, match="above 1/512 and below 1 - 1/512"):
             op(x, c, x, c, c, dropout_p=rate, seed=seed)
     for wrong in (None, seed.int(), seed[:1]):
-        with pytest.raises(ValueError, match=r"needs seed, an int64 tensor of shape \(2,\); got"):
+        with pytest.raises(ValueError, match=r"a contiguous int64 tensor of shape \(2,\); got"):
             op(x, c, x, c, c, dropout_p=0.1, seed=wrong)
     layout = ops.SequenceLayout.from_lengths((1, 2))
-    with pytest.raises(ValueError, match=r"with a layout x is packed \(3, C\); got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"layout describes leading sizes \(3,\); got \(2, 3\)"):
         op(x, c, x, c, c, layout=layout)
     with pytest.raises(ValueError, match="another mask than the reference's gradient"):
         op(x, c, x, c, c, dropout_p=0.1, seed=seed, impl=("torch", "reference"))

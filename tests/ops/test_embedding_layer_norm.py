@@ -141,7 +141,7 @@ def test_refuses():
         op(*changed(4, operands[4][:, :5]))
     with pytest.raises(ValueError, match=r"bias must have shape \(6,\).*got \(5,\)"):
         op(*changed(7, operands[7][:5]))
-    with pytest.raises(ValueError, match=r"with a layout x is packed \(3, C\); got \(9, 1\)"):
+    with pytest.raises(ValueError, match=r"layout describes leading sizes \(3,\); got \(9, 1\)"):
         op(*operands, layout=ops.SequenceLayout.from_lengths((3,)))
     with pytest.raises(ValueError, match="dropout_p=2 cannot be expressed"):
         op(*operands, dropout_p=2, seed=torch.zeros(2, dtype=torch.int64))

@@ -1,11 +1,16 @@
 """What holds of every op alike: mixed precision, autocast, strides, partial, repeated backward."""
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from tinybert_fast import ops
+from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.dispatch import INTERPRETED
 from tinybert_fast.testing import operands, proofs
 from tinybert_fast.testing.budgets import assert_within_budget
@@ -29,12 +34,16 @@ FROM_LINEAR = {
 }
 VALUE = {"attention": HALF, "bias_gelu": HALF, "layer_norm": HALF}
 MULTIPLY_BY_A_PARAMETER = ("hidden_mse", "linear_cross_entropy")
+PACKED = (
+    "attention", "attention_relation_kl", "attention_score_mse", "dropout_add_layer_norm",
+    "embedding_layer_norm", "hidden_mse",
+)  # fmt: skip
 DROPPING = ("attention", "dropout_add_layer_norm", "embedding_layer_norm")
 
 each_op = pytest.mark.parametrize("op", FACTORIES)
 
 
-@pytest.fixture(params=["triton", "torch", "pair", "reference"])
+@pytest.fixture(params=["triton", "native", "torch", "pair", "reference"])
 def impl(request):
     return ("torch", "reference") if request.param == "pair" else request.param
 
@@ -121,20 +130,74 @@ def test_loss_scale_of_fp16(op, device):
 @each_op
 def test_any_strides(op, impl, device):
     """Operands and upstream gradient may be transposed or expanded views."""
-    case = FACTORIES[op](device=device)
+    prove_any_strides(FACTORIES[op](device=device), impl)
 
-    def strided(x):
-        if not is_float(x) or x.dim() < 2:
-            return x
-        return x.detach().mT.contiguous().mT.requires_grad_(x.requires_grad)
 
-    def backward(given):
-        leaves = [x for x in given if is_float(x) and x.requires_grad]
-        value = case.op(*given, **case.options, impl=impl)
+SMALL = {
+    "bias_gelu": [partial(operands.bias_gelu, (2, 3, 24))],
+    "dropout_add_layer_norm": [partial(operands.dropout_add_layer_norm, (1, 16, 12))],
+    "hidden_mse": [
+        partial(operands.hidden_mse, (5,), 12, 24),
+        partial(operands.hidden_mse, (5,), 12, 12, projection="none"),
+    ],
+    "layer_norm": [partial(operands.layer_norm, (2, 3, 12))],
+    "linear_cross_entropy": [partial(operands.linear_cross_entropy, 5, 3, 12, 24)],
+    "soft_cross_entropy": [operands.soft_cross_entropy],
+}
+
+
+@pytest.mark.parametrize("fast", ["triton", "torch"])
+@pytest.mark.parametrize("op", SMALL)
+def test_any_strides_compiled(op, fast, device):
+    """inductor holds outputs to the strides that the fakes announced."""
+    for factory in SMALL[op]:
+        torch._dynamo.reset()
+        case = factory(device=device)
+        prove_any_strides(case, fast, partial(torch.compile, fullgraph=True))
+        proofs.prove_contract(case.transposed(), fast)
+
+
+def prove_any_strides(case, impl, wrap=lambda f: f):
+    def backward(case, wrap):
+        leaves = case.leaves()
+        value = wrap(case.function(impl))(*leaves)
         return value, torch.autograd.grad(value.sum(), leaves)  # an expanded upstream gradient
 
-    want, got = backward(case.operands), backward(tuple(map(strided, case.operands)))
+    got, want = backward(case.transposed(), wrap), backward(case, lambda f: f)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("op", [*PACKED[:3], "dropout_add_layer_norm", "embedding_layer_norm"])
+def test_no_layout_is_made(op, impl, device, monkeypatch):
+    """Of a batch without padding, or where nothing is dropped, no places of tokens are made."""
+    case = FACTORIES[op](device=device)
+    options = {name: x for name, x in case.options.items() if name != "layout"}
+    if op in PACKED[:3]:
+        case = replace(case, operands=tuple(x[None] for x in case.operands))
+    monkeypatch.setattr(ops.SequenceLayout, "full", None)
+    monkeypatch.setattr(torch, "div", None)
+    case.op(*case.operands, **options, impl=impl)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("lengths", [(0, 0), ()], ids=str)
+@pytest.mark.parametrize("op", PACKED[:3])
+def test_nothing_of_any_strides(op, lengths, padded, impl, device):
+    """No token, no sequence: a zero with a graph, of operands whose strides say nothing."""
+    case = FACTORIES[op](lengths, device=device)
+    options = case.options
+    sizes = (len(lengths), 0) if padded else (0,)
+    if padded:
+        options = {name: x for name, x in options.items() if name != "layout"}
+    given = tuple(
+        x.new_empty(*sizes, x.shape[-1], x.shape[-2]).mT.requires_grad_(x.requires_grad)
+        for x in case.operands
+    )
+    leaves = [x for x in given if x.requires_grad]
+    value = case.op(*given, **options, impl=impl)
+    assert not value.any()
+    for x, gradient in zip(leaves, torch.autograd.grad(value.sum(), leaves), strict=True):
+        assert gradient.shape == x.shape
 
 
 @each_op
@@ -155,6 +218,60 @@ def test_no_gradient_at_all(op, impl, device):
         value = case.op(*case.operands, **case.options, impl=impl)
     assert not value.requires_grad
     torch.testing.assert_close(value, case.run(impl)["value"], rtol=0.0, atol=0.0)
+
+
+class Outputs(TorchDispatchMode):
+    """What this package's registered operators give; outer modes see what runs inside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != dispatch.NAMESPACE:
+            return func(*args, **(kwargs or {}))
+        with self:  # a mode is off while it handles a call
+            found = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+        self.given[func._opname] = found
+        return found
+
+
+@pytest.mark.parametrize("op", [*LARGE, "embedding_layer_norm"])
+def test_only_wanted_gradients(op, impl, device):
+    """What a frozen operand, no_grad or a reference's backward does not read is not handed out."""
+    case = FACTORIES[op](device=device)
+    name, values = (f"{op}_fwd", 1) if op in LARGE else (f"{op}_bwd", 0)
+    for trained in (*([one] for one in case.trained()), case.trained()):
+        with Outputs() as seen:
+            case.freeze(*(other for other in case.trained() if other not in trained)).run(impl)
+        if name in seen.given:  # a reference is no operator
+            gradients = [x for x in seen.given[name][values:] if x.numel()]
+            assert len(gradients) == (0 if isinstance(impl, tuple) else len(trained))
+    with torch.no_grad(), Outputs() as seen:
+        case.op(*case.operands, **case.options, impl=impl)
+    if name in seen.given:
+        assert not any(x.numel() for x in seen.given[name][values:])
+
+
+FROZEN = {  # op -> what makes it cheaper to freeze
+    "attention_relation_kl": (),
+    "attention_score_mse": (),
+    "hidden_mse": ("weight",),
+    "linear_cross_entropy": (),
+}
+
+
+@pytest.mark.parametrize("op", FROZEN)
+def test_only_wanted_products(op, device):
+    case = FACTORIES[op](device=device)
+    flops = []
+    for some in {(), FROZEN[op], tuple(case.trained())}:
+        with FlopCounterMode(display=False) as counter, Outputs():
+            one = case.freeze(*some)
+            one.op(*one.operands, **one.options, impl="torch")
+        flops.append((len(some), counter.get_total_flops()))
+    counts = [count for _, count in sorted(flops)]
+    assert counts == sorted(set(counts), reverse=True), counts
 
 
 @each_op
@@ -178,6 +295,12 @@ def twice(case, impl):
     torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
     both = case.function(impl)(*leaves).sum() + case.function(impl)(*leaves).sum()
     torch.testing.assert_close(torch.autograd.grad(both, leaves), tuple(2 * g for g in first))
+
+
+@each_op
+def test_gradients_accumulate(op, impl, device):
+    """Leaves keep the gradients of a backward, and add to them in place: no two are one memory."""
+    proofs.prove_accumulates(FACTORIES[op](device=device), impl)
 
 
 @each_op
@@ -206,6 +329,72 @@ def test_operands_are_left_alone(op, impl, device):
     for x, copy in zip(case.operands, before, strict=True):
         if copy is not None:
             torch.testing.assert_close(x.detach(), copy, rtol=0.0, atol=0.0)
+
+
+NEGATED = {
+    "conj": lambda x: torch.complex(-x, -x).conj().imag,
+    "contiguous": lambda x: torch._neg_view(-x),
+}
+
+
+@each_op
+@pytest.mark.parametrize("view", NEGATED)
+def test_negative_views(op, view, impl, device):
+    """Whose memory holds the negative of their values, which whoever reads it as it lies gets."""
+    case = FACTORIES[op](device=device)
+    given = tuple(
+        NEGATED[view](x.detach()).requires_grad_(x.requires_grad) if is_float(x) else x
+        for x in case.operands
+    )
+    assert all(x.is_neg() for x in given if is_float(x))
+
+    def run(operands):
+        leaves = [x for x in operands if is_float(x) and x.requires_grad]
+        value = case.op(*operands, **case.options, impl=impl)
+        return value, torch.autograd.grad(value.square().sum(), leaves)
+
+    torch.testing.assert_close(run(given), run(case.operands))
+
+
+@each_op
+def test_operands_on_two_devices(op, impl, device):
+    case = FACTORIES[op](device=device)
+    for i, x in enumerate(case.operands):
+        if isinstance(x, torch.Tensor):
+            given = (*case.operands[:i], x.to("meta"), *case.operands[i + 1 :])
+            with pytest.raises(ValueError, match="meta"):
+                case.op(*given, **case.options, impl=impl)
+
+
+@pytest.mark.parametrize("op", PACKED)
+def test_layout_of_something_else(op, impl, device):
+    case = FACTORIES[op](device=device)
+    tokens = len(case.operands[0])
+    elsewhere = ops.SequenceLayout.from_lengths((tokens,), device="meta")
+    more = ops.SequenceLayout.from_lengths((tokens + 1,), device=device)
+    for layout, complaint in (
+        (torch.ones(1, tokens, device=device), "layout is Tensor; expected a SequenceLayout"),
+        (elsewhere, "layout is on meta"),
+        (more, rf"leading sizes \({tokens + 1},\); got \({tokens}, "),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: .*{complaint}"):
+            case.op(*case.operands, **{**case.options, "layout": layout}, impl=impl)
+
+
+@pytest.mark.parametrize("op", DROPPING)
+def test_seed_and_site(op, impl, device):
+    case = FACTORIES[op](device=device, dropout_p=0.1)
+    impl = impl if isinstance(impl, str) else "torch"  # that pair drops nothing
+    column = torch.ones(2, 3, dtype=torch.int64, device=device)[:, 1]
+    for wrong, complaint in (
+        ({"seed": column}, r"needs seed, a contiguous int64 .* got torch.int64 \(2,\) of strides"),
+        ({"site": -1}, "site=-1; expected an integer from 0 to 4294967295"),
+        ({"site": 2**32}, "site=4294967296; expected an integer"),
+        ({"site": 1.5}, "site=1.5; expected an integer"),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: .*{complaint}"):
+            case.with_options(**wrong).run(impl)
+    case.with_options(site=2**32 - 1).run(impl)
 
 
 TEACHERS = {  # op -> the operands that are the teacher's

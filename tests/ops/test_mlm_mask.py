@@ -434,6 +434,47 @@ def test_rule_refuses(change, message):
         MaskingRule.of(**{"vocab_size": V, "mask_id": MASK, "special_ids": SPECIAL, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"places": torch.ones(3)},
+            r"places must be torch.int32 \(n,\), .*; got torch.float32 \(3,\)",
+        ),
+        ({"places": torch.ones(0, dtype=torch.int32)}, r"places must be .*not empty"),
+        ({"table": torch.ones(V - 1, dtype=torch.int32)}, r"table must be torch.int32 \(50,\)"),
+        ({"ordinary": torch.ones(3, dtype=torch.int32)}, "ordinary must be torch.int64"),
+        ({"ordinary": torch.arange(4, 8)[::2]}, "ordinary must be .*contiguous"),
+        ({"ordinary": torch.tensor([5, V])}, "ordinary has ids from 5 to 50; expected 0 to 49"),
+        ({"ordinary": torch.tensor([-1, 5])}, "ordinary has ids from -1 to 5"),
+        ({"ratio": "0.15"}, "ratio='0.15'; expected a number from 0 to 1"),
+        ({"mask_share": None}, "mask_share=None; expected a number"),
+    ],
+)
+def test_rule_made_by_hand_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(rule(position_weights=[1.0, 2.0]), **change)
+
+
+def test_numbers_of_numpy():
+    made = rule(ratio=np.float32(0.25), mask_share=np.float64(0.5), random_share=np.int64(0))
+    assert made.plan[3:] == rule(ratio=0.25, mask_share=0.5, random_share=0.0).plan[3:]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_in_place_undone_where_a_row_is_empty(late, impl, monkeypatch):
+    """Also as on a GPU, which tells when the other rows have been masked."""
+    if late:
+        module = sys.modules["tinybert_fast.ops.mlm_mask"]  # whose name is the function's too
+        monkeypatch.setattr(module, "_told_late", lambda ids: True)
+    ids = tokens(3, 20, seed=7, low=5)
+    ids[1] = 0
+    before = ids.clone()
+    with pytest.raises(ValueError, match="row 1 has no token that may be masked"):
+        mlm_mask(ids, rule(), seed=1, in_place=True, impl=impl)
+    assert torch.equal(ids, before)
+
+
 def test_refuses_arrays_that_torch_cannot_hold():
     array = IDS.numpy().copy()
     array.setflags(write=False)

@@ -64,18 +64,13 @@ def _facts() -> dict[str, Any]:
     for op, limits in sorted(dispatch.OPS.items()):
         dtypes = limits.reference.dtypes
         operand = probe if probe.dtype in dtypes else probe.to(dtypes[0])
-        ops[op] = {name: _state(dispatch, limits, name, operand) for name in MEANING}
+        ops[op] = {name: _state(limits, name, operand) for name in MEANING}
         ops[op]["auto"], ops[op]["auto_why_not"] = dispatch.automatic(limits, operand)
     machine = {k: v for k, v in facts(device).items() if k not in ("commit", "date")}
     return {"machine": machine, "ops": ops, "chosen": dispatch.FROM_ENVIRONMENT}
 
 
-def _state(dispatch: Any, limits: Any, name: str, probe: Any) -> dict[str, Any]:
-    limit = getattr(limits, name)
-    if limit is None:
-        why = "not written for this operator"
-    else:
-        why = dispatch.UNAVAILABLE[name]
-        if why is None and probe.device.type not in limit.devices:
-            why = f"not for {probe.device.type}"
+def _state(limits: Any, name: str, probe: Any) -> dict[str, Any]:
+    written = getattr(limits, name) is not None
+    why = limits.refusal(name, probe, {}) if written else "not written for this operator"
     return {"runs": why is None, "why_not": why}

@@ -15,15 +15,15 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
-    check_devices,
     check_dropout,
     choose,
     define,
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.layout import SequenceLayout, full_tables
 from tinybert_fast.ops.native import DIRECTIONS
+from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.attention import attention as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
@@ -134,26 +134,29 @@ def attention(
     block_mask: BlockMask | Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``dropout(softmax(q @ k.mT * scale)) @ v`` within each sequence.
+    """``dropout(softmax(q @ k.mT * scale)) @ v`` within each sequence (Vaswani et al. 2017,
+    arXiv:1706.03762, equation 1).
 
     Args:
         q, k, v: packed (T, H, D) with ``layout``; or padded (B, N, H, D), where ``layout`` names
-            the real tokens and None means all. Any strides.
+            the real tokens and None means all. One dtype, fp16, bf16, fp32 or fp64 (``triton``:
+            not fp64, D up to 128); any strides.
         scale: D**-0.5 by default.
         direction: "both", "causal" (a token sees itself and what precedes it) or "anti_causal".
-        dropout_p, seed, site: rate, int64 (2,) seed of the step, and the number of this place in
-            the model; the rate is 0 or above 1/512 and below 1 - 1/512. The ``torch``
-            implementation draws from torch's own generator, every other one drops the cells of
-            ``reference/philox.py``.
+        dropout_p, seed, site: rate, contiguous int64 (2,) seed of the step, and the number of this
+            place in the model, 0 to 2^32 - 1; the rate is 0 or above 1/512 and below 1 - 1/512. The
+            ``torch`` implementation draws from torch's own generator, every other one drops the
+            cells of ``reference/philox.py``.
         block_mask: a BlockMask; or bool (N, N) or (B, N, N), True where attention is allowed, which
             ``triton`` does not take. Both are indexed by token ranks.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         The shape and dtype of ``q``; padding rows and queries with no allowed key are zero.
 
     Raises:
-        ValueError: shapes, dtypes or devices that disagree, an unknown direction, a dropout rate
-            out of range, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes, dtypes, devices or a layout that disagree, an unknown direction, a
+            dropout rate, seed or site that is none, or a named ``impl`` that cannot serve the call.
     """
     facts = {
         "width": q.shape[-1],
@@ -162,17 +165,20 @@ def attention(
     }
     impls = choose(impl, LIMITS, q, dropout_p=dropout_p, **facts)
     _check(q, k, v, layout, direction, block_mask)
-    check_dropout("attention", dropout_p, seed, q.device)
+    check_dropout("attention", dropout_p, seed, site, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     in_place = impls == ("triton", "triton")  # reads padded rows where they are
-    padded = q.dim() == 4
-    layout = layout or SequenceLayout.full(q.shape[0], q.shape[1], q.device)
-    packs = padded and not (in_place and not layout.has_holes)
+    padded, shape = q.dim() == 4, q.shape
+    packs = padded and not (in_place and (layout is None or not layout.has_holes))
+    if layout is None:
+        longest = shape[1]
+        cu_seqlens, work, padded_work = full_tables(shape[0], longest, q.device)
+    else:
+        longest = layout.max_length
+        cu_seqlens, work, padded_work = layout.cu_seqlens, layout.work, layout.padded_work
     if packs:
-        q, k, v = (layout.pack(x) for x in (q, k, v))
-    cu_seqlens, work = layout.cu_seqlens, None
-    if impls[0] == "triton":
-        work = layout.padded_work if padded and not packs else layout.work
+        q, k, v = (x.flatten(0, 1) if layout is None else layout.pack(x) for x in (q, k, v))
+    work = padded_work if padded and not packs else work
     forms = [_mask_of(block_mask, name) for name in impls]
     if impls[0] == "reference":
         mask = forms[0][0] if forms[0] else None
@@ -180,9 +186,12 @@ def attention(
             reference, q, k, v, cu_seqlens, scale, direction, dropout_p, seed, site, mask
         )
     else:
-        settings = (layout.max_length, scale, direction, dropout_p, site, len(forms[0]))
+        settings = (longest, scale, direction, dropout_p, site, len(forms[0]))
         masks = forms[0] if impls[0] == impls[1] else forms[0] + forms[1]
+        work = work if impls[0] == "triton" else None
         out = _Attention.apply(q, k, v, cu_seqlens, work, seed, settings, impls, *masks)
+    if layout is None:
+        return out.view(shape)
     return layout.pad(out) if packs else out
 
 
@@ -204,12 +213,7 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
             "each sequence starts"
         )
     if layout is not None:
-        expected = (layout.total,) if q.dim() == 3 else (layout.batch_size, layout.width)
-        if tuple(q.shape[: len(expected)]) != expected:
-            raise ValueError(
-                f"attention: the layout describes leading sizes {expected}; got {shapes()}"
-            )
-        check_devices("attention", q.device, layout=layout.cu_seqlens)
+        check_layout("attention", layout, q, leading=q.dim() - 2)
     if direction not in DIRECTIONS:
         raise ValueError(f"attention: direction={direction!r} is not one of {DIRECTIONS}")
     if block_mask is not None:

@@ -16,10 +16,11 @@ from tinybert_fast.ops.dispatch import (
     Limits,
     choose,
     define,
+    integer,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, check_sides, clearing, in_fp32
+from tinybert_fast.ops.layout import SequenceLayout, full_tables
+from tinybert_fast.ops.loss import check_sides, clearing, in_fp32, scalar_loss
 from tinybert_fast.reference.attention_relation_kl import attention_relation_kl as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
@@ -42,6 +43,7 @@ _forward = define(
     "attention_relation_kl_fwd(Tensor a, Tensor? b, Tensor c, Tensor? d, Tensor cu_seqlens,"
     " Tensor work, SymInt max_length) -> (Tensor loss, Tensor da, Tensor db)",
     fake=lambda a, b, *rest: (in_fp32(a, ()), in_fp32(a), in_fp32(a, (0,) if b is None else None)),
+    sparing=("torch", "native"),
     torch="tinybert_fast.tuned.attention_relation_kl:forward",
     native="tinybert_fast.tuned.attention_relation_kl:forward_native",
     triton="tinybert_fast.kernels.attention_relation_kl:forward",
@@ -58,15 +60,18 @@ def attention_relation_kl(
     layout: SequenceLayout | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.kl_div(log_softmax(a_s @ b_s.mT / d_s**0.5), softmax(a_t @ b_t.mT / d_t**0.5))`` within
-    each sequence, after the H heads of D numbers have become ``relation_heads`` of d = H D / R.
+    """``F.kl_div(log_softmax(a_s @ b_s.mT / d_s**0.5), softmax(a_t @ b_t.mT / d_t**0.5),
+    reduction="sum") / (T * R)``, pairs within each of the sequences, whose tokens are T, after H
+    heads of D numbers have become R = ``relation_heads`` of d = H D / R.
 
     Args:
         a_student, b_student, a_teacher, b_teacher: packed (T, H, D) with ``layout``; or padded
             (B, N, H, D), where ``layout`` names the real tokens and None means all. Queries and
             keys, or one tensor twice: queries, keys or values (a relation with itself, which costs
             less and whose gradient is the sum of both). Student and teacher may differ in H and D.
+            fp16, bf16, fp32 or fp64 (``triton``: not fp64, d up to 128); any strides.
         relation_heads: R, of student and teacher alike; divides both widths H D.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         Scalar, fp32 or wider: the mean over real tokens and relation heads of KL(teacher ||
@@ -74,35 +79,45 @@ def attention_relation_kl(
         gradient to the teacher.
 
     Raises:
-        ValueError: shapes that disagree, relation heads that do not divide a width, or a named
-            ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree, relation heads that do not divide a
+            width, or a named ``impl`` that cannot serve the call.
     """
     operands = (a_student, b_student, a_teacher, b_teacher)
     _check(operands, layout, relation_heads)
     widths = [x.shape[-2] * x.shape[-1] // relation_heads for x in (a_student, a_teacher)]
     impls = choose(impl, LIMITS, a_student, width=max(widths))
-    whole = layout or SequenceLayout.full(a_student.shape[0], a_student.shape[1], a_student.device)
-    layout = whole.counted
 
     def regrouped(x: Tensor) -> Tensor:
-        rows = x if x.dim() == 3 else whole.pack(x)
-        return rows.flatten(1).unflatten(1, (relation_heads, -1))
+        if x.dim() == 4:
+            x = x.flatten(0, 1) if layout is None else layout.pack(x)
+        return x.flatten(1).unflatten(1, (relation_heads, -1))
 
     a, c = regrouped(a_student), regrouped(a_teacher.detach())
     b = d = None
     if a_student is not b_student or a_teacher is not b_teacher:
         b, d = regrouped(b_student), regrouped(b_teacher.detach())
-    call = (a, b, c, d, layout.cu_seqlens, layout.work, layout.max_length)
+    counted, forward = None, _forward
+    if layout is None:
+        batch, longest = a_student.shape[:2]
+        cu_seqlens, work, _ = full_tables(batch, longest, a.device)
+    else:
+        counted = layout.counted
+        cu_seqlens, work, longest = counted.cu_seqlens, counted.work, counted.max_length
+        forward = clearing(_forward, counted)
+    call = (a, b, c, d, cu_seqlens, work, longest)
     if impls[0] == "reference":
-        return layout.over_tokens(without_autocast(reference, *call))
-    return layout.over_tokens(ScalarLoss.apply(clearing(_forward, layout), reference, impls, *call))
+        loss = without_autocast(reference, *call)
+    else:
+        loss = scalar_loss(forward, reference, impls, 2, *call)
+    return loss if counted is None else counted.over_tokens(loss)
 
 
 def _check(operands, layout, relation_heads) -> None:
     names = ("a_student", "b_student", "a_teacher", "b_teacher")
     check_sides("attention_relation_kl", names, operands, layout)
     widths = [x.shape[-2] * x.shape[-1] for x in operands[::2]]
-    if relation_heads < 1 or any(width % relation_heads for width in widths):
+    integer("attention_relation_kl", "relation_heads", relation_heads, 1, max(1, *widths))
+    if any(width % relation_heads for width in widths):
         raise ValueError(
             f"attention_relation_kl: relation_heads={relation_heads} must divide the student's "
             f"width {widths[0]} and the teacher's {widths[1]}; take a divisor of "

@@ -21,7 +21,7 @@ from tinybert_fast.ops.dispatch import (
     without_autocast,
 )
 from tinybert_fast.ops.layout import SequenceLayout, full_cu_seqlens
-from tinybert_fast.ops.loss import ScalarLoss, check_sides, clearing, in_fp32
+from tinybert_fast.ops.loss import check_sides, clearing, in_fp32, scalar_loss
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 from tinybert_fast.reference.block_mask import allowed_pairs
 from tinybert_fast.tuned.attention_score_mse import crossover
@@ -57,6 +57,7 @@ _forward = define(
     " -> (Tensor loss, Tensor dq, Tensor dk)",
     fake=lambda q, k, *rest: (in_fp32(q, ()), *(_gradient(x, rest[-1]) for x in (q, k))),
     fake_knows_impl=True,
+    sparing=("torch", "native"),
     torch="tinybert_fast.tuned.attention_score_mse:forward",
     native="tinybert_fast.tuned.attention_score_mse:forward_native",
     triton="tinybert_fast.kernels.attention_score_mse:forward",
@@ -91,7 +92,8 @@ def attention_score_mse(
     Args:
         q_student, k_student, q_teacher, k_teacher: packed (T, H, D) with ``layout``; or padded
             (B, N, H, D), where ``layout`` names the real tokens and None means all. Student and
-            teacher may differ in D, not in H.
+            teacher may differ in D, not in H. fp16, bf16, fp32 or fp64 (``triton``: not fp64, D up
+            to 64); any strides.
         form: "direct" (scores in blocks), "gram" (no scores, linear in the length), or "auto":
             whichever multiplies less, decided by lengths, widths and the mask, never by values.
         loss: "student" leaves out the teacher's own term, the mean of its squared scores: the
@@ -102,6 +104,7 @@ def attention_score_mse(
             so the form is direct.
         count_padded_queries: the released code's semantics, padded operands only: padding keys
             contribute 0, padding queries count, and the mean is over B * H * N * N.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Precision, where rho = sum (S - T)^2 / sum (S^2 + T^2): Gram's gradients, before they are
     rounded to the operands' dtype, are within 1e-3 of exact ones down to rho = 3e-5; its full loss
@@ -114,9 +117,9 @@ def attention_score_mse(
         No gradient to the teacher.
 
     Raises:
-        ValueError: shapes or devices that disagree (the message names the remedy for different
-            head counts), an unknown form or loss, the Gram form or ``count_padded_queries`` under a
-            mask, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree (the message names the remedy for
+            different head counts), an unknown form or loss, the Gram form or
+            ``count_padded_queries`` under a mask, or a named ``impl`` that cannot serve the call.
     """
     widths = q_student.shape[-1], q_teacher.shape[-1]
     facts = {"width": max(widths), "dense_mask": isinstance(block_mask, Tensor)}
@@ -145,7 +148,7 @@ def attention_score_mse(
     call = (*operands, cu_seqlens, longest, form, loss, mask)
     if impls[0] == "reference":
         return without_autocast(_by_definition, *call)
-    return ScalarLoss.apply(forward, _by_definition, impls, *call)
+    return scalar_loss(forward, _by_definition, impls, 2, *call)
 
 
 def _check(operands, layout, form, loss, block_mask, count_padded_queries) -> None:

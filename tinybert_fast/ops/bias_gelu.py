@@ -65,10 +65,16 @@ class _BiasGelu(torch.autograd.Function):
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """``F.gelu(x + bias)``, the erf form: (..., C) and (C,) -> (..., C) in x's dtype.
+    """``F.gelu(x + bias)``, the erf form (Hendrycks & Gimpel 2016, arXiv:1606.08415): (..., C) and
+    (C,) -> (..., C) in x's dtype.
+
+    Args:
+        x, bias: fp16, bf16, fp32 or fp64 (``triton``: not fp64); any strides.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Raises:
-        ValueError: bias is not (C,), or a named ``impl`` that cannot serve the call.
+        ValueError: bias is not (C,) or is on another device, or a named ``impl`` that cannot serve
+            the call.
     """
     impls = choose(impl, LIMITS, x, double=any_double(bias))
     check_columns("bias_gelu", x, bias=bias)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast.ops.dispatch import (
@@ -32,7 +33,7 @@ LIMITS = Limits(
 )
 
 _CONDITIONS = (
-    "Tensor probe, Tensor? document_first, Tensor? document_stop, Tensor? global_tokens,"
+    "Tensor probe, Tensor? document_first, Tensor? document_stop, Tensor? global_words,"
     " Tensor? lengths, Tensor? dense, int size, int masks, int side, bool everything, int window,"
     " int window_blocks, int random_blocks, int seed"
 )
@@ -267,8 +268,8 @@ def _native_lists(probe: Tensor, c: Conditions) -> list[Tensor]:
         stop = torch.searchsorted(documents, documents, right=True)
         bounds = (first.int(), stop.int())
     arguments = (
-        probe, *bounds, c.global_tokens, c.lengths, c.dense, c.size, c.masks, c.side, c.everything,
-        c.window, c.window_blocks, c.random_blocks, c.seed,
+        probe, *bounds, _words_of(c.global_tokens), c.lengths, c.dense, c.size, c.masks, c.side,
+        c.everything, c.window, c.window_blocks, c.random_blocks, c.seed,
     )  # fmt: skip
     kinds = _kinds(*arguments, "native")
     partial, full = torch.stack([(kinds == kind).sum() for kind in (1, 2)]).tolist()
@@ -277,6 +278,15 @@ def _native_lists(probe: Tensor, c: Conditions) -> list[Tensor]:
             f"block_mask: {partial + full:,} blocks are listed; fewer than 2^31 can be"
         )
     return _lists(kinds, partial + full, partial, *arguments, "native")
+
+
+def _words_of(marked: Tensor | None) -> Tensor | None:
+    """Bool (N,) -> int32 (N / 32 rounded up,), the bits of 32 tokens each."""
+    if marked is None:
+        return None
+    padded = F.pad(marked, (0, -len(marked) % 32)).view(-1, 4, 8)
+    values = 2 ** torch.arange(8, dtype=torch.uint8, device=marked.device)
+    return (padded * values).sum(-1, dtype=torch.uint8).view(torch.int32).flatten()
 
 
 def _check_side(side: int) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -52,8 +52,8 @@ def _probe() -> dict[str, str | None]:
     why: dict[str, str | None] = dict.fromkeys(FASTEST_FIRST)
     if find_spec("tinybert_fast._native") is None:
         why["native"] = (
-            "the compiled module tinybert_fast._native is not installed (its build needs a C++ "
-            "compiler)"
+            "the compiled module tinybert_fast._native is not installed (its build needs GCC 9 or "
+            "newer, or clang)"
         )
     if find_spec("triton") is None:
         why["triton"] = "the package triton is not installed"
@@ -154,7 +154,7 @@ class Limits:
 def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[str, str]:
     """The implementations of (forward, backward) for this call."""
     if not isinstance(impl, str):
-        if len(impl) != 2:
+        if not isinstance(impl, (tuple, list)) or len(impl) != 2:
             raise ValueError(
                 f"{limits.op}: impl={impl!r} must be one name or a (forward, backward) pair"
             )
@@ -213,44 +213,77 @@ def _choose_one(impl: str, limits: Limits, tensor: Tensor, facts: dict[str, Any]
 
 
 def define(
-    schema: str, *, fake: Callable, fake_knows_impl: bool = False, **implementations: str
+    schema: str,
+    *,
+    fake: Callable,
+    fake_knows_impl: bool = False,
+    sparing: tuple[str, ...] | None = None,
+    **implementations: str,
 ) -> Callable:
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its function.
 
     Called eagerly on plain tensors it runs the implementation at once: PyTorch's dispatcher takes
-    longer than some of them. Whoever traces, profiles or intercepts sees the operator.
+    longer than some of them. Whoever traces, profiles or intercepts sees the operator. The
+    dispatcher also resolves tensors whose memory holds their negative, as ``z.conj().imag``.
 
     Args:
         schema: ``name(Tensor x, ...) -> (...)`` as torch.library takes it.
         fake: shapes and dtypes of the outputs, from the same arguments without ``impl``.
         fake_knows_impl: ``fake`` takes ``impl`` too, last: not every implementation fills every
             output.
+        sparing: ``bool[] wanted`` is added behind the schema's arguments, one for each of the last
+            outputs: what is not wanted is returned empty. These implementations take it too, last,
+            and spare the work.
         implementations: name -> "module:function", imported when first executed.
     """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.partition(") ->")
+    if sparing is not None:
+        arguments += ", bool[] wanted"
     torch.library.define(f"{NAMESPACE}::{name}", f"({arguments}, str impl) ->{returns}")
 
     def run(*args):
         *operands, impl = args
+        wanted = () if sparing is None else operands[-1]
+        if sparing is not None and impl not in sparing:
+            operands.pop()
         module, _, function = implementations[impl].partition(":")
         with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
-            return without_autocast(getattr(import_module(module), function), *operands)
+            found = without_autocast(getattr(import_module(module), function), *operands)
+            return _without_unwanted(found, wanted)
 
     torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
 
     @torch.library.register_fake(f"{NAMESPACE}::{name}")
     def run_fake(*args):
-        return fake(*args) if fake_knows_impl else fake(*args[:-1])
+        *operands, impl = args
+        wanted = () if sparing is None else operands.pop()
+        found = fake(*operands, impl) if fake_knows_impl else fake(*operands)
+        return _without_unwanted(found, wanted)
 
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(*args):
-        if _watched() or not PLAIN.issuperset(map(type, args)):
-            return registered(*args)
-        return run(*args)
+        plain = PLAIN.issuperset(map(type, args)) and not _watched()
+        if plain and not any(x.is_neg() for x in args if isinstance(x, Tensor)):
+            return run(*args)
+        return registered(*args)
 
     return call
+
+
+def _without_unwanted(found: Any, wanted: Sequence[bool]) -> Any:
+    if all(wanted):
+        return found
+    kept = len(found) - len(wanted)
+    last = zip(found[kept:], wanted, strict=True)
+    return *found[:kept], *(x if want else x.new_empty(0) for x, want in last)
+
+
+def wanted_gradients(*operands: Any) -> list[bool]:
+    """Of which operands autograd wants a gradient just now."""
+    recording = torch.is_grad_enabled()
+    return [recording and isinstance(x, Tensor) and x.requires_grad for x in operands]
 
 
 def _watched() -> bool:
@@ -306,15 +339,23 @@ def reference_gradient(
     return tuple(next(found) if need else None for need in needs)
 
 
-def check_dropout(op: str, dropout_p: float, seed: Tensor | None, device: torch.device) -> None:
-    """ValueError unless the rate fits 8 bits and a seed on ``device`` comes with it."""
+def check_dropout(
+    op: str, dropout_p: float, seed: Tensor | None, site: int, device: torch.device
+) -> None:
+    """ValueError unless the rate fits 8 bits, the site 32, and a seed on ``device`` comes along,
+    whose two numbers are neighbours, as kernels read them.
+    """
     if dropout_p == 0.0:
         return
     threshold(dropout_p)
-    if seed is None or seed.dtype != torch.int64 or seed.shape != (2,):
-        got = "None" if seed is None else f"{seed.dtype} {tuple(seed.shape)}"
+    integer(op, "site", site, 0, 2**32 - 1)
+    if seed is None or (seed.dtype, seed.shape, seed.stride()) != (torch.int64, (2,), (1,)):
+        got = "None"
+        if seed is not None:
+            got = f"{seed.dtype} {tuple(seed.shape)} of strides {seed.stride()}"
         raise ValueError(
-            f"{op}: dropout_p={dropout_p} needs seed, an int64 tensor of shape (2,); got {got}"
+            f"{op}: dropout_p={dropout_p} needs seed, a contiguous int64 tensor of shape (2,); got "
+            f"{got}"
         )
     check_devices(op, device, seed=seed)
 

@@ -26,6 +26,7 @@ from tinybert_fast.ops.layer_norm import (
     statistic,
 )
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.dropout_add_layer_norm import dropout_add_layer_norm as reference
 
 LIMITS = Limits(
@@ -93,14 +94,14 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         eps, dropout_p, site, keep = call
         place = (seed, site, sequences, positions)
         y, total, mean, rstd, cells = _forward(
-            x, bias, residual, weight, ln_bias, eps, dropout_p, *place, keep, impls[0]
+            _rows(x), bias, _rows(residual), weight, ln_bias, eps, dropout_p, *place, keep, impls[0]
         )
         ctx.impl, ctx.call, ctx.with_bias, ctx.x_dtype = impls[1], call, bias is not None, x.dtype
         if ctx.impl == "reference":
             ctx.save_for_backward(x, bias, residual, weight, ln_bias, seed, sequences, positions)
         else:
             ctx.save_for_backward(total, mean, rstd, cells, weight, seed, sequences, positions)
-        return y
+        return y.view(x.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -115,11 +116,20 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             ]
         else:
             dx, dtotal, dbias, dweight, dln_bias = _backward(
-                grad, *operands, dropout_p, *place, ctx.x_dtype, ctx.with_bias, ctx.impl
+                _rows(grad), *operands, dropout_p, *place, ctx.x_dtype, ctx.with_bias, ctx.impl
             )
-            dx = dtotal if dx.shape != dtotal.shape else dx
-            grads = (dx, dbias if ctx.with_bias else None, dtotal, dweight, dln_bias)
+            # What x and the residual share is one tensor: of two views, which autograd cannot see
+            # to be one memory, both leaves would keep it and add to it.
+            of_residual = dtotal.view(grad.shape)
+            of_x = of_residual if dx.shape != dtotal.shape else dx.view(grad.shape)
+            if of_x is of_residual and grad.dim() != 2 and torch.compiler.is_compiling():
+                of_x = of_residual.clone()  # inductor would hand out two views of its buffer
+            grads = (of_x, dbias if ctx.with_bias else None, of_residual, dweight, dln_bias)
         return (*grads, None, None, None, None, None)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def dropout_add_layer_norm(
@@ -136,21 +146,25 @@ def dropout_add_layer_norm(
     layout: SequenceLayout | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.layer_norm(residual + F.dropout(x + bias), (C,), weight, ln_bias, eps)``.
+    """``F.layer_norm(residual + F.dropout(x + bias), (C,), weight, ln_bias, eps)``: the end of
+    each half of a post-norm layer (Devlin et al. 2018, arXiv:1810.04805).
 
     Args:
-        x, residual: packed (T, C) with ``layout``; or (B, N, C) or (rows, C) without.
+        x, residual: packed (T, C) with ``layout``; or (B, N, C) or (rows, C) without. fp16, bf16,
+            fp32 or fp64 each (``triton``: not fp64, C up to 8192); any strides.
         bias: (C,) of the linear layer that made x, or None where x has it already.
-        dropout_p, seed, site, layout: as in ``attention``; the mask is a function of seed, site,
-            sequence, token rank and column.
+        weight, ln_bias: (C,) of the layer norm.
+        dropout_p, seed, site, layout: as in ``attention``; the mask is a function of seed, site
+            (0 to 2^32 - 1), sequence, token rank and column.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         The residual's shape and dtype, computed in fp32 or wider; what a backward reads of the sum
         is rounded to the residual's dtype, its statistics are not.
 
     Raises:
-        ValueError: shapes that disagree, a dropout rate out of range, a layout of another size, or
-            a named ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree, a dropout rate, seed or site that is
+            none, or a named ``impl`` that cannot serve the call.
     """
     double = any_double(bias, residual, weight, ln_bias)
     impls = choose(impl, LIMITS, x, dropout_p=dropout_p, columns=x.shape[-1], double=double)
@@ -161,33 +175,31 @@ def dropout_add_layer_norm(
         )
     check_devices("dropout_add_layer_norm", x.device, residual=residual)
     check_columns("dropout_add_layer_norm", x, bias=bias, weight=weight, ln_bias=ln_bias)
-    check_dropout("dropout_add_layer_norm", dropout_p, seed, x.device)
-    rows, residual_rows = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-    sequences, positions = token_places("dropout_add_layer_norm", x, layout)
+    check_dropout("dropout_add_layer_norm", dropout_p, seed, site, x.device)
+    sequences, positions = token_places("dropout_add_layer_norm", x, layout, dropout_p)
+    operands = (x, bias, residual, weight, ln_bias)
     if impls[0] == "reference":
-        y = without_autocast(
-            reference, rows, bias, residual_rows, weight, ln_bias, eps, dropout_p, seed, site,
-            sequences, positions,
-        )  # fmt: skip
-    else:
-        leaves = (x, bias, residual, weight, ln_bias)
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-        y = _DropoutAddLayerNorm.apply(
-            rows, bias, residual_rows, weight, ln_bias, seed, sequences, positions,
-            (eps, dropout_p, site, keep), impls,
-        )  # fmt: skip
-    return y.view(x.shape)
+        place = (seed, site, sequences, positions)
+        return without_autocast(reference, *operands, eps, dropout_p, *place)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    call = (eps, dropout_p, site, keep)
+    return _DropoutAddLayerNorm.apply(*operands, seed, sequences, positions, call, impls)
 
 
-def token_places(op: str, x: Tensor, layout: SequenceLayout | None) -> tuple[Tensor, Tensor]:
-    """(sequence, rank) of each row of x: from the layout, or from x's own (B, N) or (rows,)."""
+def token_places(
+    op: str, x: Tensor, layout: SequenceLayout | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """(sequence, rank) of each row of x: from the layout, or from x's own (B, N) or (rows,), where
+    they are empty if nothing is dropped.
+    """
     if layout is not None:
-        if x.dim() != 2 or x.shape[0] != layout.total:
-            raise ValueError(
-                f"{op}: with a layout x is packed ({layout.total}, C); got {tuple(x.shape)}"
-            )
-        check_devices(op, x.device, layout=layout.sequences)
+        if x.dim() != 2:
+            raise ValueError(f"{op}: with a layout x is packed (T, C); got {tuple(x.shape)}")
+        check_layout(op, layout, x, leading=1)
         return layout.sequences, layout.positions
+    if dropout_p == 0.0:
+        first, second = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(2))
+        return first, second
     batch, width = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[:-1].numel())
     row = torch.arange(batch * width, device=x.device, dtype=torch.int32)
     return torch.div(row, max(width, 1), rounding_mode="floor"), row % max(width, 1)

@@ -51,7 +51,7 @@ LIMITS = Limits(
 def _forward_fake(word, position, token_type, weight, bias, input_ids, *call):
     dropout_p, impl = call[4], call[-1]
     y = word.new_empty(input_ids.shape[0], word.shape[1])
-    return y, torch.empty_like(y), statistic(y), statistic(y), kept_cells(y, dropout_p, impl)
+    return y, y.new_empty(y.shape), statistic(y), statistic(y), kept_cells(y, dropout_p, impl)
 
 
 def _backward_fake(
@@ -83,6 +83,7 @@ _backward = define(
     f" {PLACE}, int words, int position_rows, int types, int padding_idx, float dropout_p)"
     " -> (Tensor dword, Tensor dposition, Tensor dtoken_type, Tensor dweight, Tensor dbias)",
     fake=_backward_fake,
+    sparing=("torch", "native"),
     torch="tinybert_fast.tuned.embedding_layer_norm:backward",
     native="tinybert_fast.tuned.embedding_layer_norm:backward",
     triton="tinybert_fast.kernels.embedding_layer_norm:backward",
@@ -119,7 +120,10 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
             operands = (*operands, padding_idx, eps, dropout_p, *place)
             grads = reference_gradient(reference, operands, needs, grad)[:5]
         else:
-            grads = _backward(grad, *operands, *place, *ctx.sizes, padding_idx, dropout_p, ctx.impl)
+            wanted = list(ctx.needs_input_grad[:5])
+            call = (*ctx.sizes, padding_idx, dropout_p, wanted)
+            found = _backward(grad, *operands, *place, *call, ctx.impl)
+            grads = tuple(g if want else None for g, want in zip(found, wanted, strict=True))
         return (*grads, None, None, None, None, None, None)
 
 
@@ -141,21 +145,25 @@ def embedding_layer_norm(
     padding_idx: int | None = 0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.dropout(F.layer_norm(word[ids] + position[positions] + token_type[types]))``.
+    """``F.dropout(F.layer_norm(word[ids] + position[positions] + token_type[types]))``: BERT's
+    input layer (Devlin et al. 2018, arXiv:1810.04805, figure 2).
 
     Args:
-        input_ids, token_type_ids, position_ids: int64 (T,).
-        word, position, token_type: tables (V, C), (P, C), (S, C).
+        input_ids, token_type_ids, position_ids: int32 or int64 (T,).
+        word, position, token_type: tables (V, C), (P, C), (S, C), fp16, bf16, fp32 or fp64
+            (``triton``: not fp64, S up to 2, C up to 8192).
         weight, bias: (C,) of the layer norm.
         dropout_p, seed, site, layout: as in ``dropout_add_layer_norm``.
         padding_idx: the word whose embedding gets no gradient, or None.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         (T, C) in the tables' dtype.
 
     Raises:
-        ValueError: ids that disagree in shape, tables that disagree in width, a dropout rate out of
-            range, or a named ``impl`` that cannot serve the call.
+        ValueError: ids that disagree in shape, tables that disagree in width, devices or a layout
+            that disagree, a dropout rate, seed or site that is none, or a named ``impl`` that
+            cannot serve the call.
         IndexError: an id outside its table.
     """
     impls = choose(
@@ -193,8 +201,10 @@ def embedding_layer_norm(
             f"{tuple(word.shape)}; None means no padding word"
         )
     check_columns("embedding_layer_norm", word, weight=weight, bias=bias)
-    check_dropout("embedding_layer_norm", dropout_p, seed, word.device)
-    sequences, positions = token_places("embedding_layer_norm", input_ids[:, None], layout)
+    check_dropout("embedding_layer_norm", dropout_p, seed, site, word.device)
+    sequences, positions = token_places(
+        "embedding_layer_norm", input_ids[:, None], layout, dropout_p
+    )
     # A row may be further into its table than int32 counts.
     ids = (input_ids.long(), position_ids.long(), token_type_ids.long())
     padding = -1 if padding_idx is None else padding_idx

@@ -13,13 +13,15 @@ from tinybert_fast.ops.dispatch import (
     Limit,
     Limits,
     autocast,
+    check_devices,
     choose,
     define,
     without_autocast,
 )
 from tinybert_fast.ops.layer_norm import refuses_columns
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.loss import in_fp32, scalar_loss
+from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.hidden_mse import hidden_mse as reference
 from tinybert_fast.tuned import hidden_mse as tuned
 
@@ -38,20 +40,22 @@ _forward = define(
         in_fp32(student, (0,) if weight is None else weight.shape),
         in_fp32(student, (0,) if bias is None else bias.shape),
     ),
+    sparing=("torch",),
     torch="tinybert_fast.tuned.hidden_mse:forward",
     triton="tinybert_fast.kernels.hidden_mse:forward",
 )
 
 
-def _forward_of_live(student, weight, bias, teacher, dead: Tensor, impl):
+def _forward_of_live(student, weight, bias, teacher, dead: Tensor, wanted, impl):
     """``_forward`` without the rows that ``dead`` names of the last ones, divided by the numbers
     that the rows before those have, or a row if there is none. PyTorch takes the last ones: the
     device alone knows how many are dead.
     """
     first = len(student) - len(dead)
     n = max(first, 1) * teacher.shape[1]
-    loss, dstudent, *others = _forward(student[:first], weight, bias, teacher[:first], impl)
-    last = (student[first:], weight, bias, teacher[first:], dead, n)
+    live = (student[:first], weight, bias, teacher[:first])
+    loss, dstudent, *others = _forward(*live, wanted, impl)
+    last = (student[first:], weight, bias, teacher[first:], wanted, dead, n)
     more, dlast, *rest = without_autocast(tuned.forward, *last)
     sums = (a + b for a, b in zip(others, rest, strict=True))
     return loss + more, torch.cat((dstudent, dlast)), *sums
@@ -76,41 +80,47 @@ def hidden_mse(
     """``F.mse_loss(F.linear(student, weight, bias), teacher)``, no gradient to the teacher.
 
     Args:
-        student: (..., C). teacher: (..., Ct), the same leading sizes.
+        student: (..., C). teacher: (..., Ct), the same leading sizes. fp16, bf16, fp32 or fp64 each
+            (``triton``: no fp64 student, Ct up to 8192); any strides.
         weight, bias: (Ct, C) and (Ct,) of the projection; None where the widths agree.
         layout: of packed (T, C) rows; the mean leaves out those of its dummies.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         Scalar, fp32 or wider: the mean over all entries (Jiao et al. 2020, equations 8 and 9), 0
         of none. The product runs in the student's dtype, or in autocast's.
 
     Raises:
-        ValueError: shapes that disagree, or a named ``impl`` that cannot serve the call.
+        ValueError: shapes, devices or a layout that disagree, or a named ``impl`` that cannot serve
+            the call.
     """
     impls = choose(impl, LIMITS, student, columns=teacher.shape[-1])
     _check(student, teacher, weight, bias, layout)
     student = student if weight is None else autocast(student)
-    rows = student.reshape(-1, student.shape[-1])
-    targets = teacher.detach().reshape(-1, teacher.shape[-1])
+    rows = student.reshape(-1, student.shape[-1]).contiguous()
+    targets = teacher.detach().reshape(-1, teacher.shape[-1]).contiguous()
     operands = (rows, weight, bias, targets)
     if layout is None or not layout.spare:
         if impls[0] == "reference":
             return without_autocast(reference, *operands)
-        return ScalarLoss.apply(_forward, reference, impls, *operands)
+        return scalar_loss(_forward, reference, impls, 3, *operands)
     layout = layout.counted
     if impls[0] == "reference":
         loss = without_autocast(_reference_of_live, *operands, layout.dead)
     else:
-        call = (_forward_of_live, _reference_of_live, impls, *operands, layout.dead)
-        loss = ScalarLoss.apply(*call)
+        both = (_forward_of_live, _reference_of_live)
+        loss = scalar_loss(*both, impls, 3, *operands, layout.dead)
     return loss * max(len(rows) - layout.spare, 1) / layout.cu_seqlens[-1]
 
 
 def _check(student, teacher, weight, bias, layout) -> None:
-    if layout is not None and student.shape[:-1] != (layout.total,):
-        raise ValueError(
-            f"hidden_mse: the layout has {layout.total} packed rows; got {tuple(student.shape)}"
-        )
+    check_devices("hidden_mse", student.device, teacher=teacher, weight=weight, bias=bias)
+    if layout is not None:
+        if student.dim() != 2:
+            raise ValueError(
+                f"hidden_mse: with a layout rows are packed (T, C); got {tuple(student.shape)}"
+            )
+        check_layout("hidden_mse", layout, student, leading=1)
     width, projection = student.shape[-1], None if weight is None else tuple(weight.shape)
     if weight is not None and (weight.dim() != 2 or weight.shape[1] != width):
         raise ValueError(

@@ -88,10 +88,17 @@ class _LayerNorm(torch.autograd.Function):
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-12, impl: Impl = "auto"
 ) -> Tensor:
-    """``F.layer_norm(x, (C,), weight, bias, eps)``: (..., C) -> (..., C) in x's dtype.
+    """``F.layer_norm(x, (C,), weight, bias, eps)`` (Ba et al. 2016, arXiv:1607.06450): (..., C) ->
+    (..., C) in x's dtype.
+
+    Args:
+        x, weight, bias: (..., C), (C,) and (C,), fp16, bf16, fp32 or fp64 (``triton``: not fp64,
+            C up to 8192); any strides.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Raises:
-        ValueError: weight or bias is not (C,), or a named ``impl`` that cannot serve the call.
+        ValueError: weight or bias is not (C,) or is on another device, or a named ``impl`` that
+            cannot serve the call.
     """
     impls = choose(impl, LIMITS, x, columns=x.shape[-1], double=any_double(weight, bias))
     check_columns("layer_norm", x, weight=weight, bias=bias)

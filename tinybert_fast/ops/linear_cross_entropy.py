@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,13 @@ from tinybert_fast.ops.dispatch import (
     Limit,
     Limits,
     autocast,
+    check_devices,
     choose,
     define,
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.loss import ScalarLoss, in_fp32
+from tinybert_fast.ops.loss import in_fp32, scalar_loss
 from tinybert_fast.reference.linear_cross_entropy import linear_cross_entropy as reference
 
 LIMITS = Limits(
@@ -29,27 +32,31 @@ LIMITS = Limits(
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _fake(hidden, weight, bias, rows, labels, ignore_index, smoothing, upstream, gradients):
-    losses = in_fp32(hidden, labels.shape)
-    if not gradients:
-        return losses, *(in_fp32(hidden, (0,)) for _ in range(3))
+def _fake(hidden, weight, bias, rows, labels, *options):
     dbias = in_fp32(hidden, (0,) if bias is None else bias.shape)
-    return losses, in_fp32(hidden), in_fp32(hidden, weight.shape), dbias
+    return in_fp32(hidden, labels.shape), in_fp32(hidden), in_fp32(hidden, weight.shape), dbias
 
 
 _forward = define(
     "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows,"
-    " Tensor labels, int ignore_index, float label_smoothing, Tensor? upstream, bool gradients)"
+    " Tensor labels, int ignore_index, float label_smoothing, Tensor? upstream)"
     " -> (Tensor losses, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
+    sparing=("torch", "triton"),
     torch="tinybert_fast.tuned.linear_cross_entropy:forward",
-    triton="tinybert_fast.kernels.linear_cross_entropy:forward",
+    triton="tinybert_fast.ops.linear_cross_entropy:_in_kernels",
 )
 
 
+def _in_kernels(*operands):
+    """Which compute all gradients or none."""
+    *call, wanted = operands
+    return import_module("tinybert_fast.kernels.linear_cross_entropy").forward(*call, any(wanted))
+
+
 def _sum(*arguments):
-    *operands, impl = arguments
-    losses, *gradients = _forward(*operands, None, True, impl)
+    *operands, wanted, impl = arguments
+    losses, *gradients = _forward(*operands, None, wanted, impl)
     return losses.sum(), *gradients
 
 
@@ -64,7 +71,7 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, impls, *operands) -> Tensor:
-        losses, *_ = _forward(*operands, None, False, impls[0])
+        losses, *_ = _forward(*operands, None, [False] * 3, impls[0])
         ctx.save_for_backward(*operands[:5])
         ctx.options, ctx.impl = operands[5:], impls[1]
         return losses
@@ -79,7 +86,7 @@ class _Losses(torch.autograd.Function):
         largest = upstream.new_ones(())
         if len(upstream):
             largest = upstream.abs().amax().clamp_min(torch.finfo(upstream.dtype).tiny)
-        _, *gradients = _forward(*operands, upstream / largest, True, ctx.impl)
+        _, *gradients = _forward(*operands, upstream / largest, list(needs[:3]), ctx.impl)
         rest = [None] * (len(needs) - len(gradients))
         return None, *(
             (g * largest).to(x.dtype) if need else None
@@ -99,23 +106,26 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: Impl = "auto",
 ) -> Tensor:
-    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``.
+    """``F.cross_entropy(F.linear(hidden[rows], weight, bias), labels)``: the masked-token head
+    (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
 
     Args:
-        hidden: (T, C). weight: (V, C), the tied word embeddings. bias: (V,) or None.
+        hidden: (T, C). weight: (V, C), the tied word embeddings. bias: (V,) or None. fp16, bf16,
+            fp32 or fp64 each (``triton``: no fp64 hidden); any strides.
         rows, labels: int64 (R,), which rows are labelled and with what, 0..V-1.
         ignore_index: a label that has no loss and does not count, as behind what ``mlm_mask`` has
             masked when it is given a capacity.
         label_smoothing, reduction: as ``F.cross_entropy`` takes them.
+        impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Returns:
         Fp32 or wider: a scalar, or (R,) for "none". No labelled row: loss 0 with zero gradients.
         The product runs in hidden's dtype, or in autocast's; the softmax in fp32 or wider.
 
     Raises:
-        ValueError: shapes or dtypes that disagree, numbers out of range, or a named ``impl`` that
-            cannot serve the call. On a GPU nobody waits to look at labels: one out of range makes
-            its loss NaN (triton) or stops PyTorch's kernel (torch).
+        ValueError: shapes, dtypes or devices that disagree, numbers out of range, or a named
+            ``impl`` that cannot serve the call. On a GPU nobody waits to look at labels: one out of
+            range makes its loss NaN (triton) or stops PyTorch's kernel (torch).
         IndexError or RuntimeError: a row out of range, from PyTorch.
     """
     impls = choose(impl, LIMITS, hidden)
@@ -137,13 +147,16 @@ def linear_cross_entropy(
     elif reduction == "none":
         losses = _Losses.apply(impls, *operands)
     else:
-        total = ScalarLoss.apply(_sum, _reference_sum, impls, *operands)
+        total = scalar_loss(_sum, _reference_sum, impls, 3, *operands)
     if reduction == "none":
         return losses
     return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp_min(1)
 
 
 def _check(hidden, weight, bias, rows, labels) -> None:
+    check_devices(
+        "linear_cross_entropy", hidden.device, weight=weight, bias=bias, rows=rows, labels=labels
+    )
     if hidden.dim() != 2 or weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
             "linear_cross_entropy: hidden must be (T, C) and weight (V, C); got "

@@ -10,12 +10,14 @@ what fp16 holds until they are multiplied by the loss scale, which is in the ups
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import define, reference_gradient
+from tinybert_fast.ops.dispatch import check_devices, define, reference_gradient, wanted_gradients
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.ops.packed import check_layout
 
 _scaled = define(
     "scaled_gradient(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
@@ -36,7 +38,7 @@ def check_sides(
     op: str, names: Sequence[str], operands: Sequence[Tensor], layout: SequenceLayout | None
 ) -> None:
     """ValueError unless two operands of the student and two of the teacher have heads of the same
-    tokens, packed as ``layout`` says or padded.
+    tokens, packed as ``layout`` says or padded, on one device.
     """
     a, b, c, d = operands
 
@@ -52,10 +54,9 @@ def check_sides(
         raise ValueError(f"{op}: student and teacher must see the same tokens; got {shapes()}")
     if a.dim() == 3 and layout is None:
         raise ValueError(f"{op}: packed (T, H, D) operands need layout=")
+    check_devices(op, a.device, **dict(zip(names, operands, strict=True)))
     if layout is not None:
-        expected = (layout.total,) if a.dim() == 3 else (layout.batch_size, layout.width)
-        if tuple(a.shape[: len(expected)]) != expected:
-            raise ValueError(f"{op}: the layout has leading sizes {expected}; got {shapes()}")
+        check_layout(op, layout, a, leading=a.dim() - 2)
 
 
 def clearing(forward_op: Callable, layout: SequenceLayout) -> Callable:
@@ -76,20 +77,29 @@ def clearing(forward_op: Callable, layout: SequenceLayout) -> Callable:
     return forward
 
 
-class ScalarLoss(torch.autograd.Function):
-    """``forward_op(*operands, impl) -> loss, *gradients`` of the leading operands.
+def scalar_loss(
+    forward_op: Callable, reference: Callable, impls: tuple[str, str], leading: int, *operands: Any
+) -> Tensor:
+    """The loss of ``forward_op(*operands, wanted, impl) -> loss, *gradients``, which are those of
+    the ``leading`` first operands; what autograd does not want is not computed.
 
-    The loss is fp32 or wider, gradients are too or bf16; that of an operand that is None is empty.
+    The loss is fp32 or wider, gradients are too or bf16.
     """
+    wanted = wanted_gradients(*operands[:leading])
+    if impls[1] == "reference":
+        wanted = [False] * leading
+    return _ScalarLoss.apply(forward_op, reference, impls, wanted, *operands)
 
+
+class _ScalarLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward_op: Callable, reference: Callable, impls, *operands) -> Tensor:
-        loss, *gradients = forward_op(*operands, impls[0])
+    def forward(ctx, forward_op, reference, impls, wanted, *operands) -> Tensor:
+        loss, *gradients = forward_op(*operands, wanted, impls[0])
         ctx.reference, ctx.impl = reference if impls[1] == "reference" else None, impls[1]
         tensors = gradients
         if ctx.reference is not None:
             # Copies of constants: autograd refuses to keep what a teacher made in inference mode.
-            needs = ctx.needs_input_grad[3:]
+            needs = ctx.needs_input_grad[4:]
             tensors = [
                 x.clone() if isinstance(x, Tensor) and not need else x
                 for x, need in zip(operands, needs, strict=True)
@@ -104,7 +114,7 @@ class ScalarLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         saved = iter(ctx.saved_tensors)
         kept = [next(saved) if other is None else other[0] for other in ctx.others]
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if ctx.reference is not None:
             gradients = reference_gradient(ctx.reference, tuple(kept), needs, upstream)
         else:
@@ -113,4 +123,4 @@ class ScalarLoss(torch.autograd.Function):
                 _scaled(g, upstream, dtype, ctx.impl) if need else None
                 for g, need, dtype in zip(kept, needs, ctx.dtypes, strict=True)
             )
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)

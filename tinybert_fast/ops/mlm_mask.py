@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -61,17 +62,35 @@ class MaskingRule:
     plan: Plan = field(init=False, repr=False)  # what the implementations take
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ratio, (int, float)) or not 0.0 < self.ratio <= 1.0:
+        for name in ("ratio", "mask_share", "random_share"):
+            share = getattr(self, name)
+            if not isinstance(share, Real):
+                raise ValueError(f"mlm_mask: {name}={share!r}; expected a number from 0 to 1")
+            object.__setattr__(
+                self, name, float(share)
+            )  # NumPy's too; a frozen instance sets it so
+        if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"mlm_mask: ratio={self.ratio!r}; expected above 0, at most 1")
         integer("mlm_mask", "vocab_size", self.vocab_size, 1, MOST_WORDS)
         integer("mlm_mask", "mask_id", self.mask_id, 0, self.vocab_size - 1)
-        tables = (self.table.dtype, len(self.table)) == (torch.int32, self.vocab_size)
-        if not tables or self.ordinary.dtype != torch.int64 or len(self.ordinary) == 0:
-            raise ValueError(
-                f"mlm_mask: table must be int32 ({self.vocab_size},), ordinary int64, not empty; "
-                f"got {self.table.dtype} {tuple(self.table.shape)} and {self.ordinary.dtype} "
-                f"{tuple(self.ordinary.shape)}. MaskingRule.of makes them"
-            )
+        for name, table, dtype in (
+            ("table", self.table, torch.int32),
+            ("places", self.places, torch.int32),
+            ("ordinary", self.ordinary, torch.int64),
+        ):
+            rows = (self.vocab_size,) if name == "table" else None
+            if table is not None and not _is_table(table, dtype, rows):
+                raise ValueError(
+                    f"mlm_mask: {name} must be {dtype} {rows or '(n,)'}, contiguous, not empty; "
+                    f"got {table.dtype} {tuple(table.shape)}. MaskingRule.of makes it"
+                )
+        if self.ordinary.device.type == "cpu":  # a GPU would be waited for at each new ratio
+            low, high = (int(end) for end in self.ordinary.aminmax())
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(
+                    f"mlm_mask: ordinary has ids from {low} to {high}; expected 0 to "
+                    f"{self.vocab_size - 1}, the vocabulary"
+                )
         shares = (self.mask_share, self.random_share)
         if not all(0.0 <= share <= 1.0 for share in shares) or sum(shares) > 1.0 + 1e-9:
             raise ValueError(
@@ -90,7 +109,7 @@ class MaskingRule:
             min(ONE, _in_units(self.mask_share + self.random_share)),
             self.unit,
         )
-        object.__setattr__(self, "plan", plan)  # a frozen instance sets it so
+        object.__setattr__(self, "plan", plan)
 
     @classmethod
     def of(
@@ -259,7 +278,8 @@ def mlm_mask(
             always enough.
         allow_empty_rows: leave a row without an eligible token as it is; else it raises. On a GPU a
             given capacity needs it, since nobody could be told without waiting.
-        in_place: replace tokens of ``input_ids`` itself; after an error it is as it was.
+        in_place: replace tokens of ``input_ids`` itself; after a ValueError it is as it was.
+        impl: "auto", "native" or "reference": ``ops/dispatch.py``.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit. On a GPU an id outside the
@@ -278,8 +298,8 @@ def mlm_mask(
     examples = None if example_ids is None else _operand("example_ids", example_ids)
     choice, _ = choose(impl, LIMITS, ids)
     seed, step = _check(ids, rule, flags, examples, seed, step, capacity)
-    fixed = capacity is not None
-    if fixed and ids.is_cuda and not allow_empty_rows:
+    fixed, late = capacity is not None, not allow_empty_rows and _told_late(ids)
+    if fixed and late:
         raise ValueError(
             "mlm_mask: a capacity on a GPU needs allow_empty_rows=True: a row without an eligible "
             "token could not be reported without waiting"
@@ -291,16 +311,24 @@ def mlm_mask(
         out, flags.get("special_tokens_mask"), flags.get("attention_mask"),
         flags.get("word_starts"), examples, *plan[:3], plan.mask_id, plan.ratio, plan.mask_below,
         plan.random_below, seed, step, plan.unit, capacity if fixed else most, dense_labels,
-        allow_empty_rows or ids.is_cuda, choice,
+        allow_empty_rows or late, choice,
     )  # fmt: skip
     if in_place and not torch.compiler.is_compiling() and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # as every in-place operator of PyTorch
     if not fixed:
-        if ids.is_cuda and not allow_empty_rows:
-            _refuse_empty(offsets.diff().tolist())
         count = int(offsets[-1])
         rows, labels = rows[:count], labels[:count]
+        if late:
+            counts = offsets.diff().tolist()
+            if in_place and 0 in counts:
+                out.view(-1)[rows] = labels
+            _refuse_empty(counts)
     return MaskedTokens(out, rows, labels, offsets, dense if dense_labels else None)
+
+
+def _told_late(ids: Tensor) -> bool:
+    """Whether rows without an eligible token are known when the others have been masked."""
+    return ids.is_cuda
 
 
 def _refuse_empty(counts: list[int]) -> None:
@@ -349,7 +377,8 @@ def _check(ids, rule, flags, examples, seed, step, capacity) -> tuple[int, int]:
             f"mlm_mask: example_ids must be int64 ({ids.shape[0]},); got {examples.dtype} "
             f"{tuple(examples.shape)}"
         )
-    check_devices("mlm_mask", ids.device, table=rule.table, example_ids=examples, **flags)
+    tables = {"table": rule.table, "places": rule.places, "ordinary": rule.ordinary}
+    check_devices("mlm_mask", ids.device, **tables, example_ids=examples, **flags)
     if capacity is not None:
         integer("mlm_mask", "capacity", capacity, 0, MOST_WORDS)
     if (rule.unit != "token") != ("word_starts" in flags):
@@ -359,6 +388,12 @@ def _check(ids, rule, flags, examples, seed, step, capacity) -> tuple[int, int]:
         integer("mlm_mask", "seed", seed, 0, 2**63 - 1),
         integer("mlm_mask", "step", step, 0, 2**32 - 1),
     )
+
+
+def _is_table(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> bool:
+    """Of one axis, not empty, whose entries are neighbours."""
+    fits = x.dim() == 1 and len(x) > 0 if shape is None else x.shape == shape
+    return fits and x.dtype == dtype and x.is_contiguous()
 
 
 def _in_units(share: float) -> int:

@@ -1,13 +1,14 @@
 """The one door to the compiled module tinybert_fast._native, which takes addresses.
 
-Its callers, the operators of this package, have checked dtypes, devices and contiguity.
+The operators of this package have checked shapes, dtypes and devices, in terms of their arguments.
+The door refuses once more what no address may be taken of: another device's memory, strided memory.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -40,11 +41,19 @@ def module() -> ModuleType:
     return loaded
 
 
-def _at(x: Tensor | None) -> int:
+CPU = torch.device("cpu")
+
+
+def _at(x: Tensor | None, device: torch.device = CPU) -> int:
+    """The address of what a function on ``device`` reads, or 0."""
     if x is None:
         return 0
-    if not x.is_contiguous():  # what a caller forgot to check must not be read as it lies
-        raise ValueError(f"the compiled module got an operand of strides {x.stride()}")
+    # What an operator forgot to check must not be read as it lies, nor where it does not.
+    if x.device != device or not x.is_contiguous():
+        raise ValueError(
+            f"the compiled module runs on {device} and reads contiguous operands; got one on "
+            f"{x.device} of strides {x.stride()}"
+        )
     return x.data_ptr()
 
 
@@ -73,24 +82,25 @@ def mlm_mask(
     """
     batch, width = ids.shape
     device = ids.device
+    at = partial(_at, device=device)
     dense = torch.empty_like(ids) if with_dense else ids.new_empty(0)
     rows, labels = ids.new_empty(capacity), ids.new_empty(capacity)
     offsets = torch.empty(batch + 1, dtype=torch.int32, device=device)
     call = module().MlmMask(
-        ids=_at(ids),
+        ids=at(ids),
         batch=batch,
         width=width,
-        special=_at(special),
+        special=at(special),
         special_bytes=0 if special is None else special.element_size(),
-        attention=_at(attention),
+        attention=at(attention),
         attention_bytes=0 if attention is None else attention.element_size(),
-        starts=_at(starts),
-        examples=_at(examples),
-        table=_at(table),
+        starts=at(starts),
+        examples=at(examples),
+        table=at(table),
         vocabulary=len(table),
-        places=_at(places),
+        places=at(places),
         place_count=0 if places is None else len(places),
-        ordinary=_at(ordinary),
+        ordinary=at(ordinary),
         ordinary_count=len(ordinary),
         mask_id=mask_id,
         ratio=ratio,
@@ -99,35 +109,36 @@ def mlm_mask(
         seed=seed,
         step=step,
         unit=UNITS.index(unit),
-        dense=_at(dense) if with_dense else 0,
+        dense=at(dense) if with_dense else 0,
     )
     lists = module().MaskedRows(
-        places=_at(rows), labels=_at(labels), offsets=_at(offsets), capacity=capacity
+        places=at(rows), labels=at(labels), offsets=at(offsets), capacity=capacity
     )
     if device.type == "cpu":
         module().mlm_mask_cpu(call, lists, allow_empty, torch.get_num_threads())
     else:
         scratch = torch.empty(batch * (2 * width + 1), dtype=torch.int32, device=device)
-        _run("mlm_mask", device, call, lists, _at(scratch))
+        _run("mlm_mask", device, call, lists, at(scratch))
     return rows, labels, offsets, dense
 
 
 def sequence_extents(real: Tensor) -> Tensor:
     """Bool (B, N) -> int64 (3, B): real tokens, column of the first, one past that of the last."""
     extents = torch.empty(3, len(real), dtype=torch.int64, device=real.device)
-    _run("sequence_extents", real.device, _padding(real), _at(extents))
+    _run("sequence_extents", real.device, _padding(real), _at(extents, real.device))
     return extents
 
 
 def sequence_layout(real: Tensor, cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bool (B, N) -> rows int64, sequences and positions int32, (total,) each."""
+    at = partial(_at, device=real.device)
     rows = torch.empty(total, dtype=torch.int64, device=real.device)
     sequences, positions = (rows.new_empty(total, dtype=torch.int32) for _ in range(2))
     packed = module().PackedRows(
-        cu_seqlens=_at(cu_seqlens),
-        rows=_at(rows),
-        sequences=_at(sequences),
-        positions=_at(positions),
+        cu_seqlens=at(cu_seqlens),
+        rows=at(rows),
+        sequences=at(sequences),
+        positions=at(positions),
         total=total,
     )
     _run("sequence_layout", real.device, _padding(real), packed)
@@ -135,7 +146,7 @@ def sequence_layout(real: Tensor, cu_seqlens: Tensor, total: int) -> tuple[Tenso
 
 
 def _padding(real: Tensor) -> Any:
-    return module().Padding(real=_at(real), batch=real.shape[0], width=real.shape[1])
+    return module().Padding(real=_at(real, real.device), batch=real.shape[0], width=real.shape[1])
 
 
 def attention_forward(
@@ -181,13 +192,15 @@ def _attention(q, k, v, cu_seqlens, scale, direction, threshold, seed, site) -> 
 
 
 def attention_score_mse(
-    q, k, p, r, cu_seqlens, direct_up_to: int, loss: str
+    q, k, p, r, cu_seqlens, direct_up_to: int, loss: str, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 or bf16 (T, H, D) and (T, H, Dt) on the CPU, whose heads lie together -> fp32
-    loss, dq, dk. Sequences of more tokens than ``direct_up_to`` take the Gram form.
+    loss, dq, dk, empty without ``gradients``. Sequences of more tokens than ``direct_up_to`` take
+    the Gram form.
     """
     total = torch.empty((), dtype=torch.float32, device="cpu")
-    dq, dk = (torch.empty(q.shape, dtype=q.dtype, device="cpu") for _ in range(2))
+    shape = q.shape if gradients else (0,)
+    dq, dk = (torch.empty(shape, dtype=q.dtype, device="cpu") for _ in range(2))
     call = module().AttentionScoreMse(
         q=_heads(q),
         k=_heads(k),
@@ -201,19 +214,20 @@ def attention_score_mse(
         bf16=q.dtype == torch.bfloat16,
         student=loss == "student",
         direct_up_to=direct_up_to,
+        gradients=gradients,
     )
     _run("attention_score_mse", q.device, call, _at(total), _at(dq), _at(dk))
     return total, dq, dk
 
 
-def attention_relation_kl(a, b, c, d, cu_seqlens) -> tuple[Tensor, Tensor, Tensor]:
+def attention_relation_kl(a, b, c, d, cu_seqlens, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 or bf16 (T, R, D) and (T, R, Dt) on the CPU, whose heads lie together -> loss, da, db in
-    fp32. b and d None: a relation with itself, whose db is empty.
+    fp32, empty without ``gradients``. b and d None: a relation with itself, whose db is empty.
     """
     total = torch.empty((), dtype=torch.float32, device="cpu")
     itself = b is None
-    da = torch.empty(a.shape, dtype=torch.float32, device="cpu")
-    db = torch.empty((0,) if itself else b.shape, dtype=torch.float32, device="cpu")
+    da = torch.empty(a.shape if gradients else (0,), dtype=torch.float32, device="cpu")
+    db = torch.empty((0,) if itself else da.shape, dtype=torch.float32, device="cpu")
     call = module().AttentionRelationKl(
         a=_heads(a),
         b=_heads(a if itself else b),
@@ -227,15 +241,20 @@ def attention_relation_kl(a, b, c, d, cu_seqlens) -> tuple[Tensor, Tensor, Tenso
         width=a.shape[2],
         teacher_width=c.shape[2],
         bf16=a.dtype == torch.bfloat16,
+        gradients=gradients,
     )
     _run("attention_relation_kl", a.device, call, _at(total), _at(da), _at(db))
     return total, da, db
 
 
 def _heads(x: Tensor) -> Any:
-    """Address and strides of (T, H, D), whose heads lie together."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        raise ValueError(f"the compiled module got heads of stride {x.stride(-1)}, not 1")
+    """Address and strides of (T, H, D) on the CPU, whose heads lie together."""
+    together = x.stride(-1) == 1 or x.shape[-1] == 1 or not x.numel()
+    if not x.is_cpu or not together:
+        raise ValueError(
+            "the compiled module runs on cpu and reads heads of stride 1; got some on "
+            f"{x.device} of stride {x.stride(-1)}"
+        )
     return module().Heads(x.data_ptr(), x.stride(0), x.stride(1))
 
 
@@ -296,39 +315,41 @@ def block_mask_kinds(*operands: Any) -> Tensor:
     pattern, (size, masks, side, *_), device = _pattern(*operands)
     count = -(-size // side)
     kinds = torch.empty(masks, count, count, dtype=torch.uint8, device=device)
-    _run("block_mask_kinds", device, pattern, _at(kinds))
+    _run("block_mask_kinds", device, pattern, _at(kinds, device))
     return kinds
 
 
-def block_mask_lists(kinds: Tensor, entries: int, partial: int, *operands: Any) -> list[Tensor]:
+def block_mask_lists(kinds: Tensor, entries: int, partials: int, *operands: Any) -> list[Tensor]:
     """The seven lists of ``reference/block_mask.py``, of so many entries and partial blocks."""
     pattern, (_, masks, side, *_), device = _pattern(*operands)
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
+    at = partial(_at, device=device)
     sizes = ((masks, 2 * kinds.shape[1] + 1), (entries,), (entries,))
     by_row, by_column = ([new(*size) for size in sizes] for _ in range(2))
-    tile_of, cells = new(*kinds.shape), new(partial, side, side // 32)
+    tile_of, cells = new(*kinds.shape), new(partials, side, side // 32)
     lists = module().PatternLists(
-        kinds=_at(kinds),
-        tile_of=_at(tile_of),
-        row_offsets=_at(by_row[0]),
-        row_blocks=_at(by_row[1]),
-        row_tiles=_at(by_row[2]),
-        column_offsets=_at(by_column[0]),
-        column_blocks=_at(by_column[1]),
-        column_tiles=_at(by_column[2]),
+        kinds=at(kinds),
+        tile_of=at(tile_of),
+        row_offsets=at(by_row[0]),
+        row_blocks=at(by_row[1]),
+        row_tiles=at(by_row[2]),
+        column_offsets=at(by_column[0]),
+        column_blocks=at(by_column[1]),
+        column_tiles=at(by_column[2]),
     )
-    _run("block_mask_fill", device, pattern, lists, _at(cells))
+    _run("block_mask_fill", device, pattern, lists, at(cells))
     return [*by_row, *by_column, cells]
 
 
 def _pattern(
-    probe, document_first, document_stop, global_tokens, lengths, dense, size, masks, side,
+    probe, document_first, document_stop, global_words, lengths, dense, size, masks, side,
     everything, window, window_blocks, random_blocks, seed,
 ):  # fmt: skip
     """The C++ pattern; sizes; device."""
+    at = partial(_at, device=probe.device)
     pattern = module().Pattern(
         size=size,
         masks=masks,
@@ -336,12 +357,12 @@ def _pattern(
         everything=everything,
         window=window,
         window_blocks=window_blocks,
-        global_tokens=_at(global_tokens),
+        global_words=at(global_words),
         random_blocks=random_blocks,
         seed=seed,
-        document_first=_at(document_first),
-        document_stop=_at(document_stop),
-        lengths=_at(lengths),
-        dense=_at(dense),
+        document_first=at(document_first),
+        document_stop=at(document_stop),
+        lengths=at(lengths),
+        dense=at(dense),
     )
     return pattern, (size, masks, side), probe.device

@@ -31,7 +31,7 @@ def attention(
     """``softmax(q @ k.mT * scale) @ v`` for each sequence; softmax in fp32 or wider."""
     bounds = cu_seqlens.tolist()
     wide = torch.promote_types(q.dtype, torch.float32)
-    parts = [q.new_empty(0, q.shape[1], v.shape[2])]
+    parts = []
     for b, (start, stop) in enumerate(pairwise(bounds)):
         queries, keys, values = (x[start:stop].transpose(0, 1) for x in (q, k, v))  # (H, n, D)
         scores = (queries @ keys.mT).to(wide) * scale  # (H, n, n)
@@ -45,7 +45,7 @@ def attention(
             )
             probabilities = probabilities * keep * philox.keep_scale(dropout_p)
         parts.append((probabilities.to(q.dtype) @ values).transpose(0, 1))
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else q[:0] + k[:0] + v[:0]  # of no sequence, with its graph
 
 
 def allowed_pairs(

@@ -25,10 +25,13 @@ def attention_relation_kl(
     work: Tensor,
     max_length: int,
 ) -> Tensor:
-    """``F.kl_div(log_softmax(a @ b.mT / D**0.5), softmax(c @ d.mT / Dt**0.5))``, mean of rows."""
+    """``F.kl_div(log_softmax(a @ b.mT / D**0.5), softmax(c @ d.mT / Dt**0.5), reduction="sum")
+    / (T * R)``, a relation with itself if b and d are None.
+    """
     wide = torch.promote_types(a.dtype, torch.float32)
     operands = (a, a if b is None else b, c.detach(), (c if d is None else d).detach())
-    total = a.new_zeros((), dtype=wide)
+    # A zero with a graph, if nothing follows.
+    total = operands[0][:0].sum(dtype=wide) + operands[1][:0].sum(dtype=wide)
     for start, stop in pairwise(cu_seqlens.tolist()):
         a_, b_, c_, d_ = (x[start:stop].transpose(0, 1).to(wide) for x in operands)
         student = torch.log_softmax(a_ @ b_.mT * a_.shape[-1] ** -0.5, -1)  # (R, n, n)

@@ -1,6 +1,6 @@
 """y = LayerNorm(residual + dropout(x + bias)): what closes each half of a post-norm encoder layer.
 
-Shapes: x, residual, y (rows, C); bias, weight, ln_bias (C,); sequences, positions (rows,).
+Shapes: x, residual, y (..., C); bias, weight, ln_bias (C,); sequences, positions (rows,).
 Devlin et al. 2018, arXiv:1810.04805 (BertSelfOutput and BertOutput).
 """
 
@@ -31,7 +31,7 @@ def dropout_add_layer_norm(
         branch = branch + bias
     if seed is not None and dropout_p > 0.0:
         keep = philox.hidden_keep(seed, site, sequences, positions, x.shape[-1], dropout_p)
-        branch = branch * keep * philox.keep_scale(dropout_p)
+        branch = branch * keep.view(x.shape) * philox.keep_scale(dropout_p)
     total = branch + residual
     centred = total - total.mean(-1, keepdim=True)
     normal = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()

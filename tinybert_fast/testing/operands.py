@@ -77,6 +77,14 @@ class Case:
         named = zip(self.names, self.operands, strict=True)
         return replace(self, operands=tuple(change(x) if n in names else x for n, x in named))
 
+    def transposed(self) -> Case:
+        """Operands of two or more axes as views, the last two in each other's order in memory."""
+        wide = [n for n, x in zip(self.names, self.operands) if is_float(x) and x.dim() > 1]
+        return self._each(
+            tuple(wide),
+            lambda x: x.detach().mT.contiguous().mT.requires_grad_(x.requires_grad),
+        )
+
     def trained(self) -> list[str]:
         """The names of the operands that require a gradient."""
         named = zip(self.names, self.operands, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,6 +92,21 @@ def prove_pair(case: Case, impl: str) -> None:
     paired, fast, reference = (case.run(i) for i in ((impl, "reference"), impl, "reference"))
     want = {**reference, "value": fast["value"]}
     torch.testing.assert_close(paired, want, rtol=0.0, atol=0.0)
+
+
+def prove_accumulates(
+    case: Case, impl: dispatch.Impl, wrap: Callable[[Callable], Callable] = lambda f: f
+) -> None:
+    """Two backwards add up in the leaves, which keep the first one's gradients as they were handed
+    to them: no two may be one memory.
+    """
+    leaves = [x.detach().clone().requires_grad_() for x in case.leaves()]
+    function = wrap(case.function(impl))
+    once = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+    for times in (1, 2):
+        function(*leaves).square().sum().backward()
+        found = [x.grad for x in leaves]
+        torch.testing.assert_close(found, [times * g for g in once])
 
 
 STOPPED = 3  # how such a process ends

@@ -24,15 +24,19 @@ def forward(
     cu_seqlens: Tensor,
     work: Tensor,
     max_length: int,
+    wanted: list[bool],
 ):
-    """(T, R, D) student, (T, R, Dt) teacher -> loss, da, db; db is empty if b is None."""
+    """(T, R, D) student, (T, R, Dt) teacher -> loss, da, db; db is empty if b is None, and both
+    are if neither is wanted.
+    """
     wide = torch.promote_types(a.dtype, torch.float32)
     tokens, heads, width = a.shape
     scale, scale_teacher = width**-0.5, c.shape[-1] ** -0.5
     weight = 1.0 / max(tokens * heads, 1)
     loss = a.new_zeros((), dtype=wide)
-    da = torch.empty(a.shape, dtype=wide, device=a.device)
-    db = torch.empty((0,) if b is None else b.shape, dtype=wide, device=a.device)
+    gradients = any(wanted)
+    da = torch.empty(a.shape if gradients else (0,), dtype=wide, device=a.device)
+    db = torch.empty((0,) if b is None else da.shape, dtype=wide, device=a.device)
     for rows, sequences, _ in equal_lengths(cu_seqlens, heads, blocked=True):
         count = len(sequences)
         a_, c_ = heads_of(a, rows, count).to(wide), heads_of(c, rows, count).to(wide)
@@ -47,13 +51,16 @@ def forward(
                 scaled[:, h] @ b_[:, h].mT, scaled_teacher[:, h] @ d_[:, h].mT
             )  # (b, h, n, n)
             loss += part
+            if not gradients:
+                continue
             if b is None:
                 error = error + error.mT
             else:
                 db_part[:, h] = error.mT @ a_[:, h]
             da_part[:, h] = error @ b_[:, h]
-        put(da, rows, da_part.mul_(weight * scale))
-        if b is not None:
+        if gradients:
+            put(da, rows, da_part.mul_(weight * scale))
+        if gradients and b is not None:
             put(db, rows, db_part.mul_(weight * scale))
     return loss.mul_(weight), da, db
 
@@ -66,17 +73,18 @@ def forward_native(
     cu_seqlens: Tensor,
     work: Tensor,
     max_length: int,
+    wanted: list[bool],
 ):
     """``forward`` in the compiled module where that can: it knows fp32 at most."""
     given = [x for x in (a, b, c, d) if x is not None]
     dtypes = {x.dtype for x in given}
     if torch.float64 in dtypes:
-        return forward(a, b, c, d, cu_seqlens, work, max_length)
+        return forward(a, b, c, d, cu_seqlens, work, max_length, wanted)
     narrow = dtypes == {torch.bfloat16}
     a_, b_, c_, d_ = (
         None if x is None else rows_together(x if narrow else x.float()) for x in (a, b, c, d)
     )
-    return native.attention_relation_kl(a_, b_, c_, d_, cu_seqlens)
+    return native.attention_relation_kl(a_, b_, c_, d_, cu_seqlens, any(wanted))
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,10 @@ forward, forward_philox = (partial(_forward, cells) for cells in (random.Cells, 
 
 def backward(
     grad, total, mean, rstd, cells, weight, input_ids, position_ids, token_type_ids, seed, site,
-    sequences, positions, words, position_rows, types, padding_idx, dropout_p,
+    sequences, positions, words, position_rows, types, padding_idx, dropout_p, wanted,
 ):  # fmt: skip
-    """Gradients of the three tables (words, position_rows, types rows), weight and bias.
+    """Gradients of the three tables (words, position_rows, types rows), weight and bias; what is
+    not wanted is empty.
 
     ``cells`` holds the mask, so nothing is drawn from the seed again.
     """
@@ -54,10 +55,13 @@ def backward(
     dtotal = dtotal.to(total.dtype)
     tables = (
         aten.embedding_dense_backward(dtotal, ids, rows, padding, False)
-        for ids, rows, padding in (
-            (input_ids, words, padding_idx),
-            (position_ids, position_rows, -1),
-            (token_type_ids, types, -1),
+        if want
+        else dtotal.new_empty(0)
+        for want, ids, rows, padding in zip(
+            wanted,
+            (input_ids, position_ids, token_type_ids),
+            (words, position_rows, types),
+            (padding_idx, -1, -1),
         )
     )
     return (*tables, dweight.to(weight.dtype), dbias.to(weight.dtype))

@@ -12,10 +12,11 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     teacher: Tensor,
+    wanted: list[bool],
     dead: Tensor | None = None,
     n: int | None = None,
 ):
-    """-> loss, and its gradients with respect to student, weight and bias.
+    """-> loss, and its gradients with respect to student, weight and bias, empty unless wanted.
 
     E = S W^T + b - T,  dS = 2/n E W,  dW = 2/n E^T S,  db = 2/n sum E      (n entries of T)
 
@@ -32,15 +33,20 @@ def forward(
     n = max(error.numel(), 1) if n is None else n
     # By rows: one dot product over millions of numbers would lose five digits of fp32.
     loss = torch.linalg.vector_norm(error, dim=1).square_().sum() / n
-    dweight, dbias = (error.new_empty(0) for _ in range(2))
+    dstudent, dweight, dbias = (error.new_empty(0) for _ in range(3))
+    if not any(wanted):
+        return loss, dstudent, dweight, dbias
     if weight is None:
         return loss, error.mul_(2.0 / n), dweight, dbias
     # E is O(1) and 2 / n may be 1e-6: fp16 holds the products of E over the root of its rows.
     root = max(len(error), 1) ** 0.5
     factor = 2.0 * root / n
     error = error.div_(root)
-    if bias is not None:
+    if wanted[2]:
         dbias = error.sum(0).mul_(factor)
     error = error.to(narrow)
-    dstudent, dweight = error @ weight, error.mT @ student
-    return loss, dstudent.to(wide).mul_(factor), dweight.to(wide).mul_(factor), dbias
+    if wanted[0]:
+        dstudent = (error @ weight).to(wide).mul_(factor)
+    if wanted[1]:
+        dweight = (error.mT @ student).to(wide).mul_(factor)
+    return loss, dstudent, dweight, dbias

@@ -26,11 +26,12 @@ def forward(
     ignore_index: int,
     label_smoothing: float,
     upstream: Tensor | None,
-    gradients: bool,
+    wanted: list[bool],
 ):
     """-> losses (R,); gradients of sum(upstream * losses), upstream 1 if None, with respect to
-    hidden (T, C), weight (V, C) and bias (V,), empty unless ``gradients``.
+    hidden (T, C), weight (V, C) and bias (V,), empty unless wanted.
     """
+    with_hidden, with_weight, with_bias = wanted
     narrow, wide = hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)
     words = weight.shape[0]
     live = labels != ignore_index
@@ -40,11 +41,9 @@ def forward(
     selected = hidden.index_select(0, rows)
     projection = weight.to(narrow)
     losses = hidden.new_empty(len(labels), dtype=wide)
-    dselected, dweight, dbias = (hidden.new_empty(0, dtype=wide) for _ in range(3))
-    if gradients:
-        dselected = torch.empty_like(selected, dtype=wide)
-        dweight = torch.zeros_like(weight, dtype=wide)
-        dbias = hidden.new_zeros(0 if bias is None else words, dtype=wide)
+    dselected = hidden.new_empty(selected.shape if with_hidden else (0,), dtype=wide)
+    dweight = hidden.new_zeros(weight.shape if with_weight else (0,), dtype=wide)
+    dbias = hidden.new_zeros(words if with_bias else 0, dtype=wide)
 
     size = _balanced(len(labels), max(1, CHUNK_CELLS // words))
     logits, log_probabilities = (
@@ -67,23 +66,26 @@ def forward(
         if label_smoothing:
             loss = (1 - label_smoothing) * loss - label_smoothing * y[:, :words].mean(1)
         losses[chunk] = loss * live[chunk]
-        if not gradients:
+        if not any(wanted):
             continue
         z = y.exp_()[:, :words]
         if label_smoothing:
             z -= label_smoothing / words
         z.scatter_add_(1, target, z.new_full(target.shape, label_smoothing - 1.0))
-        if bias is not None:
+        if with_bias:
             dbias += (weights.mT @ z).squeeze(0)
-        z, weighted = z.to(narrow), (some * weights).to(narrow)
-        torch.mul(z @ projection, weights, out=dselected[chunk])
-        if narrow == wide:
-            dweight.addmm_(z.mT, weighted)
-        else:
-            dweight += z.mT @ weighted
-    if not gradients:
-        return losses, dselected, dweight, dbias
-    dhidden = torch.zeros_like(hidden, dtype=wide).index_add_(0, rows, dselected)
+        z = z.to(narrow)
+        if with_hidden:
+            torch.mul(z @ projection, weights, out=dselected[chunk])
+        if with_weight:
+            weighted = (some * weights).to(narrow)
+            if narrow == wide:
+                dweight.addmm_(z.mT, weighted)
+            else:
+                dweight += z.mT @ weighted
+    dhidden = dselected
+    if with_hidden:
+        dhidden = hidden.new_zeros(hidden.shape, dtype=wide).index_add_(0, rows, dselected)
     return losses, dhidden, dweight, dbias
 
 
