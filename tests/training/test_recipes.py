@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,8 +32,10 @@ from tinybert_fast.testing.tiny_models import (
     tiny_tokenizer,
 )
 from tinybert_fast.training import general_distillation, run_folder, task_distillation
+from tinybert_fast.training.evaluate import evaluate
 from tinybert_fast.training.finetune import finetune
 from tinybert_fast.training.projection import HiddenProjection
+from tinybert_fast.training.recipe_parts import check_batches
 from tinybert_fast.training.recipes import distill_general, distill_task
 
 TEACHER = {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64}
@@ -315,6 +318,24 @@ def test_official_parity_runs_both_recipes(made, tmp_path):
     assert metrics["steps"] == 10
     metrics = task(made, tmp_path / "task", tmp_path / "general", parity="official")
     assert (metrics["intermediate"]["steps"], metrics["prediction"]["steps"]) == (14, 14)
+
+
+def test_official_parity_leaves_no_dev_text_out(made, tmp_path):
+    """40 of them in evaluation batches of 64, the training's last batch of 28 left out."""
+    recipe = {"parity": "official", "intermediate_epochs": 0, "prediction_epochs": 1}
+    metrics = task(made, tmp_path / "task", batch_size=32, **recipe)
+    assert metrics["prediction"]["steps"] == 1
+    scores = evaluate(tmp_path / "task", made / "dev.csv", max_length=16, progress=False)
+    for name in ("accuracy", "f1", "matthews"):
+        assert metrics["dev"][name] == pytest.approx(scores[name])
+
+
+def test_official_batches_are_those_of_all_processes():
+    arguments = SimpleNamespace(train_batch_size=8, world_size=3)
+    check_batches(24, arguments, "official")
+    check_batches(1, arguments, "paper")
+    with pytest.raises(ValueError, match=r"23 texts do not fill one of 24 \(batch size x proc"):
+        check_batches(23, arguments, "official")
 
 
 def test_general_resume_ends_with_the_same_bits(made, tmp_path):

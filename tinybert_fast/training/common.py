@@ -231,6 +231,14 @@ class RunTrainer(transformers.Trainer):
         self.add_callback(SetEpoch(sampler))
         return sampler
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """All rows, though training may leave its last batch out: they choose the checkpoint."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def _get_eval_sampler(self, eval_dataset):
         """In order: the caller has sorted it by length (`sort_by_length`)."""
         return SequentialSampler(eval_dataset)

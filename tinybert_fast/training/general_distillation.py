@@ -121,7 +121,6 @@ def distill_general(
     max_length = usable(max_length, chosen.config, teacher_config)
     lines = Lines.of(corpus)
     sentences, digest = lines.survey(progress and run.main)
-    check_batches(sentences, batch_size, parity)
 
     recipe: dict[str, Any] = {
         "epochs": epochs,
@@ -144,6 +143,7 @@ def distill_general(
         save_steps=checkpoint_steps,
         **more_arguments(parity, "intermediate"),
     )
+    check_batches(sentences, arguments, parity)
     if cuda_graphs:
         check_graphs(arguments, accelerated=accelerate and parity != "official")
     settings = {

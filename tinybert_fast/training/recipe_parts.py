@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import BertConfig
+from transformers import BertConfig, TrainingArguments
 
 from tinybert_fast import integrations
 from tinybert_fast.data import LengthCollator, usable_length
@@ -22,11 +22,12 @@ def check_parity(parity: str) -> None:
         raise ValueError(f"parity is {parity!r}; expected one of {', '.join(PARITIES)}")
 
 
-def check_batches(examples: int, batch_size: int, parity: Parity) -> None:
-    if parity == "official" and examples < batch_size:
+def check_batches(examples: int, arguments: TrainingArguments, parity: Parity) -> None:
+    size = arguments.train_batch_size * arguments.world_size
+    if parity == "official" and examples < size:
         raise ValueError(
             f"parity='official' drops the last incomplete batch, and {examples} texts do not fill "
-            f"one of {batch_size}; choose a smaller batch_size"
+            f"one of {size} (batch size x processes); choose a smaller batch_size"
         )
 
 

@@ -157,8 +157,6 @@ def distill_task(
     max_length = usable(max_length, chosen.config, config)
     first = "augmented" if "augmented" in data.parts else "train"
     sources = {INTERMEDIATE: first, PREDICTION: first if augmented_prediction else "train"}
-    for name in sources.values():
-        check_batches(len(data.parts[name]), batch_size, parity)
 
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -201,6 +199,8 @@ def distill_task(
         log_steps=log_steps,
         **more_arguments(parity, PREDICTION),
     )
+    for name in sources.values():
+        check_batches(len(data.parts[name]), arguments[PREDICTION], parity)
     if cuda_graphs:
         check_graphs(arguments[PREDICTION], accelerated=accelerate and parity != "official")
     settings = {
