@@ -355,6 +355,41 @@ def test_general_resume_ends_with_the_same_bits(made, tmp_path):
     assert general(made, tmp_path / "parts", resume=True, **options) == resumed  # nothing to do
 
 
+def test_a_run_that_has_taken_its_last_step_takes_no_other(made, tmp_path, monkeypatch):
+    """4 steps of 6 in an epoch; the disk is full when the model is to be written."""
+    options = {"steps": 4, "checkpoint_steps": 4, "schedule": "constant"}
+    whole = general(made, tmp_path / "whole", **options)
+
+    def full(*arguments, **more):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "save_model", full)
+        with pytest.raises(OSError, match="No space"):
+            general(made, tmp_path / "parts", **options)
+    resumed = general(made, tmp_path / "parts", resume=True, **options)
+    assert resumed["steps"] == whole["steps"] == 4
+    assert resumed["losses"] == whole["losses"]
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_resumed_run_logs_and_saves_as_often_as_it_is_told_to_now(made, tmp_path):
+    seen = {"log": [], "save": []}
+
+    class Seen(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                seen["log"].append(state.global_step)
+
+        def on_save(self, args, state, control, **kwargs):
+            seen["save"].append(state.global_step)
+
+    with pytest.raises(KeyboardInterrupt):
+        general(made, tmp_path, checkpoint_steps=4, log_steps=4, callbacks=[StopAt(6)])
+    general(made, tmp_path, checkpoint_steps=3, log_steps=2, callbacks=[Seen()], resume=True)
+    assert seen == {"log": [6, 8, 10, 12], "save": [6, 9, 12]}
+
+
 @pytest.mark.parametrize("stop", [10, 16, 24], ids=["stage_a", "between", "stage_b"])
 def test_task_resume_ends_with_the_same_bits(made, tmp_path, stop):
     """16 steps in each stage; dropout on; the best student of stage B is kept over the crash."""

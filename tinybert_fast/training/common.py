@@ -21,7 +21,7 @@ from tinybert_fast.data import LengthGroupedSampler
 from tinybert_fast.data.collate import lengths_of
 from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
+from tinybert_fast.training.callbacks import Intervals, ProgressBar, SetEpoch, StopOnNonFinite
 from tinybert_fast.training.graphs import StepGraphs, check_graphs
 from tinybert_fast.training.loading import quiet
 
@@ -157,6 +157,7 @@ class RunTrainer(transformers.Trainer):
             self.graphs = StepGraphs(models, self.args.device)
             # A batch that is copied while a step still runs keeps nobody waiting for that.
             self.accelerator.dataloader_config.non_blocking = True
+        self.add_callback(Intervals())
         self.guard = StopOnNonFinite()
         self.add_callback(self.guard)
         self.remove_callback(PrinterCallback)
@@ -181,6 +182,15 @@ class RunTrainer(transformers.Trainer):
             raise
         finally:
             self.bar.close()
+
+    def _run_epoch(self, *args, **kwargs):
+        """Nothing where a run goes on from its last step: Trainer would take one more, if an epoch
+        does not end there.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def models_of_a_step(self) -> list[Any]:
         """What is trained, and whatever else computes in a step."""
