@@ -29,6 +29,10 @@ def test_one_gpu_without_torchrun(tmp_path, monkeypatch, caplog):
     assert caplog.messages == ["using one of 4 GPUs; torchrun uses all of them"]
 
 
+def test_processes_wait_for_one_that_prepares(tmp_path):
+    assert common.training_arguments(tmp_path).ddp_timeout == 24 * 60 * 60
+
+
 @pytest.mark.parametrize("name", ["batch_size", "accumulation", "eval_steps", "log_steps"])
 @pytest.mark.parametrize("value", [0, -5])
 def test_values_without_a_meaning(tmp_path, name, value):

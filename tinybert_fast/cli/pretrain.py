@@ -18,8 +18,8 @@ EPILOG = (
     "--direction important-less\n\n"
     "tinybert-fast pretrain zh/ -o zh --words jieba --mask word --vocab-size 8000\n\n"
     "Several processes: torchrun --nproc-per-node 2 -m tinybert_fast.cli pretrain wiki/ -o bert. "
-    "The first of them makes the shards of a large corpus alone, and the others wait half an hour "
-    "for it: make them with one process beforehand, and name their folder with --data.\n\n"
+    "The first of them makes the shards of a large corpus while the others wait; to keep no GPU "
+    "waiting, make them with one process beforehand and name their folder with --data.\n\n"
     "DIR gets the model (plain Transformers), metrics.json, report.md with curves.png, TensorBoard "
     "logs, and data/ with the tokenizer and the shards, which the next run uses again."
 )

@@ -27,6 +27,7 @@ from tinybert_fast.training.loading import quiet
 
 log = logging.getLogger(__name__)
 
+DAY = 24 * 60 * 60  # seconds
 # What torch.distributed says on the processes that are left, by backend: gloo, NCCL, its watchdog.
 PEER_GONE = ("gloo", "NCCL", "Connection closed by peer", "timed out", "Timeout")
 
@@ -101,6 +102,7 @@ def training_arguments(
         "logging_steps": log_steps,
         "logging_nan_inf_filter": False,  # StopOnNonFinite wants to see them
         "disable_tqdm": True,
+        "ddp_timeout": DAY,  # others wait while one encodes a corpus, makes shards, asks a teacher
         "report_to": "none",  # RunTrainer adds TensorBoard with the folder of the run
     }
     arguments = TrainingArguments(**{**fields, **more})
