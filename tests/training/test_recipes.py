@@ -542,6 +542,12 @@ def test_layers_and_explicit_matches(made, tmp_path):
     assert set(saved) == {f"fit_denses.{m}.{n}" for m in range(4) for n in ("weight", "bias")}
 
 
+def test_attention_alone(made, tmp_path):
+    metrics = general(made, tmp_path, matches="attention=1:2,2:4", steps=2)
+    assert metrics["losses"].keys() == {"loss", "attention_1_loss", "attention_2_loss"}
+    assert "| matches | hidden= attention=1:2,2:4 |" in (tmp_path / "report.md").read_text()
+
+
 def test_vocabularies_must_be_the_same(made, tmp_path):
     larger = tiny_encoder(tmp_path / "larger", words=(*WORDS, "extra"))
     complaint = r"larger has 26 word pieces and the teacher .*encoder has 25\. .*the teacher's voc"
