@@ -2,8 +2,10 @@
 resumes exactly.
 """
 
+import itertools
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -133,11 +135,16 @@ class RunTrainer(transformers.Trainer):
       step alone: a run resumed in the middle of an epoch goes on as it would have (Transformers'
       own sampler draws from torch's generator), and any number of processes takes the same steps;
     - stops at a NaN or infinite loss, and says plainly that another process has gone;
-    - divides by the accumulation steps, which Trainer leaves to the model: BERT's heads do not;
+    - weighs each text of an optimizer step alike, in whatever micro-batch and process it is: 16 x 1
+      texts, 8 x 2 and 8 x 1 in each of two processes are the same step but for dropout and rounding
+      (Trainer weighs micro-batches alike, of however many texts). Where an epoch's last step is
+      incomplete, accelerate fills it up from the epoch's beginning for several processes;
     - hands a packed encoder its layout (`LengthCollator(lengths=True)`);
     - with `cuda_graphs` replays its steps (training/graphs.py);
     - shows one progress bar and writes TensorBoard logs to `logs`.
     """
+
+    gives_sums = False  # compute_loss: over what `counts` counts, or means
 
     def __init__(
         self,
@@ -197,6 +204,39 @@ class RunTrainer(transformers.Trainer):
     def models_of_a_step(self) -> list[Any]:
         """What is trained, and whatever else computes in a step."""
         return [self.model]
+
+    def counts(self, batch: dict[str, Any]) -> Tensor:
+        """(counts,) of a micro-batch: what its losses are means or sums over; here texts alone."""
+        return torch.tensor([len(batch["input_ids"])])
+
+    def batches_of(self, raw: Iterator[Any]) -> list[Any]:
+        """The micro-batches of a step, of what the loader gives."""
+        return list(raw)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Each micro-batch gets its "shares" (counts,): by which compute_loss multiplies a loss, so
+        that what Trainer and DDP average is the mean over all that the step counts.
+        """
+        batches = self.batches_of(itertools.islice(epoch_iterator, num_batches))
+        if batches:
+            each = torch.stack([self.counts(batch) for batch in batches]).double()
+            total = each.sum(0)
+            if self.args.world_size > 1:
+                total = self.accelerator.reduce(total.to(device), reduction="sum")
+            each = torch.ones_like(each) if self.gives_sums else each
+            averaged = self.args.world_size * len(batches)  # over so many, by Trainer and DDP
+            shares = each.to(total.device) * averaged / total.clamp_min(1)
+            shares = shares.to(
+                device, torch.float32, non_blocking=True
+            )  # waits for no earlier step
+            for batch, share in zip(batches, shares):
+                batch["shares"] = share
+        return batches, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        shares = inputs.pop("shares", None)  # an evaluation has none
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return found if shares is None else found * shares.squeeze()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         def step(inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -294,10 +334,13 @@ class TermsTrainer(RunTrainer):
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
 
-    def sum_of(self, terms: dict[str, Tensor], *, training: bool) -> Tensor:
-        """The loss; in training the terms are remembered for the log."""
+    def sum_of(self, terms: dict[str, Tensor], shares: Tensor | None) -> Tensor:
+        """The loss. In training, where there are ``shares`` (terms,), the terms are remembered for
+        the log.
+        """
         each = torch.stack(list(terms.values()))
-        if training:
+        if shares is not None:
+            each = each * shares
             self._terms = tuple(terms)
             self.left["terms"] = each.detach()
         return each.sum()
