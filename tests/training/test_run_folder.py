@@ -231,8 +231,10 @@ def test_a_flipped_byte_is_found(tmp_path):
 def test_damaged_run_file(tmp_path):
     begun(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run.json is damaged"):
+    with pytest.raises(ValueError, match=r"run.json is damaged .*start again \(--overwrite\)"):
         RunFolder(tmp_path / "run", resume=True)
+    RunFolder(tmp_path / "run", overwrite=True).begin(SETTINGS)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

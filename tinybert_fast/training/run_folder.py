@@ -67,7 +67,8 @@ class RunFolder:
         self.main = int(os.environ.get("RANK", "0")) == 0
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{path} is a file; expected a folder to write the model to")
-        self._run = _read_json(self.path / RUN) if (self.path / RUN).exists() else None
+        there = (self.path / RUN).exists() and not overwrite
+        self._run = _read_json(self.path / RUN) if there else None
         self.resuming = resume and self._run is not None
         if self.main and not overwrite and not self.resuming:
             self._refuse(resume)
