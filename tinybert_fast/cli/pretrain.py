@@ -141,7 +141,10 @@ def pretrain(
             help="Of count and idf: important-more or important-less.", rich_help_panel=LEARNT
         ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Power of count.", rich_help_panel=LEARNT)] = 0.5,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Exponent of the count weights; 0.5 by default.", rich_help_panel=LEARNT),
+    ] = None,
     most: Annotated[
         float | None,
         typer.Option(help="Largest weight over the smallest.", rich_help_panel=LEARNT),
