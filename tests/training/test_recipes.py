@@ -243,6 +243,19 @@ def test_augmented_texts_need_no_labels(made, tmp_path):
     assert steps == {"both": (24, 24), "first": (24, 16)}  # 12 batches an epoch, or 8
 
 
+def test_labels_of_the_texts_to_learn_are_not_read(made, tmp_path):
+    """Of the training file nor of the augmented one: a class that nobody knows, and none."""
+    texts = [text for text, _ in sentiment_rows(TRAIN, seed=1)]
+    for name, label in (("odd", "neutral"), ("empty", "")):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("sentence", "label"), *((text, label) for text in texts)])
+    files = tmp_path / "odd.csv", made / "dev.csv", tmp_path / "out"
+    options = {"augmented": tmp_path / "empty.csv", "intermediate_epochs": 1, "batch_size": 8}
+    options |= {"prediction_epochs": 1, "max_length": 16, "progress": False}
+    metrics = distill_task(made / "teacher", STUDENT, *files, **options)
+    assert metrics["labels"] == ["bad", "good"]
+
+
 def test_regression_learns_the_teachers_scores(tmp_path):
     torch.manual_seed(0)
     teacher = tmp_path / "teacher"
@@ -641,7 +654,7 @@ def test_files_are_held_to_the_teachers_task(made, tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("sentence,label\nfine film,good\nthe film,neutral\n")
     with pytest.raises(ValueError, match=r"bad.csv.*row 2 .*'neutral'"):
-        distill_task(teacher, STUDENT, bad, None, tmp_path / "out")
+        distill_task(teacher, STUDENT, made / "train.csv", bad, tmp_path / "out")
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("sentence1,sentence2,label\nfine film,the film,good\n")
     with pytest.raises(ValueError, match="single texts"):

@@ -114,9 +114,9 @@ def distill_task(
     Spearman; or "loss", which tells students on a small dev set apart more finely).
 
     `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
-    texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
-    the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`: see
-    distill_general, whose output is the student meant here, its projection included; also for
+    texts too. Labels of neither are read. Stage B uses it as well unless the task is a regression,
+    as in the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`:
+    see distill_general, whose output is the student meant here, its projection included; also for
     `teacher_dtype`, `cache_teacher`, `cache_dtype`, `cuda_graphs`. Files and columns:
     `load_examples`. `max_length`: 64 for single texts and 128 for pairs by default.
     """
@@ -362,15 +362,16 @@ def _read(
     text_pair: str | None,
     label: str | None,
 ) -> _Data:
-    """The files, held to the teacher's task: classes or scores, single texts or pairs."""
-    kind = "regression" if Task.of_model(config).regression else "classification"
-    first = load_examples(train_file, text, text_pair, label, kind=kind, require_label=False)
+    """The files, held to the teacher's task: single texts or pairs; classes or scores in the dev
+    file, which alone needs labels.
+    """
+    first = load_examples(train_file, text, text_pair, labelled=False)
     task = Task.of_model(config, text_pair="text_pair" in first.column_names)
     parts = {"train": first}
     if dev_file is not None:
         parts["dev"] = load_dev(dev_file, task, text, text_pair, label)
     if augmented_file is not None:
-        augmented = load_examples(augmented_file, text, text_pair, kind=kind, require_label=False)
+        augmented = load_examples(augmented_file, text, text_pair, labelled=False)
         parts["augmented"] = augmented
         if ("text_pair" in augmented.column_names) != (task.text_pair is not None):
             wanted = "pairs" if task.text_pair else "single texts"
