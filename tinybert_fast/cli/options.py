@@ -15,9 +15,9 @@ SELECT_BY = (
 )
 
 
-def _json_file(path: Path | None) -> Path | None:
+def file_to_write(option: typer.CallbackParam, path: Path | None) -> Path | None:
     if path is not None and path.is_dir():
-        raise ValueError(f"--json {path} is a folder; expected a file to write")
+        raise ValueError(f"{option.opts[0]} {path} is a folder; expected a file to write")
     return path
 
 
@@ -30,7 +30,7 @@ def _not_negative(seed: int) -> int:
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Also write the result to FILE.", callback=_json_file
+        "--json", metavar="FILE", help="Also write the result to FILE.", callback=file_to_write
     ),
 ]
 Output = Annotated[

@@ -30,6 +30,7 @@ from tinybert_fast.training.loading import quiet
 log = logging.getLogger(__name__)
 
 DAY = 24 * 60 * 60  # seconds
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")  # Trainer's others want more
 # What torch.distributed says on the processes that are left, by backend: gloo, NCCL, its watchdog.
 PEER_GONE = ("gloo", "NCCL", "Connection closed by peer", "timed out", "Timeout")
 
@@ -73,8 +74,12 @@ def training_arguments(
         raise ValueError(f"lr is {lr}; expected a number of 0 or more")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
-    if max_steps <= 0 and epochs <= 0:
-        raise ValueError(f"epochs is {epochs}; expected more than 0")
+    if not 0 <= warmup < math.inf:
+        raise ValueError(f"warmup is {warmup}; expected a number of 0 or more")
+    if max_steps <= 0 and not 0 < epochs < math.inf:
+        raise ValueError(f"epochs is {epochs}; expected a number of more than 0")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
     when = "epoch" if eval_steps is None else "steps"
     fields: dict[str, Any] = {
         "output_dir": str(output_dir),

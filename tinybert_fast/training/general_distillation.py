@@ -120,7 +120,6 @@ def distill_general(
     )
     max_length = usable(max_length, chosen.config, teacher_config)
     lines = Lines.of(corpus)
-    sentences, digest = lines.survey(progress and run.main)
 
     recipe: dict[str, Any] = {
         "epochs": epochs,
@@ -143,9 +142,10 @@ def distill_general(
         save_steps=checkpoint_steps,
         **more_arguments(parity, "intermediate"),
     )
-    check_batches(sentences, arguments, parity)
     if cuda_graphs:
         check_graphs(arguments, accelerated=accelerate and parity != "official")
+    sentences, digest = lines.survey(progress and run.main)
+    check_batches(sentences, arguments, parity)
     settings = {
         "teacher": str(teacher),
         "teacher_weights": weights_digest(teacher),
