@@ -219,7 +219,7 @@ class LessonCache:
                 self.shards[shard][name][start : start + count]
                 for shard, start, count in zip(shards, starts, counts)
             ]
-            found[name] = torch.cat(parts).to(device, one.computed)
+            found[name] = torch.cat(parts).to(device).to(one.computed)  # widened behind the copy
         if LOGITS not in found and list(lengths) != counts:
             at = next(i for i, (a, b) in enumerate(zip(lengths, counts, strict=True)) if a != b)
             raise ValueError(
