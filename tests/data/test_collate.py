@@ -1,5 +1,7 @@
 """Padding and the length-grouped order."""
 
+import tracemalloc
+
 import datasets
 import numpy as np
 import pytest
@@ -56,6 +58,19 @@ def test_the_incomplete_batch_is_left_out(rows, batch):
     sampler = LengthGroupedSampler(lengths, batch, seed=5, drop_last=True)
     assert len(sampler) == rows // batch * batch
     assert list(sampler) == list(whole)[: len(sampler)]
+
+
+def test_an_order_is_no_list_of_numbers():
+    """Of which each takes 32 bytes, and 8 in the list."""
+    sampler = LengthGroupedSampler(np.ones(100_000, np.int8), 32)
+    tracemalloc.start()
+    try:
+        order = iter(sampler)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 10 * len(sampler)
+    assert len(set(order)) == len(sampler)
 
 
 def test_order_depends_on_seed_and_epoch_but_not_on_torch():

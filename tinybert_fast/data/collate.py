@@ -94,7 +94,9 @@ class LengthGroupedSampler(Sampler[int]):
         if chunks:
             longest = max(range(len(chunks)), key=lambda i: self.lengths[chunks[i]].max())
             chunks[0], chunks[longest] = chunks[longest], chunks[0]
-        return iter(np.concatenate([*chunks, rest]).tolist())
+        order = np.concatenate([*chunks, rest])  # kept as 8 bytes each
+        starts = range(0, len(order), self.chunk)
+        return (i for start in starts for i in order[start : start + self.chunk].tolist())
 
 
 def lengths_of(encoded) -> np.ndarray:
