@@ -10,6 +10,7 @@ from transformers import BertForSequenceClassification, BertModel, TrainerCallba
 
 import tinybert_fast as tbf
 from tinybert_fast.data import LengthCollator
+from tinybert_fast.data.collate import Rows
 from tinybert_fast.testing.tiny_models import sentiment_rows, tiny_config, tiny_tokenizer
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import training_arguments
@@ -182,6 +183,13 @@ def test_the_teacher_says_what_the_student_learns(data, tmp_path):
         trainer.train()
         histories.append([(e["loss"], e["grad_norm"]) for e in losses(trainer.state.log_history)])
     assert histories[0] == histories[1]
+
+
+def test_loaders_read_rows(data, tmp_path):
+    options = {"eval_dataset": data[0], "compute_metrics": None}
+    trainer = trainer_of(data, tmp_path, options=options)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert isinstance(loader.dataset, Rows)
 
 
 @pytest.mark.parametrize("stage", STAGES)

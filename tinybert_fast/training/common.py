@@ -19,8 +19,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from tinybert_fast.data import LengthGroupedSampler
-from tinybert_fast.data.collate import lengths_of
+from tinybert_fast.data import LengthCollator, LengthGroupedSampler
+from tinybert_fast.data.collate import Rows, lengths_of
 from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.callbacks import Intervals, ProgressBar, SetEpoch, StopOnNonFinite
@@ -270,11 +270,17 @@ class RunTrainer(transformers.Trainer):
             inputs["layout"] = SequenceLayout.from_lengths(lengths, ids.shape[1], ids.device)
         return inputs
 
+    def _remove_unused_columns(self, dataset, description=None):
+        """What a loader reads, in training and evaluation."""
+        if isinstance(self.data_collator, LengthCollator):
+            return Rows(dataset)
+        return super()._remove_unused_columns(dataset, description)
+
     def _get_train_sampler(self, train_dataset=None):
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset
         grouped = self.args.train_sampling_strategy == "group_by_length"
         if not grouped or "length" not in getattr(dataset, "column_names", ()):
-            return super()._get_train_sampler(train_dataset)
+            return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         of_a_step = (
             self.args.train_batch_size

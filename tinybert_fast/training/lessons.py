@@ -253,7 +253,7 @@ class _Asked:
 
     def rows(self, numbers: np.ndarray) -> tuple[dict[str, Tensor], list[int]]:
         """{name: (R, ...)} of some examples, and how many rows each has."""
-        said = self.teach(self.collate([self.examples[int(i)] for i in numbers]))
+        said = self.teach(self.collate(self.examples.__getitems__(numbers.tolist())))
         if isinstance(said, Tensor):
             return {LOGITS: said}, [1] * len(said)
         counts = self.lengths[numbers].tolist()
