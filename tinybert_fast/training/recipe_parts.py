@@ -46,9 +46,8 @@ def prepare(model: Any, *, parity: Parity, accelerate: bool, impl: str) -> Any:
 
 def more_arguments(parity: Parity, stage: Stage) -> dict[str, Any]:
     """What the stage and the official code ask of TrainingArguments."""
-    more: dict[str, Any] = {}
-    if stage == "intermediate":
-        more["ddp_find_unused_parameters"] = True  # pooler and heads get no gradient
+    # Pooler and heads get no gradient in the first stage.
+    more: dict[str, Any] = {"ddp_find_unused_parameters": stage == "intermediate"}
     if parity == "official":
         more.update(
             dataloader_drop_last=True,
