@@ -231,6 +231,12 @@ def test_dev_score_is_that_of_the_saved_model(made, tmp_path):
     assert metrics["dev"]["accuracy"] == pytest.approx(sum(right) / len(right))
 
 
+def test_dev_is_looked_at_after_the_last_step_whatever_its_interval(made, tmp_path):
+    metrics = task(made, tmp_path, intermediate_epochs=0, eval_steps=500)
+    assert metrics["best_step"] == metrics["prediction"]["steps"] == 16
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["eval_steps"] == 500
+
+
 def test_augmented_texts_need_no_labels(made, tmp_path):
     steps = {}
     for name, options in (

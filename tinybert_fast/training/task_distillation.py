@@ -174,11 +174,9 @@ def distill_task(
         },
         PREDICTION: {"epochs": prediction_epochs, "lr": prediction_lr, "warmup": warmup},
     }
-    rows = len(data.parts[sources[PREDICTION]])
-    steps = int(prediction_epochs * rows / (batch_size * accumulation))
     looks: dict[str, Any] = {"evaluate": False}
-    if "dev" in data.parts:
-        looks = {"eval_steps": max(1, min(eval_steps, steps)), "select_by": select_by}
+    if "dev" in data.parts:  # and at the last step
+        looks = {"eval_steps": eval_steps, "select_by": select_by}
     arguments = {}
     if intermediate_epochs:
         arguments[INTERMEDIATE] = training_arguments(
