@@ -166,6 +166,25 @@ def test_the_positive_class_of_a_folder_is_its_second(made, tmp_path):
     assert config.id2label == dict(enumerate(names))
 
 
+def test_how_often_to_log_and_save_without_a_dev_file(made, tmp_path):
+    seen = {"log": [], "save": []}
+
+    class Seen(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                seen["log"].append((state.global_step, logs["learning_rate"]))
+
+        def on_save(self, args, state, control, **kwargs):
+            seen["save"].append(state.global_step)
+
+    files = made / "encoder", made / "train.csv", None, tmp_path / "out"
+    often = {"log_steps": 3, "checkpoint_steps": 5, "schedule": "constant", "lr": 1e-3}
+    finetune(*files, epochs=1, batch_size=8, progress=False, callbacks=[Seen()], **often)
+    assert seen == {"log": [(3, 1e-3), (6, 1e-3)], "save": [5, 8]}
+    with pytest.raises(ValueError, match="checkpoint_steps is 5, but a checkpoint follows each ev"):
+        run(made, tmp_path / "dev", checkpoint_steps=5)
+
+
 # ---- resume --------------------------------------------------------------------------------------
 
 

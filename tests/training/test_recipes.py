@@ -237,6 +237,24 @@ def test_dev_is_looked_at_after_the_last_step_whatever_its_interval(made, tmp_pa
     assert json.loads((tmp_path / "run.json").read_text())["settings"]["eval_steps"] == 500
 
 
+def test_without_dev_the_second_stage_saves_as_often_as_the_first(made, tmp_path):
+    rates, saved = {}, []
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+            rates.setdefault(Path(args.output_dir).name, []).append(lr_scheduler.get_last_lr()[0])
+
+        def on_save(self, args, state, control, **kwargs):
+            saved.append((Path(args.output_dir).name, state.global_step))
+
+    often = {"intermediate_epochs": 1, "prediction_epochs": 1, "checkpoint_steps": 3}
+    options = {"prediction_schedule": "constant", "callbacks": [Seen()], **often}
+    task(made, tmp_path, dev=None, **options)
+    stages = ("intermediate", "prediction")
+    assert saved == [(stage, step) for stage in stages for step in (3, 6, 8)]
+    assert set(rates["prediction"]) == {3e-3}
+
+
 def test_augmented_texts_need_no_labels(made, tmp_path):
     steps = {}
     for name, options in (

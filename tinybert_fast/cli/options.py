@@ -13,6 +13,7 @@ SELECT_BY = (
     "What chooses the checkpoint on dev: a metric (accuracy, f1, macro_f1, matthews; pearson, "
     "spearman, pearson_spearman) or loss."
 )
+SCHEDULE = "Learning rate over the steps: linear, cosine, constant or constant_with_warmup."
 
 
 def file_to_write(option: typer.CallbackParam, path: Path | None) -> Path | None:
@@ -55,6 +56,9 @@ Label = Annotated[
     typer.Option(metavar="COLUMN", help="Column of the label.", rich_help_panel=DATA),
 ]
 
+BatchSize = Annotated[
+    int, typer.Option(help="Examples per batch and process.", rich_help_panel=TRAINING)
+]
 Accumulation = Annotated[
     int, typer.Option(help="Batches per optimizer step.", rich_help_panel=TRAINING)
 ]
@@ -65,11 +69,14 @@ Warmup = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)]
+Schedule = Annotated[str, typer.Option(help=SCHEDULE, rich_help_panel=TRAINING)]
+WeightDecay = Annotated[
+    float, typer.Option(help="Weight decay of AdamW.", rich_help_panel=TRAINING)
+]
 Seed = Annotated[
     int,
     typer.Option(
-        help="Of new weights, batches and dropout.",
+        help="Seed of new weights, batches and dropout.",
         rich_help_panel=TRAINING,
         callback=_not_negative,
     ),
@@ -83,6 +90,10 @@ SelectBy = Annotated[
     ),
 ]
 
+CheckpointSteps = Annotated[
+    int, typer.Option(help="Steps between checkpoints.", rich_help_panel=HOW)
+]
+LogSteps = Annotated[int, typer.Option(help="Steps between logged losses.", rich_help_panel=HOW)]
 Bf16 = Annotated[
     bool,
     typer.Option(

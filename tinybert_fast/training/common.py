@@ -53,6 +53,7 @@ def training_arguments(
     evaluate: bool = True,
     eval_steps: int | None = None,
     select_by: str | None = None,
+    checkpoint_steps: int | None = None,
     log_steps: int = 10,
     keep: int = 2,
     **more: Any,
@@ -62,14 +63,25 @@ def training_arguments(
 
     `batch_size` is per device and micro-batch. `warmup` below 1 is a share of all steps. A
     checkpoint follows every evaluation: each epoch, or every `eval_steps` steps; with `select_by`
-    (a dev metric, or "loss") the best one is loaded at the end. `more` goes to TrainingArguments as
-    it is and wins. Without torchrun one GPU is used.
+    (a dev metric, or "loss") the best one is loaded at the end. Without it, `checkpoint_steps` may
+    say something else. `more` goes to TrainingArguments as it is and wins. Without torchrun one GPU
+    is used.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected 0 or more")
     at_least_one(
-        batch_size=batch_size, accumulation=accumulation, eval_steps=eval_steps, log_steps=log_steps
+        batch_size=batch_size,
+        accumulation=accumulation,
+        eval_steps=eval_steps,
+        checkpoint_steps=checkpoint_steps,
+        log_steps=log_steps,
     )
+    selects = evaluate and select_by is not None
+    if selects and checkpoint_steps is not None:
+        raise ValueError(
+            f"checkpoint_steps is {checkpoint_steps}, but a checkpoint follows each evaluation "
+            "where they choose one (a dev file is given); give eval_steps instead"
+        )
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr is {lr}; expected a number of 0 or more")
     if not 0 <= weight_decay < math.inf:
@@ -101,10 +113,10 @@ def training_arguments(
         "remove_unused_columns": False,  # the collator takes what it needs
         "eval_strategy": when if evaluate else "no",
         "eval_steps": eval_steps if evaluate else None,
-        "save_strategy": when,
-        "save_steps": eval_steps or 500,
+        "save_strategy": when if checkpoint_steps is None else "steps",
+        "save_steps": checkpoint_steps or eval_steps or 500,
         "save_total_limit": keep,
-        "load_best_model_at_end": evaluate and select_by is not None,
+        "load_best_model_at_end": selects,
         "metric_for_best_model": select_by if evaluate else None,
         "logging_steps": log_steps,
         "logging_nan_inf_filter": False,  # StopOnNonFinite wants to see them

@@ -138,8 +138,7 @@ def distill_general(
         **recipe,
         evaluate=False,
         log_steps=log_steps,
-        save_strategy="steps",
-        save_steps=checkpoint_steps,
+        checkpoint_steps=checkpoint_steps,
         **more_arguments(parity, "intermediate"),
     )
     if cuda_graphs:

@@ -153,8 +153,7 @@ def pretrain(
         evaluate="held_out" in parts,
         eval_steps=eval_steps,
         log_steps=log_steps,
-        save_strategy="steps",
-        save_steps=checkpoint_steps,
+        checkpoint_steps=checkpoint_steps,
         dataloader_drop_last=True,  # steps are the same for any number of processes
         ddp_find_unused_parameters=False,
         **(FSDP if fsdp else {}),

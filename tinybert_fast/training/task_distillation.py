@@ -72,6 +72,7 @@ def distill_task(
     intermediate_schedule: str = "constant",
     prediction_epochs: float = 3.0,
     prediction_lr: float = 3e-5,
+    prediction_schedule: str = "linear",
     batch_size: int = 32,
     accumulation: int = 1,
     max_length: int | None = None,
@@ -172,7 +173,12 @@ def distill_task(
             "schedule": intermediate_schedule,
             "warmup": 0.0 if intermediate_schedule == "constant" else warmup,
         },
-        PREDICTION: {"epochs": prediction_epochs, "lr": prediction_lr, "warmup": warmup},
+        PREDICTION: {
+            "epochs": prediction_epochs,
+            "lr": prediction_lr,
+            "schedule": prediction_schedule,
+            "warmup": warmup,
+        },
     }
     looks: dict[str, Any] = {"evaluate": False}
     if "dev" in data.parts:  # and at the last step
@@ -185,8 +191,7 @@ def distill_task(
             **recipes[INTERMEDIATE],
             evaluate=False,
             log_steps=log_steps,
-            save_strategy="steps",
-            save_steps=checkpoint_steps,
+            checkpoint_steps=checkpoint_steps,
             **more_arguments(parity, INTERMEDIATE),
         )
     arguments[PREDICTION] = training_arguments(
@@ -194,6 +199,7 @@ def distill_task(
         **common,
         **recipes[PREDICTION],
         **looks,
+        checkpoint_steps=None if "dev" in data.parts else checkpoint_steps,
         log_steps=log_steps,
         **more_arguments(parity, PREDICTION),
     )
