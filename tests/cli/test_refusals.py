@@ -336,7 +336,7 @@ def save_safely(tensors, path):
 def test_a_disk_that_fills_up_under_a_checkpoint(cli, tmp_path, monkeypatch, save):
     """Said in a line, though neither writer raises an OSError."""
 
-    def command(args):
+    def command(args, standalone_mode):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
