@@ -91,14 +91,21 @@ assert y.shape == x.grad.shape == (3, 312)
 def test_transformers_part_names_its_extra():
     result = python(HIDE + "import tinybert_fast as tbf\ntbf.accelerate")
     assert result.returncode == 1
-    assert "tinybert-fast[train]" in result.stderr.splitlines()[-1], result.stderr
+    assert "pip install '.[train]'" in result.stderr.splitlines()[-1], result.stderr
 
 
 def test_command_line_names_its_extra():
     result = python(HIDE + "from tinybert_fast.cli.main import main\nmain()")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert "tinybert-fast[train]" in result.stderr
+    assert "pip install '.[train]'" in result.stderr
+
+
+def test_recipes_load_at_first_use():
+    result = python(
+        "import tinybert_fast as tbf\nprint(tbf.training.recipes.distill_task.__name__)"
+    )
+    assert result.stdout == "distill_task\n", result.stderr
 
 
 def test_masking_and_benchmarks_need_no_datasets():

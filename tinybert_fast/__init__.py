@@ -51,7 +51,7 @@ def _load(package: str) -> ModuleType:
             raise
         raise ModuleNotFoundError(
             f"{__name__}.{package} needs the package {error.name!r}: "
-            "pip install 'tinybert-fast[train]'",
+            "pip install '.[train]' in the checkout",
             name=error.name,
         ) from error
 

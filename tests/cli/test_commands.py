@@ -66,11 +66,27 @@ def test_version(cli):
     assert cli("--version").out == f"tinybert-fast {__version__}\n"
 
 
-@pytest.mark.parametrize("wrong", [("no-such-command",), ("evaluate",), ("info", "--no-such")])
-def test_wrong_usage_is_code_2(cli, wrong):
-    answer = cli(*wrong)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("no-such-command",), "No such command 'no-such-command'"),
+        (("evaluate",), "Missing argument"),
+        (("info", "--no-such"), "No such option: --no-such"),
+        (("distill", "teacher", "-o", "out", "--epochs", "many"), "Invalid value for '--epochs'"),
+    ],
+    ids=["command", "argument", "option", "value"],
+)
+def test_wrong_usage_is_a_line_and_code_2(cli, wrong, said):
+    line = cli(*wrong).line
+    assert said in line
+    assert line.endswith("--help\n")
+
+
+def test_no_command_is_answered_with_help(cli):
+    answer = cli()
     assert answer.code == 2
-    assert "Usage" in answer.err
+    assert answer.err == ""
+    assert "distill" in answer.out
 
 
 @pytest.mark.parametrize(
@@ -92,7 +108,7 @@ def test_missing_extra_is_one_line(absent, command):
     done = python(code)
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
-        f"error: this command needs {absent}; run: pip install 'tinybert-fast[train]'\n"
+        f"error: this command needs {absent}; run: pip install '.[train]' in the checkout\n"
     )
 
 

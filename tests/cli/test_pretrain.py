@@ -197,4 +197,4 @@ def test_missing_jieba(cli, made, out, monkeypatch):
         "pretrain", made / "english.txt", "-o", out, "--model", made / "config.json", "--words",
         "jieba",
     )  # fmt: skip
-    assert "pip install 'tinybert-fast[chinese]'" in answer.line
+    assert "pip install '.[chinese]'" in answer.line

@@ -293,8 +293,10 @@ def test_options_of_a_loss(cli, files, out, options, complaint):
     assert not out.exists()
 
 
-def test_json_file_that_is_a_folder(cli, files, teacher, tmp_path):
-    assert "is a folder" in cli("evaluate", teacher, files / "dev.csv", "--json", tmp_path).line
+@pytest.mark.parametrize("option", ["--json", "--predictions"])
+def test_a_file_to_write_that_is_a_folder(cli, files, teacher, tmp_path, option):
+    answer = cli("evaluate", teacher, files / "dev.csv", option, tmp_path)
+    assert f"{option} {tmp_path} is a folder" in answer.line
 
 
 def test_disk_errors_leave_no_half_file(cli, files, teacher, tmp_path, monkeypatch):
@@ -334,7 +336,7 @@ def save_safely(tensors, path):
 def test_a_disk_that_fills_up_under_a_checkpoint(cli, tmp_path, monkeypatch, save):
     """Said in a line, though neither writer raises an OSError."""
 
-    def command(args):
+    def command(args, standalone_mode):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:

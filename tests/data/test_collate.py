@@ -1,11 +1,14 @@
 """Padding and the length-grouped order."""
 
+import tracemalloc
+
 import datasets
 import numpy as np
 import pytest
 import torch
 
 from tinybert_fast.data import LengthCollator, LengthGroupedSampler, sort_by_length
+from tinybert_fast.data.collate import Rows
 
 
 class Tokenizer:
@@ -33,6 +36,32 @@ def test_labels_are_floats_or_absent():
     assert "labels" not in collate([example(2)])
 
 
+@pytest.mark.parametrize(
+    "label", [{"label": 1}, {"label": 0.5}, {}], ids=["class", "score", "none"]
+)
+@pytest.mark.parametrize("multiple", [None, 4])
+def test_rows_of_a_table_make_the_same_batches(label, multiple):
+    """Of a dataset in several pieces, in another order, some rows twice."""
+    parts = [
+        datasets.Dataset.from_list([example(n, index=n, length=n, attention_mask=[1] * n, **label)])
+        for n in (5, 2, 7, 3)
+    ]
+    whole = datasets.concatenate_datasets(parts).select([3, 0, 2, 1])
+    collate = LengthCollator(Tokenizer(), multiple, lengths=True)
+    loader = torch.utils.data.DataLoader(
+        Rows(whole), batch_size=3, sampler=[2, 0, 0, 3, 1], collate_fn=collate
+    )
+    for batch, rows in zip(loader, ([2, 0, 0], [3, 1]), strict=True):
+        want = collate([whole[i] for i in rows])
+        assert batch.keys() == want.keys()
+        for name, value in want.items():
+            if isinstance(value, torch.Tensor):
+                assert batch[name].dtype == value.dtype
+                assert torch.equal(batch[name], value), name
+            else:
+                assert batch[name] == value, name
+
+
 @pytest.mark.parametrize(("rows", "batch"), [(103, 4), (103, 8), (3, 4), (1, 1), (1000, 6)])
 def test_order_is_a_permutation_grouped_by_length(rows, batch):
     lengths = np.random.default_rng(1).integers(3, 60, rows)
@@ -56,6 +85,19 @@ def test_the_incomplete_batch_is_left_out(rows, batch):
     sampler = LengthGroupedSampler(lengths, batch, seed=5, drop_last=True)
     assert len(sampler) == rows // batch * batch
     assert list(sampler) == list(whole)[: len(sampler)]
+
+
+def test_an_order_is_no_list_of_numbers():
+    """Of which each takes 32 bytes, and 8 in the list."""
+    sampler = LengthGroupedSampler(np.ones(100_000, np.int8), 32)
+    tracemalloc.start()
+    try:
+        order = iter(sampler)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 10 * len(sampler)
+    assert len(set(order)) == len(sampler)
 
 
 def test_order_depends_on_seed_and_epoch_but_not_on_torch():

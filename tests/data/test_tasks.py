@@ -191,9 +191,9 @@ def test_other_encoding_and_folder_are_refused(tmp_path):
         load_examples(tmp_path)
 
 
-def test_label_may_be_absent(tmp_path):
-    file = write(tmp_path / "a.csv", "text,source\na film,x\n")
-    assert load_examples(file, require_label=False).column_names == ["text"]
+def test_labels_may_be_left_unread(tmp_path):
+    file = write(tmp_path / "a.csv", "text,label\na film,\n")
+    assert load_examples(file, labelled=False).column_names == ["text"]
 
 
 # ---- the task ------------------------------------------------------------------------------------
@@ -235,6 +235,12 @@ def test_task_survives_a_config(task):
 
 def test_model_without_names_counts_its_classes():
     assert Task.of_model(tiny_config(num_labels=3)).labels == ("0", "1", "2")
+
+
+def test_a_model_of_many_labels_is_refused():
+    config = tiny_config(num_labels=3, problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match=r"any number of 3 labels .*expected one that gives"):
+        Task.of_model(config)
 
 
 def test_unseen_label_names_the_row(tokenizer):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,3 +90,21 @@ def apart(tmp_path_factory) -> Callable[..., list[Ended]]:
         return [Ended(code, (errors / str(n)).read_text()) for n, code in enumerate(codes)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ranks_of() -> Callable[..., list[tuple[str, list[str], dict[str, str]]]]:
+    """ranks_of(name, *arguments): calls of a phase for `apart`, what torchrun starts without its
+    agent, which ends the others when one dies: two processes.
+    """
+
+    def calls(name: str, *arguments: Path) -> list[tuple[str, list[str], dict[str, str]]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                  "MASTER_PORT": port}  # fmt: skip
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return [(name, list(map(str, arguments)), {**common, **more}) for more in own]
+
+    return calls

@@ -3,7 +3,8 @@
 from functools import cached_property
 
 import pytest
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
 
 from tinybert_fast.training import common
 
@@ -29,8 +30,35 @@ def test_one_gpu_without_torchrun(tmp_path, monkeypatch, caplog):
     assert caplog.messages == ["using one of 4 GPUs; torchrun uses all of them"]
 
 
+def test_processes_wait_for_one_that_prepares(tmp_path):
+    assert common.training_arguments(tmp_path).ddp_timeout == 24 * 60 * 60
+
+
 @pytest.mark.parametrize("name", ["batch_size", "accumulation", "eval_steps", "log_steps"])
 @pytest.mark.parametrize("value", [0, -5])
 def test_values_without_a_meaning(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"^{name} is {value}; expected 1 or more$"):
         common.training_arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"warmup": float("nan")}, "warmup is nan; expected a number of 0 or more"),
+        ({"warmup": -1}, "warmup is -1; expected a number"),
+        ({"epochs": float("inf")}, "epochs is inf; expected a number of more than 0"),
+        ({"epochs": float("nan")}, "epochs is nan; expected a number of more than 0"),
+        ({"schedule": "polynomial"}, "schedule is 'polynomial'; expected one of linear, cosine, "),
+        ({"schedule": "foo"}, "schedule is 'foo'; expected one of linear, cosine, constant, "),
+    ],
+)
+def test_values_that_no_schedule_can_be_made_of(tmp_path, option, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        common.training_arguments(tmp_path, **option)
+
+
+@pytest.mark.parametrize("schedule", common.SCHEDULES)
+def test_schedules_need_nothing_else(tmp_path, schedule):
+    arguments = common.training_arguments(tmp_path, schedule=schedule)
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=2, num_training_steps=9)

@@ -10,6 +10,7 @@ from transformers import BertForSequenceClassification, BertModel, TrainerCallba
 
 import tinybert_fast as tbf
 from tinybert_fast.data import LengthCollator
+from tinybert_fast.data.collate import Rows
 from tinybert_fast.testing.tiny_models import sentiment_rows, tiny_config, tiny_tokenizer
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import training_arguments
@@ -184,6 +185,13 @@ def test_the_teacher_says_what_the_student_learns(data, tmp_path):
     assert histories[0] == histories[1]
 
 
+def test_loaders_read_rows(data, tmp_path):
+    options = {"eval_dataset": data[0], "compute_metrics": None}
+    trainer = trainer_of(data, tmp_path, options=options)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert isinstance(loader.dataset, Rows)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_packed_and_padded_agree(data, tmp_path, stage):
     """The same loss whichever of the two models is accelerated."""
@@ -201,19 +209,28 @@ def test_packed_and_padded_agree(data, tmp_path, stage):
     assert found == pytest.approx([found[0]] * 4, rel=1e-5)
 
 
-def test_accumulated_batches_make_one_step(data, tmp_path):
-    """Two micro-batches of 8 are one batch of 16 for losses that average over equal batches."""
-    student, teacher = models(False)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+@pytest.mark.parametrize("lengths", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("kind", ["tinybert", "minilm", "prediction"])
+def test_accumulated_batches_make_one_step(data, tmp_path, kind, lengths):
+    """Micro-batches of 8 and 5 texts of other lengths are one batch of 13, whatever terms are means
+    over: texts, tokens or pairs of tokens.
+    """
+    examples, tokenizer = data
+    examples = examples.select(range(13))
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    student, teacher = models(lengths, **still)
+    options = {"data_collator": LengthCollator(tokenizer, lengths=lengths)}
+    if kind == "minilm":
+        options["matches"] = RelationMatches.of(student.config, teacher.config)
     found = []
     for size, accumulation in ((16, 1), (8, 2)):
+        torch.manual_seed(1)  # of the projection
         trainer = trainer_of(
-            data,
+            (examples, tokenizer),
             tmp_path / str(size),
             (copy.deepcopy(student), teacher),
-            stage="prediction",
+            stage="prediction" if kind == "prediction" else "intermediate",
+            options=options,
             max_steps=1,
             batch_size=size,
             accumulation=accumulation,
@@ -222,8 +239,10 @@ def test_accumulated_batches_make_one_step(data, tmp_path):
         )
         trainer.train()
         found.append(losses(trainer.state.log_history)[0])
-    for name in ("loss", "prediction_loss", "grad_norm"):
-        assert found[1][name] == pytest.approx(found[0][name], rel=1e-4)
+    terms = [name for name in found[0] if "loss" in name]
+    assert len(terms) == {"tinybert": 6, "minilm": 4, "prediction": 2}[kind]
+    for name in (*terms, "grad_norm"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name
 
 
 def test_relations_resume_with_the_same_bits(data, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tinybert_fast.data import Task, encode_examples, load_examples
+from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.testing.tiny_models import sentiment_file, tiny_classifier, tiny_encoder
 from tinybert_fast.training.evaluate import evaluate, predict
 from tinybert_fast.training.loading import load_classifier, load_encoder, load_tokenizer
@@ -58,6 +59,12 @@ def test_predictions_come_in_the_order_of_the_rows(made):
     assert encoded["length"][:] != sorted(encoded["length"][:], reverse=True)
     logits = predict(model, encoded, tokenizer, batch_size=4)
     np.testing.assert_allclose(logits, one_by_one(made / "model", examples["text"]), atol=1e-5)
+
+
+def test_the_device_is_not_asked_for_lengths(made, monkeypatch):
+    """Which a GPU would be waited for in each batch."""
+    monkeypatch.delattr(SequenceLayout, "from_mask")
+    assert evaluate(made / "model", made / "test.csv", progress=False)["examples"] == 30
 
 
 def test_bf16_is_close(made):

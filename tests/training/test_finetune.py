@@ -166,6 +166,25 @@ def test_the_positive_class_of_a_folder_is_its_second(made, tmp_path):
     assert config.id2label == dict(enumerate(names))
 
 
+def test_how_often_to_log_and_save_without_a_dev_file(made, tmp_path):
+    seen = {"log": [], "save": []}
+
+    class Seen(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                seen["log"].append((state.global_step, logs["learning_rate"]))
+
+        def on_save(self, args, state, control, **kwargs):
+            seen["save"].append(state.global_step)
+
+    files = made / "encoder", made / "train.csv", None, tmp_path / "out"
+    often = {"log_steps": 3, "checkpoint_steps": 5, "schedule": "constant", "lr": 1e-3}
+    finetune(*files, epochs=1, batch_size=8, progress=False, callbacks=[Seen()], **often)
+    assert seen == {"log": [(3, 1e-3), (6, 1e-3)], "save": [5, 8]}
+    with pytest.raises(ValueError, match="checkpoint_steps is 5, but a checkpoint follows each ev"):
+        run(made, tmp_path / "dev", checkpoint_steps=5)
+
+
 # ---- resume --------------------------------------------------------------------------------------
 
 
@@ -286,7 +305,7 @@ def test_stops_and_keeps_the_last_good_checkpoint(made, tmp_path, where, step, k
 # ---- the trainer ---------------------------------------------------------------------------------
 
 
-def gradients(made, folder, batch_size, accumulation):
+def gradients(made, folder, batch_size, accumulation, rows):
     """Gradients of the first optimizer step."""
     taken = {}
 
@@ -295,7 +314,7 @@ def gradients(made, folder, batch_size, accumulation):
             if state.global_step == 0:
                 taken.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    examples = load_examples(made / "train.csv")
+    examples = load_examples(made / "train.csv").select(range(rows))
     task, tokenizer = Task.of(examples), load_tokenizer(made / "encoder")
     set_seed(0)
     model = load_classifier(made / "encoder", task)
@@ -326,8 +345,9 @@ def gradients(made, folder, batch_size, accumulation):
     return taken
 
 
-def test_accumulated_gradients_equal_those_of_the_large_batch(made, tmp_path):
-    small, large = gradients(made, tmp_path, 4, 4), gradients(made, tmp_path, 16, 1)
+@pytest.mark.parametrize("rows", [60, 13])  # whole micro-batches; the last one of a single text
+def test_accumulated_gradients_equal_those_of_the_large_batch(made, tmp_path, rows):
+    small, large = (gradients(made, tmp_path, *how, rows) for how in ((4, 4), (16, 1)))
     for name, value in large.items():
         torch.testing.assert_close(small[name], value, rtol=1e-4, atol=1e-6)
 

@@ -494,6 +494,18 @@ def test_a_bucket_is_captured_when_it_comes_again(captured, tokenizer, tmp_path)
     assert backend.captures == sum(b.replay is not None for b in trainer.graphs.buckets.values())
 
 
+def test_buckets_share_their_memory(captured, tokenizer, tmp_path):
+    """What batches bring, a lesson of every token among it, is held once, of the largest batch."""
+    trainer = from_disk(tmp_path, tokenizer, True)
+    trainer.train()
+    buckets = [tree_leaves(one.static) for one in trainer.graphs.buckets.values()]
+    assert len(buckets) > 2
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for leaves in buckets for x in leaves}  # fmt: skip
+    largest = max(sum(x.nbytes for x in leaves) for leaves in buckets)
+    assert sum(held.values()) < 1.3 * largest < 0.7 * sum(x.nbytes for b in buckets for x in b)
+
+
 def test_capacities():
     for n in range(1, 3000):
         size, step = capacity(n), capacity_step(n)

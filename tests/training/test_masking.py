@@ -58,6 +58,12 @@ def test_uniform_and_loss_begin_uniform(tokenizer):
         ({"unit": "letter"}, "expected one of token, word, span"),
         ({"weights": "idf"}, "needs a direction: important-more or important-less"),
         ({"weights": "loss", "direction": "important-more"}, "is for weights count and idf"),
+        ({"alpha": 1.5}, "alpha=1.5 is for weights count; got 'uniform'"),
+        (
+            {"weights": "idf", "direction": "important-more", "alpha": 0.7},
+            "alpha=0.7 is for weights count; got 'idf'",
+        ),
+        ({"most": 3.0}, "most=3.0 is for weights count and idf and loss; got 'uniform'"),
         ({"weights": "nowhere.tsv"}, "uniform, count, idf, loss or a file"),
         ({"positions": "nowhere.txt"}, "expected a file"),
         ({"weights": "idf", "direction": "up"}, "direction is 'up'"),

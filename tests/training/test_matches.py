@@ -37,7 +37,15 @@ def test_uneven_layers_name_an_explicit_list_that_works(student, teacher, remedy
     named.validate(config(student), config(teacher))
 
 
-@pytest.mark.parametrize("text", ["0:0,1:2,2:3,3:5,4:6", "hidden=0:0,4:6 attention=2:3,4:6"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0:0,1:2,2:3,3:5,4:6",
+        "hidden=0:0,4:6 attention=2:3,4:6",
+        "hidden= attention=2:3,4:6",
+        "hidden=1:2 attention=",
+    ],
+)
 def test_text_round_trip(text):
     assert str(LayerMatches.parse(text)) == text
     assert LayerMatches.parse(text.replace(",", " , ").replace(" a", " ; a")) == LayerMatches.parse(

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -181,19 +180,8 @@ def die(text: Path, output: Path, ranks: int) -> None:
 # ---- what came of it -----------------------------------------------------------------------------
 
 
-def ranks_of(name: str, *arguments: Path) -> list[tuple[str, list[str], dict[str, str]]]:
-    """What torchrun starts, without its agent, which ends the others when one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": port}  # fmt: skip
-    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [(name, list(map(str, arguments)), {**common, **more}) for more in own]
-
-
 @pytest.fixture(scope="module")
-def trained(text, tmp_path_factory, apart):
+def trained(text, tmp_path_factory, apart, ranks_of):
     """A folder with one/ and two/, runs of one process and of two; how the last two ended."""
     folder = tmp_path_factory.mktemp("processes")
     alone = ("one", [str(text), str(folder / "one")], {})

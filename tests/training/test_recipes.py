@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,8 +32,10 @@ from tinybert_fast.testing.tiny_models import (
     tiny_tokenizer,
 )
 from tinybert_fast.training import general_distillation, run_folder, task_distillation
+from tinybert_fast.training.evaluate import evaluate
 from tinybert_fast.training.finetune import finetune
 from tinybert_fast.training.projection import HiddenProjection
+from tinybert_fast.training.recipe_parts import check_batches
 from tinybert_fast.training.recipes import distill_general, distill_task
 
 TEACHER = {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64}
@@ -228,6 +231,30 @@ def test_dev_score_is_that_of_the_saved_model(made, tmp_path):
     assert metrics["dev"]["accuracy"] == pytest.approx(sum(right) / len(right))
 
 
+def test_dev_is_looked_at_after_the_last_step_whatever_its_interval(made, tmp_path):
+    metrics = task(made, tmp_path, intermediate_epochs=0, eval_steps=500)
+    assert metrics["best_step"] == metrics["prediction"]["steps"] == 16
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["eval_steps"] == 500
+
+
+def test_without_dev_the_second_stage_saves_as_often_as_the_first(made, tmp_path):
+    rates, saved = {}, []
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+            rates.setdefault(Path(args.output_dir).name, []).append(lr_scheduler.get_last_lr()[0])
+
+        def on_save(self, args, state, control, **kwargs):
+            saved.append((Path(args.output_dir).name, state.global_step))
+
+    often = {"intermediate_epochs": 1, "prediction_epochs": 1, "checkpoint_steps": 3}
+    options = {"prediction_schedule": "constant", "callbacks": [Seen()], **often}
+    task(made, tmp_path, dev=None, **options)
+    stages = ("intermediate", "prediction")
+    assert saved == [(stage, step) for stage in stages for step in (3, 6, 8)]
+    assert set(rates["prediction"]) == {3e-3}
+
+
 def test_augmented_texts_need_no_labels(made, tmp_path):
     steps = {}
     for name, options in (
@@ -238,6 +265,19 @@ def test_augmented_texts_need_no_labels(made, tmp_path):
         metrics = task(made, tmp_path / name, **options)
         steps[name] = metrics["intermediate"]["steps"], metrics["prediction"]["steps"]
     assert steps == {"both": (24, 24), "first": (24, 16)}  # 12 batches an epoch, or 8
+
+
+def test_labels_of_the_texts_to_learn_are_not_read(made, tmp_path):
+    """Of the training file nor of the augmented one: a class that nobody knows, and none."""
+    texts = [text for text, _ in sentiment_rows(TRAIN, seed=1)]
+    for name, label in (("odd", "neutral"), ("empty", "")):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("sentence", "label"), *((text, label) for text in texts)])
+    files = tmp_path / "odd.csv", made / "dev.csv", tmp_path / "out"
+    options = {"augmented": tmp_path / "empty.csv", "intermediate_epochs": 1, "batch_size": 8}
+    options |= {"prediction_epochs": 1, "max_length": 16, "progress": False}
+    metrics = distill_task(made / "teacher", STUDENT, *files, **options)
+    assert metrics["labels"] == ["bad", "good"]
 
 
 def test_regression_learns_the_teachers_scores(tmp_path):
@@ -317,6 +357,24 @@ def test_official_parity_runs_both_recipes(made, tmp_path):
     assert (metrics["intermediate"]["steps"], metrics["prediction"]["steps"]) == (14, 14)
 
 
+def test_official_parity_leaves_no_dev_text_out(made, tmp_path):
+    """40 of them in evaluation batches of 64, the training's last batch of 28 left out."""
+    recipe = {"parity": "official", "intermediate_epochs": 0, "prediction_epochs": 1}
+    metrics = task(made, tmp_path / "task", batch_size=32, **recipe)
+    assert metrics["prediction"]["steps"] == 1
+    scores = evaluate(tmp_path / "task", made / "dev.csv", max_length=16, progress=False)
+    for name in ("accuracy", "f1", "matthews"):
+        assert metrics["dev"][name] == pytest.approx(scores[name])
+
+
+def test_official_batches_are_those_of_all_processes():
+    arguments = SimpleNamespace(train_batch_size=8, world_size=3)
+    check_batches(24, arguments, "official")
+    check_batches(1, arguments, "paper")
+    with pytest.raises(ValueError, match=r"23 texts do not fill one of 24 \(batch size x proc"):
+        check_batches(23, arguments, "official")
+
+
 def test_general_resume_ends_with_the_same_bits(made, tmp_path):
     options = {"checkpoint_steps": 4, "init": "pca", "log_steps": 4, "accelerate": False}
     whole = general(made, tmp_path / "whole", **options)
@@ -332,6 +390,41 @@ def test_general_resume_ends_with_the_same_bits(made, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", "projection.safetensors")
     assert resumed["losses"] == whole["losses"]
     assert general(made, tmp_path / "parts", resume=True, **options) == resumed  # nothing to do
+
+
+def test_a_run_that_has_taken_its_last_step_takes_no_other(made, tmp_path, monkeypatch):
+    """4 steps of 6 in an epoch; the disk is full when the model is to be written."""
+    options = {"steps": 4, "checkpoint_steps": 4, "schedule": "constant"}
+    whole = general(made, tmp_path / "whole", **options)
+
+    def full(*arguments, **more):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "save_model", full)
+        with pytest.raises(OSError, match="No space"):
+            general(made, tmp_path / "parts", **options)
+    resumed = general(made, tmp_path / "parts", resume=True, **options)
+    assert resumed["steps"] == whole["steps"] == 4
+    assert resumed["losses"] == whole["losses"]
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_resumed_run_logs_and_saves_as_often_as_it_is_told_to_now(made, tmp_path):
+    seen = {"log": [], "save": []}
+
+    class Seen(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                seen["log"].append(state.global_step)
+
+        def on_save(self, args, state, control, **kwargs):
+            seen["save"].append(state.global_step)
+
+    with pytest.raises(KeyboardInterrupt):
+        general(made, tmp_path, checkpoint_steps=4, log_steps=4, callbacks=[StopAt(6)])
+    general(made, tmp_path, checkpoint_steps=3, log_steps=2, callbacks=[Seen()], resume=True)
+    assert seen == {"log": [6, 8, 10, 12], "save": [6, 9, 12]}
 
 
 @pytest.mark.parametrize("stop", [10, 16, 24], ids=["stage_a", "between", "stage_b"])
@@ -486,6 +579,12 @@ def test_layers_and_explicit_matches(made, tmp_path):
     assert set(saved) == {f"fit_denses.{m}.{n}" for m in range(4) for n in ("weight", "bias")}
 
 
+def test_attention_alone(made, tmp_path):
+    metrics = general(made, tmp_path, matches="attention=1:2,2:4", steps=2)
+    assert metrics["losses"].keys() == {"loss", "attention_1_loss", "attention_2_loss"}
+    assert "| matches | hidden= attention=1:2,2:4 |" in (tmp_path / "report.md").read_text()
+
+
 def test_vocabularies_must_be_the_same(made, tmp_path):
     larger = tiny_encoder(tmp_path / "larger", words=(*WORDS, "extra"))
     complaint = r"larger has 26 word pieces and the teacher .*encoder has 25\. .*the teacher's voc"
@@ -579,7 +678,7 @@ def test_files_are_held_to_the_teachers_task(made, tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("sentence,label\nfine film,good\nthe film,neutral\n")
     with pytest.raises(ValueError, match=r"bad.csv.*row 2 .*'neutral'"):
-        distill_task(teacher, STUDENT, bad, None, tmp_path / "out")
+        distill_task(teacher, STUDENT, made / "train.csv", bad, tmp_path / "out")
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("sentence1,sentence2,label\nfine film,the film,good\n")
     with pytest.raises(ValueError, match="single texts"):

@@ -196,6 +196,17 @@ def test_damaged_checkpoint_is_named(tmp_path, name, damage):
         again.last_checkpoint()
 
 
+def test_every_process_keeps_its_generators(tmp_path):
+    run = begun(tmp_path / "run", processes=2)
+    folder = checkpoint(run, 10)
+    (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
+    again = RunFolder(tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"rng_state_1.pth is missing"):
+        again.last_checkpoint()
+    shutil.copy(folder / "rng_state_0.pth", folder / "rng_state_1.pth")
+    assert again.last_checkpoint() == str(folder)
+
+
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path, caplog):
     run = begun(tmp_path / "run")
     for step in (5, 10):
@@ -220,8 +231,10 @@ def test_a_flipped_byte_is_found(tmp_path):
 def test_damaged_run_file(tmp_path):
     begun(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run.json is damaged"):
+    with pytest.raises(ValueError, match=r"run.json is damaged .*start again \(--overwrite\)"):
         RunFolder(tmp_path / "run", resume=True)
+    RunFolder(tmp_path / "run", overwrite=True).begin(SETTINGS)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

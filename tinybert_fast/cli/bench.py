@@ -43,8 +43,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Only this one, beside what it is held to; may be repeated. On a GPU `reference` "
-            "runs if it is named.",
+            help="Time only this one and the provider that others are compared with; may be "
+            "repeated. On a GPU `reference` is timed only if it is named.",
         ),
     ] = None,
     passes: Annotated[
@@ -56,15 +56,20 @@ def bench(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
-    rounds: Annotated[int | None, typer.Option(help="Repetitions; by device by default.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Timed rounds; default depends on the device.")
+    ] = None,
     sweeps: Annotated[
         int,
-        typer.Option(help="Over all cases, with tensors made anew: averages over where they lie."),
+        typer.Option(
+            help="Passes over all cases with newly allocated tensors, which averages out memory "
+            "placement."
+        ),
     ] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    dropout: Annotated[float, typer.Option(help="While timed.")] = 0.1,
+    dropout: Annotated[float, typer.Option(help="Dropout rate while timed.")] = 0.1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of weights, lengths and words.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, lengths and words.")] = 0,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Tiny sizes, seconds: shows that it works.")
     ] = False,
@@ -77,7 +82,7 @@ def bench(
     ] = False,
     minutes: Annotated[
         float | None,
-        typer.Option(help="After which no further case, or with --tune width of heads, begins."),
+        typer.Option(help="Start no further case after this; with --tune, no further head width."),
     ] = None,
     tune: Annotated[
         bool,
@@ -89,7 +94,10 @@ def bench(
     ] = False,
     head: Annotated[
         list[int] | None,
-        typer.Option(metavar="WIDTH", help="With --tune: only heads of 32, 64 or 128."),
+        typer.Option(
+            metavar="WIDTH",
+            help="With --tune: only heads of this width, 32, 64 or 128; may be repeated.",
+        ),
     ] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Append the rows to FILE.")

@@ -67,7 +67,7 @@ def distill(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of minilm: qk, qq, kk, vv, joined by commas. qq,kk,vv (MiniLMv2) by default; "
+            help="For minilm: qk, qq, kk, vv, joined by commas. qq,kk,vv (MiniLMv2) by default; "
             "MiniLM is qk,vv.",
             rich_help_panel=BOTH,
         ),
@@ -75,15 +75,16 @@ def distill(
     relation_heads: Annotated[
         int | None,
         typer.Option(
-            help="Of minilm, for both models; divides both widths. By default the larger number of "
-            "attention heads that does.",
+            help="For minilm: heads of both models, which divide both widths. By default the "
+            "larger number of attention heads that does.",
             rich_help_panel=BOTH,
         ),
     ] = None,
     teacher_layer: Annotated[
         int | None,
         typer.Option(
-            help="Of minilm: whose relations the student's last layer learns; the last by default.",
+            help="For minilm: layer whose relations the student's last layer learns; the last by "
+            "default.",
             rich_help_panel=BOTH,
         ),
     ] = None,
@@ -142,7 +143,7 @@ def distill(
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="Of the numbers on disk: fp32, fp16 or bf16; by default as computed.",
+            help="How the numbers are kept: fp32, fp16 or bf16; by default as computed.",
             rich_help_panel=SPEED,
         ),
     ] = None,
@@ -161,31 +162,32 @@ def distill(
     ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=GENERAL)] = 5e-5,
     schedule: Annotated[
-        str,
-        typer.Option(
-            help="Of the learning rate: linear, constant, cosine.", rich_help_panel=GENERAL
-        ),
+        str, typer.Option(help=options.SCHEDULE, rich_help_panel=GENERAL)
     ] = "linear",
     # ---- task
     train: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help=".csv, .tsv, .jsonl or a datasets folder; needs no labels.",
+            help=".csv, .tsv, .jsonl or a datasets folder; labels are not read.",
             rich_help_panel=TASK,
         ),
     ] = None,
     dev: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Labelled, to choose the checkpoint by.", rich_help_panel=TASK
+            metavar="FILE",
+            help="Labelled data that chooses the checkpoint.",
+            rich_help_panel=TASK,
         ),
     ] = None,
     augmented: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Stands in for --train in the first stage (and holds its texts too).",
+            help="Texts that stand in for --train in the first stage, and should hold its texts "
+            "too. This package has no generator of TinyBERT's augmented data; any sentences of the "
+            "kind will do.",
             rich_help_panel=TASK,
         ),
     ] = None,
@@ -198,25 +200,39 @@ def distill(
         ),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Of the text.", rich_help_panel=TASK)
+        str | None, typer.Option(metavar="COLUMN", help="Column of the text.", rich_help_panel=TASK)
     ] = None,
     text_pair: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Of the second text.", rich_help_panel=TASK)
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of the second text.", rich_help_panel=TASK),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Of the label.", rich_help_panel=TASK)
+        str | None,
+        typer.Option(metavar="COLUMN", help="Column of the label of --dev.", rich_help_panel=TASK),
     ] = None,
     intermediate_epochs: Annotated[
         float,
-        typer.Option(help="First stage: layers. 0 leaves it out.", rich_help_panel=TASK),
+        typer.Option(
+            help="Epochs of the first stage, on layers; 0 leaves it out.", rich_help_panel=TASK
+        ),
     ] = 20.0,
     intermediate_lr: Annotated[float, typer.Option(rich_help_panel=TASK)] = 5e-5,
-    intermediate_schedule: Annotated[str, typer.Option(rich_help_panel=TASK)] = "constant",
+    intermediate_schedule: Annotated[
+        str, typer.Option(help=options.SCHEDULE, rich_help_panel=TASK)
+    ] = "constant",
     prediction_epochs: Annotated[
-        float, typer.Option(help="Second stage: the teacher's logits.", rich_help_panel=TASK)
+        float,
+        typer.Option(
+            help="Epochs of the second stage, on the teacher's logits.", rich_help_panel=TASK
+        ),
     ] = 3.0,
     prediction_lr: Annotated[float, typer.Option(rich_help_panel=TASK)] = 3e-5,
-    temperature: Annotated[float, typer.Option(help="Of the logits.", rich_help_panel=TASK)] = 1.0,
+    prediction_schedule: Annotated[
+        str, typer.Option(help=options.SCHEDULE, rich_help_panel=TASK)
+    ] = "linear",
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits of both models.", rich_help_panel=TASK)
+    ] = 1.0,
     eval_steps: Annotated[
         int, typer.Option(help="Steps between looks at dev.", rich_help_panel=TASK)
     ] = 100,
@@ -227,7 +243,10 @@ def distill(
     # ---- both
     batch_size: Annotated[
         int | None,
-        typer.Option(help="256 for a corpus, 32 for a task by default.", rich_help_panel=TRAINING),
+        typer.Option(
+            help="Examples per batch and process: 256 for a corpus, 32 for a task by default.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     accumulation: options.Accumulation = 1,
     max_length: Annotated[
@@ -240,12 +259,8 @@ def distill(
     warmup: options.Warmup = 0.1,
     weight_decay: options.WeightDecay = 0.01,
     seed: options.Seed = 0,
-    checkpoint_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints.", rich_help_panel=HOW)
-    ] = 500,
-    log_steps: Annotated[
-        int, typer.Option(help="Steps between logged losses.", rich_help_panel=HOW)
-    ] = 10,
+    checkpoint_steps: options.CheckpointSteps = 500,
+    log_steps: options.LogSteps = 10,
     bf16: options.Bf16 = False,
     accelerate: options.Accelerate = True,
     impl: options.Impl = "auto",

@@ -27,7 +27,12 @@ def evaluate(
     label: options.Label = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write every prediction (.jsonl).", rich_help_panel=DATA),
+        typer.Option(
+            metavar="FILE",
+            help="Write every prediction (.jsonl).",
+            rich_help_panel=DATA,
+            callback=options.file_to_write,
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(rich_help_panel=options.HOW)] = 64,
     max_length: Annotated[

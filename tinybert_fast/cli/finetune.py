@@ -7,7 +7,7 @@ import typer
 
 from tinybert_fast.allocator import keep_freed_memory
 from tinybert_fast.cli import options, output
-from tinybert_fast.cli.options import DATA, TRAINING
+from tinybert_fast.cli.options import DATA, HOW, TRAINING
 
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
@@ -34,7 +34,11 @@ def finetune(
     output_: options.Output,
     dev: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="To choose the checkpoint by.", rich_help_panel=DATA),
+        typer.Option(
+            metavar="FILE",
+            help="Labelled data that chooses the checkpoint.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     text: options.Text = None,
     text_pair: options.TextPair = None,
@@ -45,13 +49,14 @@ def finetune(
     ] = "auto",
     epochs: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 3.0,
     lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=TRAINING)] = 5e-5,
-    batch_size: Annotated[int, typer.Option(rich_help_panel=TRAINING)] = 32,
+    batch_size: options.BatchSize = 32,
     accumulation: options.Accumulation = 1,
     max_length: Annotated[
         int, typer.Option(help="Tokens; longer texts are cut.", rich_help_panel=TRAINING)
     ] = 128,
     warmup: options.Warmup = 0.1,
     weight_decay: options.WeightDecay = 0.01,
+    schedule: options.Schedule = "linear",
     eval_steps: Annotated[
         int | None,
         typer.Option(
@@ -60,6 +65,15 @@ def finetune(
     ] = None,
     select_by: options.SelectBy = None,
     seed: options.Seed = 0,
+    checkpoint_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Without --dev: steps between checkpoints; each epoch by default. With it one "
+            "follows each look at dev.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    log_steps: options.LogSteps = 10,
     bf16: options.Bf16 = False,
     accelerate: options.Accelerate = True,
     impl: options.Impl = "auto",
@@ -89,8 +103,11 @@ def finetune(
         max_length=max_length,
         warmup=warmup,
         weight_decay=weight_decay,
+        schedule=schedule,
         eval_steps=eval_steps,
         select_by=select_by,
+        checkpoint_steps=checkpoint_steps,
+        log_steps=log_steps,
         seed=seed,
         bf16=bf16,
         accelerate=accelerate,

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 # What [train] installs; torch and the standard library are always there.
 EXTRA = {
@@ -23,14 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from tinybert_fast.cli.app import app
 
-        app(args=None if arguments is None else list(arguments))
+        given = None if arguments is None else list(arguments)
+        sys.exit(app(args=given, standalone_mode=False))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in OPTIONAL:
             _stop(str(error))
         if missing not in EXTRA:
             raise
-        _stop(f"this command needs {missing}; run: pip install 'tinybert-fast[train]'")
+        _stop(f"this command needs {missing}; run: pip install '.[train]' in the checkout")
     except BAD_INPUT as error:
         if logging.getLogger("tinybert_fast").isEnabledFor(logging.DEBUG):
             raise  # --verbose
@@ -43,12 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = f": {error.filename}" if error.filename else ""
         _stop(f"{error.strerror}{where}")
     except Exception as error:
+        _stop_at_usage(error)
         if not SAY_FULL.search(str(error)):
             raise
         _stop(
             "a checkpoint or model could not be written whole: is the disk full? Make room; where "
             "there is a checkpoint, --resume goes on from the last whole one"
         )
+
+
+def _stop_at_usage(error: Any) -> None:
+    """Exceptions of click, which is a package or a part of Typer: told by what they have."""
+    name = type(error).__name__
+    if name == "Abort":  # Ctrl-C
+        sys.exit(130)
+    if name == "NoArgsIsHelpError":  # which has been shown
+        sys.exit(2)
+    if hasattr(error, "format_message"):
+        context = getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} --help" if context else ""
+        _stop(error.format_message().rstrip(".") + hint)
 
 
 def _stop(message: str, code: int = 2) -> None:

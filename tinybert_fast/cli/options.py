@@ -13,11 +13,12 @@ SELECT_BY = (
     "What chooses the checkpoint on dev: a metric (accuracy, f1, macro_f1, matthews; pearson, "
     "spearman, pearson_spearman) or loss."
 )
+SCHEDULE = "Learning rate over the steps: linear, cosine, constant or constant_with_warmup."
 
 
-def _json_file(path: Path | None) -> Path | None:
+def file_to_write(option: typer.CallbackParam, path: Path | None) -> Path | None:
     if path is not None and path.is_dir():
-        raise ValueError(f"--json {path} is a folder; expected a file to write")
+        raise ValueError(f"{option.opts[0]} {path} is a folder; expected a file to write")
     return path
 
 
@@ -30,7 +31,7 @@ def _not_negative(seed: int) -> int:
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Also write the result to FILE.", callback=_json_file
+        "--json", metavar="FILE", help="Also write the result to FILE.", callback=file_to_write
     ),
 ]
 Output = Annotated[
@@ -55,6 +56,9 @@ Label = Annotated[
     typer.Option(metavar="COLUMN", help="Column of the label.", rich_help_panel=DATA),
 ]
 
+BatchSize = Annotated[
+    int, typer.Option(help="Examples per batch and process.", rich_help_panel=TRAINING)
+]
 Accumulation = Annotated[
     int, typer.Option(help="Batches per optimizer step.", rich_help_panel=TRAINING)
 ]
@@ -65,11 +69,14 @@ Warmup = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
-WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)]
+Schedule = Annotated[str, typer.Option(help=SCHEDULE, rich_help_panel=TRAINING)]
+WeightDecay = Annotated[
+    float, typer.Option(help="Weight decay of AdamW.", rich_help_panel=TRAINING)
+]
 Seed = Annotated[
     int,
     typer.Option(
-        help="Of new weights, batches and dropout.",
+        help="Seed of new weights, batches and dropout.",
         rich_help_panel=TRAINING,
         callback=_not_negative,
     ),
@@ -83,6 +90,10 @@ SelectBy = Annotated[
     ),
 ]
 
+CheckpointSteps = Annotated[
+    int, typer.Option(help="Steps between checkpoints.", rich_help_panel=HOW)
+]
+LogSteps = Annotated[int, typer.Option(help="Steps between logged losses.", rich_help_panel=HOW)]
 Bf16 = Annotated[
     bool,
     typer.Option(

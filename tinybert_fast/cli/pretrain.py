@@ -18,8 +18,8 @@ EPILOG = (
     "--direction important-less\n\n"
     "tinybert-fast pretrain zh/ -o zh --words jieba --mask word --vocab-size 8000\n\n"
     "Several processes: torchrun --nproc-per-node 2 -m tinybert_fast.cli pretrain wiki/ -o bert. "
-    "The first of them makes the shards of a large corpus alone, and the others wait half an hour "
-    "for it: make them with one process beforehand, and name their folder with --data.\n\n"
+    "The first of them makes the shards of a large corpus while the others wait; to keep no GPU "
+    "waiting, make them with one process beforehand and name their folder with --data.\n\n"
     "DIR gets the model (plain Transformers), metrics.json, report.md with curves.png, TensorBoard "
     "logs, and data/ with the tokenizer and the shards, which the next run uses again."
 )
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 def pretrain(
     text: Annotated[
-        list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 files, or folders of .txt files.")
+        list[Path], typer.Argument(metavar="TEXT", help="UTF-8 files, or folders of .txt files.")
     ],
     output_: options.Output,
     model: Annotated[
@@ -71,10 +71,16 @@ def pretrain(
         ),
     ] = None,
     vocab_size: Annotated[
-        int, typer.Option(help="Of a trained tokenizer.", rich_help_panel=DATA)
+        int,
+        typer.Option(help="Vocabulary size of the tokenizer trained here.", rich_help_panel=DATA),
     ] = 30522,
     lowercase: Annotated[
-        bool, typer.Option("--lowercase/--cased", help="Likewise.", rich_help_panel=DATA)
+        bool,
+        typer.Option(
+            "--lowercase/--cased",
+            help="Lower-case text for the tokenizer trained here.",
+            rich_help_panel=DATA,
+        ),
     ] = True,
     words: Annotated[
         str,
@@ -89,23 +95,32 @@ def pretrain(
         float, typer.Option(help="Share of shorter examples.", rich_help_panel=DATA)
     ] = 0.1,
     duplicates: Annotated[
-        int, typer.Option(help="Times that the text is paired anew.", rich_help_panel=DATA)
+        int,
+        typer.Option(
+            help="How often the text is turned into new sentence pairs.", rich_help_panel=DATA
+        ),
     ] = 1,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Of tokenizer and shards; DIR/data by default.",
+            help="Folder for tokenizer and shards; OUTPUT/data by default.",
             rich_help_panel=DATA,
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(help="That make the shards.", rich_help_panel=DATA)] = 1,
+    processes: Annotated[
+        int, typer.Option(help="Processes that write the shards.", rich_help_panel=DATA)
+    ] = 1,
     # ---- what is learnt
     mlm: Annotated[
-        bool, typer.Option("--mlm/--no-mlm", help="Masked tokens.", rich_help_panel=LEARNT)
+        bool,
+        typer.Option("--mlm/--no-mlm", help="Learn masked tokens, or not.", rich_help_panel=LEARNT),
     ] = True,
     nsp: Annotated[
-        bool, typer.Option("--nsp/--no-nsp", help="Next sentences.", rich_help_panel=LEARNT)
+        bool,
+        typer.Option(
+            "--nsp/--no-nsp", help="Learn next sentences, or not.", rich_help_panel=LEARNT
+        ),
     ] = True,
     bidirectional: Annotated[
         str,
@@ -118,38 +133,49 @@ def pretrain(
         float, typer.Option(help="Share of masked tokens.", rich_help_panel=LEARNT)
     ] = 0.15,
     ratio_end: Annotated[
-        float | None, typer.Option(help="At the end of training.", rich_help_panel=LEARNT)
+        float | None,
+        typer.Option(help="Share of masked tokens at the end.", rich_help_panel=LEARNT),
     ] = None,
     ratio_schedule: Annotated[
-        str, typer.Option(help="constant, linear or cosine.", rich_help_panel=LEARNT)
+        str, typer.Option(help="Of the share: constant, linear or cosine.", rich_help_panel=LEARNT)
     ] = "constant",
     mask: Annotated[
-        str, typer.Option(help="Unit: token, word or span of words.", rich_help_panel=LEARNT)
+        str,
+        typer.Option(
+            help="What is masked as one: token, word or span of words.", rich_help_panel=LEARNT
+        ),
     ] = "token",
     weights: Annotated[
         str,
         typer.Option(
             metavar="KIND",
-            help="Which tokens more often: uniform, count, idf, loss (follows training), or a file "
-            "of lines token<TAB>weight.",
+            help="Which tokens are masked more often: uniform, count, idf, loss (follows "
+            "training), or a file of lines token<TAB>weight.",
             rich_help_panel=LEARNT,
         ),
     ] = "uniform",
     direction: Annotated[
         str | None,
         typer.Option(
-            help="Of count and idf: important-more or important-less.", rich_help_panel=LEARNT
+            help="For count and idf: whether rare tokens are masked more (important-more) or less "
+            "often (important-less).",
+            rich_help_panel=LEARNT,
         ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Power of count.", rich_help_panel=LEARNT)] = 0.5,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Exponent of the count weights; 0.5 by default.", rich_help_panel=LEARNT),
+    ] = None,
     most: Annotated[
         float | None,
-        typer.Option(help="Largest weight over the smallest.", rich_help_panel=LEARNT),
+        typer.Option(help="Cap on largest / smallest weight.", rich_help_panel=LEARNT),
     ] = None,
     positions: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Weights of places, one in a line.", rich_help_panel=LEARNT
+            metavar="FILE",
+            help="How often each place in an example is masked: weights, one a line.",
+            rich_help_panel=LEARNT,
         ),
     ] = None,
     # ---- training
@@ -158,34 +184,21 @@ def pretrain(
         int | None, typer.Option(help="Instead of epochs.", rich_help_panel=TRAINING)
     ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate.", rich_help_panel=TRAINING)] = 1e-4,
-    batch_size: Annotated[
-        int, typer.Option(help="Of each process.", rich_help_panel=TRAINING)
-    ] = 32,
+    batch_size: options.BatchSize = 32,
     accumulation: options.Accumulation = 1,
     warmup: options.Warmup = 0.1,
     weight_decay: options.WeightDecay = 0.01,
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="Of the learning rate: linear, constant, cosine.", rich_help_panel=TRAINING
-        ),
-    ] = "linear",
+    schedule: options.Schedule = "linear",
     eval_steps: Annotated[
         int, typer.Option(help="Steps between evaluations.", rich_help_panel=TRAINING)
     ] = 500,
     seed: options.Seed = 0,
-    checkpoint_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints.", rich_help_panel=HOW)
-    ] = 500,
-    log_steps: Annotated[
-        int, typer.Option(help="Steps between logged losses.", rich_help_panel=HOW)
-    ] = 10,
+    checkpoint_steps: options.CheckpointSteps = 500,
+    log_steps: options.LogSteps = 10,
     bf16: options.Bf16 = False,
     fsdp: Annotated[
         bool,
-        typer.Option(
-            "--fsdp", help="Share out the model over the GPUs of torchrun.", rich_help_panel=HOW
-        ),
+        typer.Option("--fsdp", help="Shard the model over torchrun's GPUs.", rich_help_panel=HOW),
     ] = False,
     accelerate: options.Accelerate = True,
     impl: options.Impl = "auto",

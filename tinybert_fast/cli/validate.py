@@ -43,8 +43,8 @@ def validate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Only fp32, fp16 or bf16; may be repeated. A checkpoint: fp32 and bf16, or "
-            "interpreted fp32.",
+            help="fp32, fp16 or bf16; may be repeated. A checkpoint takes fp32 and bf16 by "
+            "default, interpreted fp32.",
         ),
     ] = None,
     interpret: Annotated[
@@ -66,7 +66,7 @@ def validate(
     minutes: Annotated[
         float | None,
         typer.Option(
-            help="After which no further call is held; exit code 1 then.", rich_help_panel=HOW
+            help="Start no check after this; exit code 1 if any is left.", rich_help_panel=HOW
         ),
     ] = None,
     json_file: options.Json = None,

@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 WINDOW_BATCHES = 50  # sorted by length together: little padding, and still random
+PER_TOKEN, PER_ROW = ("input_ids", "token_type_ids"), ("label", "index")  # columns of a batch
+
+Columns = dict[str, np.ndarray]
 
 
 class LengthCollator:
@@ -15,7 +18,8 @@ class LengthCollator:
 
     N is the longest example, rounded up to `pad_to_multiple_of`. `labels` is there if the examples
     have `label`; so is `index`, as a list: which examples they are. `lengths=True` adds the lengths
-    as a list: a packed encoder then need not ask the device for them.
+    as a list: a packed encoder then need not ask the device for them. Examples are a list of them,
+    or what `Rows` gives.
     """
 
     def __init__(self, tokenizer, pad_to_multiple_of: int | None = None, *, lengths: bool = False):
@@ -23,27 +27,61 @@ class LengthCollator:
         self.multiple = pad_to_multiple_of or 1
         self.lengths = lengths
 
-    def __call__(self, examples: Sequence[Mapping]) -> dict[str, Any]:
-        lengths = [len(example["input_ids"]) for example in examples]
-        width = -(-max(lengths) // self.multiple) * self.multiple
+    def __call__(self, examples: Sequence[Mapping] | Columns) -> dict[str, Any]:
+        columns = examples if isinstance(examples, dict) else _columns_of(examples)
+        lengths = columns["lengths"]
+        width = -(-int(lengths.max()) // self.multiple) * self.multiple
+        real = np.arange(width) < lengths[:, None]
         batch: dict[str, Any] = {
-            "input_ids": torch.full((len(examples), width), self.pad_id, dtype=torch.int64),
-            "attention_mask": torch.zeros(len(examples), width, dtype=torch.int64),
-            "token_type_ids": torch.zeros(len(examples), width, dtype=torch.int64),
+            "input_ids": _padded(columns["input_ids"], real, self.pad_id),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+            "token_type_ids": _padded(columns["token_type_ids"], real, 0),
         }
-        for row, (example, n) in enumerate(zip(examples, lengths, strict=True)):
-            batch["input_ids"][row, :n] = torch.as_tensor(example["input_ids"])
-            batch["token_type_ids"][row, :n] = torch.as_tensor(example["token_type_ids"])
-            batch["attention_mask"][row, :n] = 1
-        if "label" in examples[0]:
-            labels = [example["label"] for example in examples]
-            dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
-            batch["labels"] = torch.tensor(labels, dtype=dtype)
-        if "index" in examples[0]:
-            batch["index"] = [example["index"] for example in examples]
+        if "label" in columns:
+            labels = torch.tensor(columns["label"])
+            batch["labels"] = labels.float() if labels.is_floating_point() else labels.long()
+        if "index" in columns:
+            batch["index"] = columns["index"].tolist()
         if self.lengths:
-            batch["lengths"] = lengths
+            batch["lengths"] = lengths.tolist()
         return batch
+
+
+class Rows(Dataset):
+    """Encoded examples as a DataLoader reads them for `LengthCollator`: a batch comes as columns,
+    of a table, and no token becomes a Python number, which would take most of a batch's time.
+    """
+
+    def __init__(self, encoded) -> None:
+        names = [*PER_TOKEN, *(n for n in PER_ROW if n in encoded.column_names)]
+        self.table = encoded.with_format("arrow", columns=names)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitems__(self, rows: Sequence[int]) -> Columns:
+        """{"input_ids", "token_type_ids": of all rows, one behind the other; "lengths", "label",
+        "index": (rows,)}.
+        """
+        import pyarrow.compute as pc  # which masking does without
+
+        found = self.table[rows]
+        columns = {name: pc.list_flatten(found[name]) for name in PER_TOKEN}
+        columns |= {name: found[name] for name in PER_ROW if name in found.column_names}
+        columns["lengths"] = pc.list_value_length(found["input_ids"])
+        return {name: column.to_numpy() for name, column in columns.items()}
+
+
+def _columns_of(examples: Sequence[Mapping]) -> Columns:
+    found = {name: np.concatenate([e[name] for e in examples]) for name in PER_TOKEN}
+    found |= {n: np.array([e[n] for e in examples]) for n in PER_ROW if n in examples[0]}
+    return {**found, "lengths": np.array([len(e["input_ids"]) for e in examples])}
+
+
+def _padded(tokens: np.ndarray, real: np.ndarray, value: int) -> torch.Tensor:
+    padded = np.full(real.shape, value, np.int64)
+    padded[real] = tokens
+    return torch.from_numpy(padded)
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -94,7 +132,9 @@ class LengthGroupedSampler(Sampler[int]):
         if chunks:
             longest = max(range(len(chunks)), key=lambda i: self.lengths[chunks[i]].max())
             chunks[0], chunks[longest] = chunks[longest], chunks[0]
-        return iter(np.concatenate([*chunks, rest]).tolist())
+        order = np.concatenate([*chunks, rest])  # kept as 8 bytes each
+        starts = range(0, len(order), self.chunk)
+        return (i for start in starts for i in order[start : start + self.chunk].tolist())
 
 
 def lengths_of(encoded) -> np.ndarray:

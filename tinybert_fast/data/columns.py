@@ -39,13 +39,10 @@ def text_columns(
     )
 
 
-def label_column(path: Path, columns: dict, label: str | None, required: bool) -> str | None:
-    if label is not None and label in columns:
-        return label
-    if label is None:
-        label = next((name for name in LABELS if name in columns), None)
-        if label is not None or not required:
-            return label
+def label_column(path: Path, columns: dict, label: str | None) -> str:
+    found = [name for name in (LABELS if label is None else (label,)) if name in columns]
+    if found:
+        return found[0]
     missing = (
         f"no column {label!r}" if label else f"no label column known by name ({', '.join(LABELS)})"
     )

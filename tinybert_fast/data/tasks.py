@@ -52,8 +52,16 @@ class Task:
 
     @classmethod
     def of_model(cls, config, text_pair: bool = False) -> "Task":
-        """The task a saved sequence classification model was trained for."""
+        """The task a saved sequence classification model was trained for; ValueError if a text may
+        have several of its labels.
+        """
         pair = "text_pair" if text_pair else None
+        if config.problem_type == "multi_label_classification":
+            raise ValueError(
+                f"{config.name_or_path or 'the model'} gives a text any number of "
+                f"{config.num_labels} labels (multi_label_classification); expected one that gives "
+                "it one label, or a score"
+            )
         if config.problem_type == "regression" or config.num_labels == 1:
             return cls(text_pair=pair)
         names = [config.id2label[i] for i in range(config.num_labels)]
@@ -105,14 +113,14 @@ def load_examples(
     label: str | None = None,
     *,
     kind: str = "auto",
-    require_label: bool = True,
+    labelled: bool = True,
 ) -> Dataset:
     """Labelled texts from a .csv, .tsv or .jsonl file or a `datasets.save_to_disk` folder.
 
     Columns that are not named are looked for under the names GLUE uses. `kind="auto"` takes floats
     (3.8) for regression targets and anything else for class names. .tsv is read without quoting, as
-    GLUE's files are. `require_label=False` leaves the column out where the file has none. Raises
-    FileNotFoundError or ValueError that names the file, the column or the row at fault.
+    GLUE's files are. `labelled=False` reads no label. Raises FileNotFoundError or ValueError that
+    names the file, the column or the row at fault.
     """
     path = Path(path)
     if kind not in KINDS:
@@ -127,8 +135,8 @@ def load_examples(
     if text_pair is not None:
         data["text_pair"] = texts_of(path, columns, text_pair)
         features["text_pair"] = Value("string")
-    label = label_column(path, columns, label, require_label)
-    if label is not None:
+    if labelled:
+        label = label_column(path, columns, label)
         data["label"], dtype = labels_of(path, label, columns[label], kind)
         features["label"] = Value(dtype)
     return Dataset.from_dict(data, features=Features(features))

@@ -18,7 +18,8 @@ class ChineseWords:
             import jieba
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "whole Chinese words need the package jieba: pip install 'tinybert-fast[chinese]'",
+                "whole Chinese words need the package jieba: pip install '.[chinese]' in the "
+                "checkout",
                 name=error.name,
             ) from None
         jieba.setLogLevel(logging.WARNING)

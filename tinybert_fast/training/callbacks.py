@@ -102,6 +102,15 @@ def _finite(model: nn.Module) -> bool:
     return math.isfinite(norms.sum().item())
 
 
+class Intervals(TrainerCallback):
+    """A resumed run logs, evaluates and saves as often as it is told to now; Trainer reads the
+    numbers from the checkpoint.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
 class SetEpoch(TrainerCallback):
     """Tells the sampler its epoch, also where a resumed run starts in the middle of one."""
 

@@ -2,8 +2,10 @@
 resumes exactly.
 """
 
+import itertools
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,16 +19,18 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from tinybert_fast.data import LengthGroupedSampler
-from tinybert_fast.data.collate import lengths_of
+from tinybert_fast.data import LengthCollator, LengthGroupedSampler
+from tinybert_fast.data.collate import Rows, lengths_of
 from tinybert_fast.integrations import is_accelerated
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.training.callbacks import ProgressBar, SetEpoch, StopOnNonFinite
+from tinybert_fast.training.callbacks import Intervals, ProgressBar, SetEpoch, StopOnNonFinite
 from tinybert_fast.training.graphs import StepGraphs, check_graphs
 from tinybert_fast.training.loading import quiet
 
 log = logging.getLogger(__name__)
 
+DAY = 24 * 60 * 60  # seconds
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")  # Trainer's others want more
 # What torch.distributed says on the processes that are left, by backend: gloo, NCCL, its watchdog.
 PEER_GONE = ("gloo", "NCCL", "Connection closed by peer", "timed out", "Timeout")
 
@@ -49,6 +53,7 @@ def training_arguments(
     evaluate: bool = True,
     eval_steps: int | None = None,
     select_by: str | None = None,
+    checkpoint_steps: int | None = None,
     log_steps: int = 10,
     keep: int = 2,
     **more: Any,
@@ -58,20 +63,35 @@ def training_arguments(
 
     `batch_size` is per device and micro-batch. `warmup` below 1 is a share of all steps. A
     checkpoint follows every evaluation: each epoch, or every `eval_steps` steps; with `select_by`
-    (a dev metric, or "loss") the best one is loaded at the end. `more` goes to TrainingArguments as
-    it is and wins. Without torchrun one GPU is used.
+    (a dev metric, or "loss") the best one is loaded at the end. Without it, `checkpoint_steps` may
+    say something else. `more` goes to TrainingArguments as it is and wins. Without torchrun one GPU
+    is used.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; expected 0 or more")
     at_least_one(
-        batch_size=batch_size, accumulation=accumulation, eval_steps=eval_steps, log_steps=log_steps
+        batch_size=batch_size,
+        accumulation=accumulation,
+        eval_steps=eval_steps,
+        checkpoint_steps=checkpoint_steps,
+        log_steps=log_steps,
     )
+    selects = evaluate and select_by is not None
+    if selects and checkpoint_steps is not None:
+        raise ValueError(
+            f"checkpoint_steps is {checkpoint_steps}, but a checkpoint follows each evaluation "
+            "where they choose one (a dev file is given); give eval_steps instead"
+        )
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr is {lr}; expected a number of 0 or more")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
-    if max_steps <= 0 and epochs <= 0:
-        raise ValueError(f"epochs is {epochs}; expected more than 0")
+    if not 0 <= warmup < math.inf:
+        raise ValueError(f"warmup is {warmup}; expected a number of 0 or more")
+    if max_steps <= 0 and not 0 < epochs < math.inf:
+        raise ValueError(f"epochs is {epochs}; expected a number of more than 0")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}")
     when = "epoch" if eval_steps is None else "steps"
     fields: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -93,14 +113,15 @@ def training_arguments(
         "remove_unused_columns": False,  # the collator takes what it needs
         "eval_strategy": when if evaluate else "no",
         "eval_steps": eval_steps if evaluate else None,
-        "save_strategy": when,
-        "save_steps": eval_steps or 500,
+        "save_strategy": when if checkpoint_steps is None else "steps",
+        "save_steps": checkpoint_steps or eval_steps or 500,
         "save_total_limit": keep,
-        "load_best_model_at_end": evaluate and select_by is not None,
+        "load_best_model_at_end": selects,
         "metric_for_best_model": select_by if evaluate else None,
         "logging_steps": log_steps,
         "logging_nan_inf_filter": False,  # StopOnNonFinite wants to see them
         "disable_tqdm": True,
+        "ddp_timeout": DAY,  # others wait while one encodes a corpus, makes shards, asks a teacher
         "report_to": "none",  # RunTrainer adds TensorBoard with the folder of the run
     }
     arguments = TrainingArguments(**{**fields, **more})
@@ -131,11 +152,16 @@ class RunTrainer(transformers.Trainer):
       step alone: a run resumed in the middle of an epoch goes on as it would have (Transformers'
       own sampler draws from torch's generator), and any number of processes takes the same steps;
     - stops at a NaN or infinite loss, and says plainly that another process has gone;
-    - divides by the accumulation steps, which Trainer leaves to the model: BERT's heads do not;
+    - weighs each text of an optimizer step alike, in whatever micro-batch and process it is: 16 x 1
+      texts, 8 x 2 and 8 x 1 in each of two processes are the same step but for dropout and rounding
+      (Trainer weighs micro-batches alike, of however many texts). Where an epoch's last step is
+      incomplete, accelerate fills it up from the epoch's beginning for several processes;
     - hands a packed encoder its layout (`LengthCollator(lengths=True)`);
     - with `cuda_graphs` replays its steps (training/graphs.py);
     - shows one progress bar and writes TensorBoard logs to `logs`.
     """
+
+    gives_sums = False  # compute_loss: over what `counts` counts, or means
 
     def __init__(
         self,
@@ -157,6 +183,7 @@ class RunTrainer(transformers.Trainer):
             self.graphs = StepGraphs(models, self.args.device)
             # A batch that is copied while a step still runs keeps nobody waiting for that.
             self.accelerator.dataloader_config.non_blocking = True
+        self.add_callback(Intervals())
         self.guard = StopOnNonFinite()
         self.add_callback(self.guard)
         self.remove_callback(PrinterCallback)
@@ -182,9 +209,51 @@ class RunTrainer(transformers.Trainer):
         finally:
             self.bar.close()
 
+    def _run_epoch(self, *args, **kwargs):
+        """Nothing where a run goes on from its last step: Trainer would take one more, if an epoch
+        does not end there.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def models_of_a_step(self) -> list[Any]:
         """What is trained, and whatever else computes in a step."""
         return [self.model]
+
+    def counts(self, batch: dict[str, Any]) -> Tensor:
+        """(counts,) of a micro-batch: what its losses are means or sums over; here texts alone."""
+        return torch.tensor([len(batch["input_ids"])])
+
+    def batches_of(self, raw: Iterator[Any]) -> list[Any]:
+        """The micro-batches of a step, of what the loader gives."""
+        return list(raw)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Each micro-batch gets its "shares" (counts,): by which compute_loss multiplies a loss, so
+        that what Trainer and DDP average is the mean over all that the step counts.
+        """
+        batches = self.batches_of(itertools.islice(epoch_iterator, num_batches))
+        if batches:
+            each = torch.stack([self.counts(batch) for batch in batches]).double()
+            total = each.sum(0)
+            if self.args.world_size > 1:
+                total = self.accelerator.reduce(total.to(device), reduction="sum")
+            each = torch.ones_like(each) if self.gives_sums else each
+            averaged = self.args.world_size * len(batches)  # over so many, by Trainer and DDP
+            shares = each.to(total.device) * averaged / total.clamp_min(1)
+            shares = shares.to(
+                device, torch.float32, non_blocking=True
+            )  # waits for no earlier step
+            for batch, share in zip(batches, shares):
+                batch["shares"] = share
+        return batches, None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        shares = inputs.pop("shares", None)  # an evaluation has none
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return found if shares is None else found * shares.squeeze()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         def step(inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -213,11 +282,17 @@ class RunTrainer(transformers.Trainer):
             inputs["layout"] = SequenceLayout.from_lengths(lengths, ids.shape[1], ids.device)
         return inputs
 
+    def _remove_unused_columns(self, dataset, description=None):
+        """What a loader reads, in training and evaluation."""
+        if isinstance(self.data_collator, LengthCollator):
+            return Rows(dataset)
+        return super()._remove_unused_columns(dataset, description)
+
     def _get_train_sampler(self, train_dataset=None):
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset
         grouped = self.args.train_sampling_strategy == "group_by_length"
         if not grouped or "length" not in getattr(dataset, "column_names", ()):
-            return super()._get_train_sampler(train_dataset)
+            return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         of_a_step = (
             self.args.train_batch_size
@@ -230,6 +305,14 @@ class RunTrainer(transformers.Trainer):
         self.remove_callback(SetEpoch)
         self.add_callback(SetEpoch(sampler))
         return sampler
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """All rows, though training may leave its last batch out: they choose the checkpoint."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _get_eval_sampler(self, eval_dataset):
         """In order: the caller has sorted it by length (`sort_by_length`)."""
@@ -274,10 +357,13 @@ class TermsTrainer(RunTrainer):
                 plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
             )
 
-    def sum_of(self, terms: dict[str, Tensor], *, training: bool) -> Tensor:
-        """The loss; in training the terms are remembered for the log."""
+    def sum_of(self, terms: dict[str, Tensor], shares: Tensor | None) -> Tensor:
+        """The loss. In training, where there are ``shares`` (terms,), the terms are remembered for
+        the log.
+        """
         each = torch.stack(list(terms.values()))
-        if training:
+        if shares is not None:
+            each = each * shares
             self._terms = tuple(terms)
             self.left["terms"] = each.detach()
         return each.sum()

@@ -15,7 +15,7 @@ from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.bert_adam import BertAdam
 from tinybert_fast.training.common import TermsTrainer
 from tinybert_fast.training.lessons import Lesson, LessonCache, as_lesson
-from tinybert_fast.training.losses import PARITIES, Parity, prediction_loss
+from tinybert_fast.training.losses import PARITIES, Parity, power_of_length, prediction_loss
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.objectives import Matches
 from tinybert_fast.training.projection import HiddenProjection
@@ -227,8 +227,21 @@ class DistillationTrainer(TermsTrainer):
     ) -> Any:
         batch, layout = _split(inputs)
         terms = model(batch, self._lesson(inputs, batch, layout), layout)
-        loss = self.sum_of(terms, training=model.training)
+        shares = inputs.get("shares")
+        if shares is not None:
+            shares = torch.stack([shares[self._counted_by(term)] for term in terms])
+        loss = self.sum_of(terms, shares)
         return (loss, terms) if return_outputs else loss
+
+    def counts(self, batch: dict[str, Any]) -> Tensor:
+        """Texts, tokens and pairs of tokens: sums of n^0, n^1 and n^2 over texts of n tokens."""
+        lengths = batch["lengths"] if "lengths" in batch else _mask(batch).sum(1)
+        n = torch.as_tensor(lengths, dtype=torch.float64)
+        return torch.stack((torch.ones_like(n), n, n * n)).sum(1)
+
+    def _counted_by(self, term: str) -> int:
+        """Which of `counts` it is a mean over; with padding, as much in each text."""
+        return 0 if self.model.parity == "official" else power_of_length(term)
 
     def _lesson(
         self, inputs: dict[str, Any], batch: dict[str, Tensor], layout: SequenceLayout | None

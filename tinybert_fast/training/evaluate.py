@@ -20,9 +20,12 @@ from tinybert_fast.data import (
     usable_length,
 )
 from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.data.collate import Rows
 from tinybert_fast.data.progress import shown
+from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.loading import load_classifier, load_tokenizer
 from tinybert_fast.training.metrics import score
+from tinybert_fast.training.teacher import classify
 
 
 def evaluate(
@@ -89,13 +92,16 @@ def predict(
     model.eval()
     device = next(model.parameters()).device
     longest_first, order = sort_by_length(encoded)
-    loader = DataLoader(longest_first, batch_size=batch_size, collate_fn=LengthCollator(tokenizer))
+    collate = LengthCollator(tokenizer, lengths=True)
+    loader = DataLoader(Rows(longest_first), batch_size=batch_size, collate_fn=collate)
     parts = []
     for batch in shown(loader, "evaluating", len(loader), progress):
         batch.pop("labels", None)
+        width = batch["input_ids"].shape[1]
+        layout = SequenceLayout.from_lengths(batch.pop("lengths"), width, device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             inputs = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            parts.append(model(**inputs).logits.float())
+            parts.append(classify(model, inputs, layout).logits.float())
     logits = torch.cat(parts).cpu().numpy()
     in_order = np.empty_like(logits)
     in_order[order] = logits

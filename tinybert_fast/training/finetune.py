@@ -48,8 +48,11 @@ def finetune(
     max_length: int = 128,
     warmup: float = 0.1,
     weight_decay: float = 0.01,
+    schedule: str = "linear",
     eval_steps: int | None = None,
     select_by: str | None = None,
+    checkpoint_steps: int | None = None,
+    log_steps: int = 10,
     seed: int = 0,
     bf16: bool = False,
     accelerate: bool = True,
@@ -65,7 +68,8 @@ def finetune(
 
     The checkpoint that is best on `dev_file` is kept (`select_by`: a metric of the task, by default
     accuracy or the mean of Pearson and Spearman; or "loss"), evaluated each epoch or every
-    `eval_steps` steps; without `dev_file` the last one is. Files and columns: `load_examples`.
+    `eval_steps` steps; without `dev_file` the last one is, and one is written each epoch or every
+    `checkpoint_steps` steps. Files and columns: `load_examples`.
     `accelerate`: packed encoder of tinybert_fast; the saved model is plain Transformers either way.
     `cuda_graphs`: replay steps on one GPU (training/graphs.py).
     Effective batch: batch_size x accumulation x processes.
@@ -86,6 +90,7 @@ def finetune(
         "accumulation": accumulation,
         "warmup": warmup,
         "weight_decay": weight_decay,
+        "schedule": schedule,
         "eval_steps": eval_steps,
         "select_by": select_by if dev is not None else None,
         "seed": seed,
@@ -94,6 +99,8 @@ def finetune(
     arguments = training_arguments(
         run.checkpoints(),
         evaluate=dev is not None,
+        log_steps=log_steps,
+        checkpoint_steps=checkpoint_steps,
         ddp_find_unused_parameters=False,  # a classifier uses all it has
         **recipe,
     )

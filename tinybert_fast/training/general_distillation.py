@@ -120,8 +120,6 @@ def distill_general(
     )
     max_length = usable(max_length, chosen.config, teacher_config)
     lines = Lines.of(corpus)
-    sentences, digest = lines.survey(progress and run.main)
-    check_batches(sentences, batch_size, parity)
 
     recipe: dict[str, Any] = {
         "epochs": epochs,
@@ -140,12 +138,13 @@ def distill_general(
         **recipe,
         evaluate=False,
         log_steps=log_steps,
-        save_strategy="steps",
-        save_steps=checkpoint_steps,
+        checkpoint_steps=checkpoint_steps,
         **more_arguments(parity, "intermediate"),
     )
     if cuda_graphs:
         check_graphs(arguments, accelerated=accelerate and parity != "official")
+    sentences, digest = lines.survey(progress and run.main)
+    check_batches(sentences, arguments, parity)
     settings = {
         "teacher": str(teacher),
         "teacher_weights": weights_digest(teacher),

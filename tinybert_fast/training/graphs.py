@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_leaves, tree_map_with_path
 from transformers import TrainingArguments
 
 from tinybert_fast.modules.heads import IGNORED
@@ -182,9 +182,8 @@ class CudaGraphs:
 class _Recurring:
     """The batches of one bucket: tensors that each overwrites and, from the second on, a graph."""
 
-    def __init__(self, bucket: Bucket, fitted: Inputs, device: torch.device) -> None:
-        self.bucket = bucket
-        self.static = tree_map(lambda x: torch.empty_like(x, device=device), fitted)
+    def __init__(self, bucket: Bucket, static: Inputs) -> None:
+        self.bucket, self.static = bucket, static
         self.replay: Callable[[], None] | None = None
         self.returned: dict[str, Tensor] = {}
         self.seen = False
@@ -215,6 +214,7 @@ class StepGraphs:
         self.widest = min(_positions(model) for model in models)
         self.largest = 0  # sequences of a batch
         self.buckets: dict[Any, _Recurring] = {}
+        self.buffers: dict[Any, Tensor] = {}  # (name, dtype) -> what a batch brings, flat
         self.gradients: dict[Parameter, Tensor] = {}
 
     def run(self, step: Step, inputs: Inputs) -> dict[str, Tensor]:
@@ -233,7 +233,7 @@ class StepGraphs:
         shapes = tuple((x.shape, x.dtype) for x in tree_leaves(fitted))
         recurring = self.buckets.get((bucket, shapes))
         if recurring is None:
-            recurring = _Recurring(bucket, fitted, self.device)
+            recurring = _Recurring(bucket, tree_map_with_path(self._place, fitted))
             self.buckets[bucket, shapes] = recurring
         recurring.load(fitted)
         if not recurring.seen:
@@ -246,6 +246,18 @@ class StepGraphs:
         recurring.replay()
         # The next replay overwrites them, and whoever logs them reads them later.
         return {name: x.clone() for name, x in recurring.returned.items()}
+
+    def _place(self, path: Any, x: Tensor) -> Tensor:
+        """Where ``x`` of each batch of a bucket goes. Steps run one after the other, so all buckets
+        have one buffer for a name. Where it is too small, buckets from now on get a larger one:
+        graphs go on reading what they were captured with. The longest batch comes first.
+        """
+        name = keystr(path), x.dtype
+        flat = self.buffers.get(name)
+        if flat is None or len(flat) < x.numel():
+            flat = torch.empty(x.numel(), dtype=x.dtype, device=self.device)
+            self.buffers[name] = flat
+        return flat[: x.numel()].view(x.shape)
 
     def eagerly(self, step: Step, inputs: Inputs) -> dict[str, Tensor]:
         """``step`` as it is, its gradients where those of graphs are."""

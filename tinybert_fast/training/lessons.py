@@ -219,7 +219,7 @@ class LessonCache:
                 self.shards[shard][name][start : start + count]
                 for shard, start, count in zip(shards, starts, counts)
             ]
-            found[name] = torch.cat(parts).to(device, one.computed)
+            found[name] = torch.cat(parts).to(device).to(one.computed)  # widened behind the copy
         if LOGITS not in found and list(lengths) != counts:
             at = next(i for i, (a, b) in enumerate(zip(lengths, counts, strict=True)) if a != b)
             raise ValueError(
@@ -253,7 +253,7 @@ class _Asked:
 
     def rows(self, numbers: np.ndarray) -> tuple[dict[str, Tensor], list[int]]:
         """{name: (R, ...)} of some examples, and how many rows each has."""
-        said = self.teach(self.collate([self.examples[int(i)] for i in numbers]))
+        said = self.teach(self.collate(self.examples.__getitems__(numbers.tolist())))
         if isinstance(said, Tensor):
             return {LOGITS: said}, [1] * len(said)
         counts = self.lengths[numbers].tolist()

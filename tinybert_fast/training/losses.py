@@ -36,6 +36,14 @@ RELATIONS = {  # between the tokens of a sequence -> the two records of a Captur
 }
 
 
+def power_of_length(term: str) -> int:
+    """What a term is a mean over, of which a text of n tokens has n^power: texts, tokens, pairs of
+    tokens.
+    """
+    kind = term.partition("_")[0]
+    return {"prediction": 0, "attention": 2}.get(kind, 1)
+
+
 def intermediate_terms(
     student: Capture,
     teacher: Capture,

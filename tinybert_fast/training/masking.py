@@ -25,6 +25,8 @@ UNITS = ("token", "word", "span")
 BY_COUNTS = ("count", "idf")
 WEIGHTS = ("uniform", *BY_COUNTS, "loss")
 MOST = {"count": 100.0, "idf": 100.0, "loss": 10.0}  # the largest weight over the smallest
+ALPHA = 0.5
+SERVES = {"direction": BY_COUNTS, "alpha": ("count",), "most": tuple(MOST)}  # option -> weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Masking:
         weights: h: "uniform", "count" and "idf" of the corpus, "loss" follows training, or a file
             (``read_token_weights``).
         direction: "important-more" or "important-less", for count and idf, which both need it.
-        alpha: the power of "count". most: bounds weights; None: MOST.
+        alpha: the power of "count"; ALPHA by default.
+        most: bounds the weights of "count", "idf" and "loss"; MOST by default.
         positions: g, a file (``read_position_weights``).
     """
 
@@ -47,7 +50,7 @@ class Masking:
     unit: str = "token"
     weights: str | Path = "uniform"
     direction: str | None = None
-    alpha: float = 0.5
+    alpha: float | None = None
     most: float | None = None
     positions: str | Path | None = None
 
@@ -55,19 +58,20 @@ class Masking:
         _ = self.over_steps
         if self.unit not in UNITS:
             raise ValueError(f"unit is {self.unit!r}; expected one of {', '.join(UNITS)}")
-        by_counts = self.weights in BY_COUNTS
-        if by_counts and self.direction is None:
+        if self.weights in BY_COUNTS and self.direction is None:
             raise ValueError(
                 f"weights={self.weights!r} needs a direction: {' or '.join(DIRECTIONS)}"
             )
-        if not by_counts and self.direction is not None:
-            raise ValueError(
-                f"direction={self.direction!r} is for weights {' and '.join(BY_COUNTS)}; "
-                f"got {str(self.weights)!r}"
-            )
+        for name, kinds in SERVES.items():
+            value = getattr(self, name)
+            if value is not None and self.weights not in kinds:
+                raise ValueError(
+                    f"{name}={value!r} is for weights {' and '.join(kinds)}; "
+                    f"got {str(self.weights)!r}"
+                )
         if self.weights in MOST:  # one token, for what the numbers are refused for
             direction = self.direction or DIRECTIONS[0]
-            count_weights([1], direction, alpha=self.alpha, most=self._most)
+            count_weights([1], direction, alpha=self._alpha, most=self._most)
         for name, path in (("weights", self._table), ("positions", self.positions)):
             if path is not None and not Path(path).is_file():
                 known = f"{', '.join(WEIGHTS)} or a file" if name == "weights" else "a file"
@@ -87,9 +91,13 @@ class Masking:
     def _most(self) -> float:
         return MOST[str(self.weights)] if self.most is None else self.most
 
+    @property
+    def _alpha(self) -> float:
+        return ALPHA if self.alpha is None else self.alpha
+
     def settings(self) -> dict[str, Any]:
         """JSON values that decide the masks; files by what they hold."""
-        found = asdict(self)
+        found = asdict(self) | {"alpha": self._alpha}
         for name in ("weights", "positions"):
             path = self._table if name == "weights" else self.positions
             if path is not None:
@@ -102,7 +110,7 @@ class Masking:
             return read_token_weights(self._table, tokenizer)
         counts, direction = manifest.token_counts, self.direction or ""
         if self.weights == "count":
-            return count_weights(counts, direction, alpha=self.alpha, most=self._most)
+            return count_weights(counts, direction, alpha=self._alpha, most=self._most)
         if self.weights == "idf":
             spread, sentences = manifest.sentence_counts, manifest.sentences
             return idf_weights(spread, sentences, counts, direction, most=self._most)

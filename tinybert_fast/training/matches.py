@@ -82,7 +82,7 @@ class LayerMatches:
     @classmethod
     def of(cls, pairs: Pairs) -> LayerMatches:
         """The same pairs for hidden states and, the embedding output aside, for attention."""
-        return cls(hidden=pairs, attention=tuple(pair for pair in pairs if pair[0] > 0))
+        return cls(hidden=pairs, attention=_of_layers(pairs))
 
     @classmethod
     def parse(cls, text: str) -> LayerMatches:
@@ -186,9 +186,13 @@ class LayerMatches:
         }
 
     def __str__(self) -> str:
-        if self == LayerMatches.of(self.hidden):
+        if self.attention == _of_layers(self.hidden):
             return _write(self.hidden)
         return f"hidden={_write(self.hidden)} attention={_write(self.attention)}"
+
+
+def _of_layers(pairs: Pairs) -> Pairs:
+    return tuple(pair for pair in pairs if pair[0] > 0)
 
 
 def _write(pairs: Pairs) -> str:

@@ -134,7 +134,6 @@ def pretrain(
     if nsp and start.config.type_vocab_size < 2:
         raise ValueError(f"{start.student.name} has one segment type; pairs need two (--no-nsp)")
     parts = _parts(corpus, held_out)
-    found = {name: survey(part, nsp=nsp) for name, part in parts.items()}
 
     recipe: dict[str, Any] = {
         "epochs": epochs,
@@ -154,12 +153,21 @@ def pretrain(
         evaluate="held_out" in parts,
         eval_steps=eval_steps,
         log_steps=log_steps,
-        save_strategy="steps",
-        save_steps=checkpoint_steps,
+        checkpoint_steps=checkpoint_steps,
         dataloader_drop_last=True,  # steps are the same for any number of processes
         ddp_find_unused_parameters=False,
         **(FSDP if fsdp else {}),
     )
+    if fsdp and arguments.device.type not in SHARDED_ON:
+        raise ValueError(
+            f"fsdp shares a model out over GPUs, and this run is on {arguments.device.type}; leave "
+            "out --fsdp: each process then holds the model"
+        )
+    if fsdp and arguments.world_size == 1:
+        raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
+    if cuda_graphs:
+        check_graphs(arguments, accelerated=accelerate)
+    found = {name: survey(part, nsp=nsp) for name, part in parts.items()}
     pairing: dict[str, Any] = {
         "max_length": max_length,
         "nsp": nsp,
@@ -181,15 +189,6 @@ def pretrain(
         "processes": arguments.world_size,
         **recipe,
     }
-    if fsdp and arguments.device.type not in SHARDED_ON:
-        raise ValueError(
-            f"fsdp shares a model out over GPUs, and this run is on {arguments.device.type}; leave "
-            "out --fsdp: each process then holds the model"
-        )
-    if fsdp and arguments.world_size == 1:
-        raise ValueError("fsdp shares a model out over processes, and this is one: use torchrun")
-    if cuda_graphs:
-        check_graphs(arguments, accelerated=accelerate)
     agree(settings)
     if run.finished(settings):
         return run.metrics()

@@ -13,7 +13,6 @@ training is this project's own definition; neither BERT nor TinyBERT has it.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -281,6 +280,8 @@ class PreTrainingTrainer(TermsTrainer):
     changes, ``masking_ratio``.
     """
 
+    gives_sums = True
+
     def __init__(
         self,
         model: Any,
@@ -299,13 +300,12 @@ class PreTrainingTrainer(TermsTrainer):
         self.waited = self.seconds = 0.0
         self.tokens = 0
         self._since: tuple[float, int] | None = None  # of the last log: time, tokens
-        self._counts: Tensor | None = None  # (terms,), what a step predicts on all processes
         self._token_losses: list[tuple[Tensor, Tensor]] = []
 
     # ---- batches ----
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step, masked; what they predict is counted over all processes."""
+    def batches_of(self, raw):
+        """Masked."""
         start = time.perf_counter()
         if self._since is None:
             self._since = (start, self.tokens)
@@ -314,25 +314,18 @@ class PreTrainingTrainer(TermsTrainer):
             self.batches.collator.set_ratio(
                 self.ratio(self.state.global_step, self.state.max_steps)
             )
-        raw = itertools.islice(epoch_iterator, num_batches)
         batches = [self.batches(one.rows, epoch) for one in raw]
         self.waited += time.perf_counter() - start
-        counts = torch.tensor([0] * len(self._names), dtype=torch.float64)
         for batch in batches:
             self.tokens += sum(batch["lengths"]) * self.batches.objectives.passes
-            found = [len(batch["targets"][term][1]) for term in self._names if term != "nsp"]
-            if self.batches.objectives.nsp:
-                found.append(len(batch["next_sentence_label"]))
-            counts += torch.tensor(found)
-        counts = counts.to(device, torch.float32, non_blocking=True)  # no wait for the last step
-        counts = self.accelerator.reduce(counts, reduction="sum")
-        self._counts = counts.clamp_min(1.0)
-        return batches, None
+        return batches
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        objectives = self.batches.objectives
-        return (*objectives.token_terms, *(("nsp",) if objectives.nsp else ()))
+    def counts(self, batch: dict[str, Any]) -> Tensor:
+        """Of each term: what it predicts."""
+        found = [len(labels) for _, labels in batch["targets"].values()]
+        if self.batches.objectives.nsp:
+            found.append(len(batch["next_sentence_label"]))
+        return torch.tensor(found)
 
     # ---- the loss ----
 
@@ -343,20 +336,12 @@ class PreTrainingTrainer(TermsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The share of this micro-batch, times what Trainer and DDP will divide by."""
         sums, each = model(inputs, each=self.losses is not None)
-        means = torch.stack(list(sums.values())) * inputs["shares"]
         if each is not None:
             self.left["token_losses"] = each
             self.left["tokens"] = torch.cat([labels for _, labels in inputs["targets"].values()])
-        loss = self.sum_of(dict(zip(sums, means.unbind())), training=True)
+        loss = self.sum_of(sums, inputs["shares"])
         return (loss, sums) if return_outputs else loss
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        assert self._counts is not None  # a step begins with its batches
-        divided_by = self.args.world_size * self.current_gradient_accumulation_steps
-        inputs["shares"] = divided_by / self._counts  # (terms,)
-        return super().training_step(model, inputs, num_items_in_batch)
 
     def read(self, found: dict[str, Tensor]) -> None:
         super().read(found)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import BertConfig
+from transformers import BertConfig, TrainingArguments
 
 from tinybert_fast import integrations
 from tinybert_fast.data import LengthCollator, usable_length
@@ -22,11 +22,12 @@ def check_parity(parity: str) -> None:
         raise ValueError(f"parity is {parity!r}; expected one of {', '.join(PARITIES)}")
 
 
-def check_batches(examples: int, batch_size: int, parity: Parity) -> None:
-    if parity == "official" and examples < batch_size:
+def check_batches(examples: int, arguments: TrainingArguments, parity: Parity) -> None:
+    size = arguments.train_batch_size * arguments.world_size
+    if parity == "official" and examples < size:
         raise ValueError(
             f"parity='official' drops the last incomplete batch, and {examples} texts do not fill "
-            f"one of {batch_size}; choose a smaller batch_size"
+            f"one of {size} (batch size x processes); choose a smaller batch_size"
         )
 
 
@@ -45,9 +46,8 @@ def prepare(model: Any, *, parity: Parity, accelerate: bool, impl: str) -> Any:
 
 def more_arguments(parity: Parity, stage: Stage) -> dict[str, Any]:
     """What the stage and the official code ask of TrainingArguments."""
-    more: dict[str, Any] = {}
-    if stage == "intermediate":
-        more["ddp_find_unused_parameters"] = True  # pooler and heads get no gradient
+    # Pooler and heads get no gradient in the first stage.
+    more: dict[str, Any] = {"ddp_find_unused_parameters": stage == "intermediate"}
     if parity == "official":
         more.update(
             dataloader_drop_last=True,

@@ -43,12 +43,11 @@ FILES = (METRICS, REPORT, CURVES)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 HASH_BYTES = 1 << 20  # of a file read at a time
 LAST_FILE = "trainer_state.json"  # that Trainer writes of a checkpoint
-CHECKPOINT_FILES = {  # name -> pattern: sharded weights and several processes number theirs
+CHECKPOINT_FILES = {  # name -> pattern: sharded weights number theirs
     LAST_FILE: LAST_FILE,
     "model.safetensors": "model*.safetensors",
     "optimizer.pt": "optimizer.*",  # FSDP's is .bin
     "scheduler.pt": "scheduler.pt",
-    "rng_state.pth": "rng_state*.pth",
 }
 
 
@@ -68,7 +67,8 @@ class RunFolder:
         self.main = int(os.environ.get("RANK", "0")) == 0
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{path} is a file; expected a folder to write the model to")
-        self._run = _read_json(self.path / RUN) if (self.path / RUN).exists() else None
+        there = (self.path / RUN).exists() and not overwrite
+        self._run = _read_json(self.path / RUN) if there else None
         self.resuming = resume and self._run is not None
         if self.main and not overwrite and not self.resuming:
             self._refuse(resume)
@@ -179,7 +179,8 @@ class RunFolder:
         if not found:
             return None
         before = f"resume from {found[-2].name}" if len(found) > 1 else "start from the beginning"
-        check_checkpoint(found[-1], remedy=f"delete the folder {found[-1]} to {before}")
+        processes = self.recorded("settings", {}).get("processes", 1)
+        check_checkpoint(found[-1], processes, f"delete the folder {found[-1]} to {before}")
         return str(found[-1])
 
     # ---- results ---------------------------------------------------------------------------------
@@ -242,13 +243,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
-def check_checkpoint(folder: Path, remedy: str) -> None:
-    """Raises ValueError that names the first missing, truncated or damaged file of a Trainer
-    checkpoint.
+def check_checkpoint(folder: Path, processes: int, remedy: str) -> None:
+    """Raises ValueError that names the first missing, truncated or damaged file of a checkpoint
+    that so many processes of a Trainer wrote.
     """
+    own = [f"rng_state_{rank}.pth" for rank in range(processes)]
+    own = own if processes > 1 else ["rng_state.pth"]
     present = sorted(file for file in folder.iterdir() if file.is_file())
     names = {file.name for file in present}
-    for name, pattern in CHECKPOINT_FILES.items():
+    for name, pattern in {**CHECKPOINT_FILES, **dict(zip(own, own))}.items():
         if not fnmatch.filter(names, pattern):
             raise ValueError(
                 f"{folder / name} is missing: the run was stopped while it wrote this "

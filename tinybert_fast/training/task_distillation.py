@@ -72,6 +72,7 @@ def distill_task(
     intermediate_schedule: str = "constant",
     prediction_epochs: float = 3.0,
     prediction_lr: float = 3e-5,
+    prediction_schedule: str = "linear",
     batch_size: int = 32,
     accumulation: int = 1,
     max_length: int | None = None,
@@ -114,9 +115,9 @@ def distill_task(
     Spearman; or "loss", which tells students on a small dev set apart more finely).
 
     `augmented`: a file that stands in for `train_file` in stage A, so it should hold the original
-    texts too; it needs no labels. Stage B uses it as well unless the task is a regression, as in
-    the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`: see
-    distill_general, whose output is the student meant here, its projection included; also for
+    texts too. Labels of neither are read. Stage B uses it as well unless the task is a regression,
+    as in the paper; `augmented_prediction` decides otherwise. `student`, `init`, `loss`, `matches`:
+    see distill_general, whose output is the student meant here, its projection included; also for
     `teacher_dtype`, `cache_teacher`, `cache_dtype`, `cuda_graphs`. Files and columns:
     `load_examples`. `max_length`: 64 for single texts and 128 for pairs by default.
     """
@@ -157,8 +158,6 @@ def distill_task(
     max_length = usable(max_length, chosen.config, config)
     first = "augmented" if "augmented" in data.parts else "train"
     sources = {INTERMEDIATE: first, PREDICTION: first if augmented_prediction else "train"}
-    for name in sources.values():
-        check_batches(len(data.parts[name]), batch_size, parity)
 
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -174,13 +173,16 @@ def distill_task(
             "schedule": intermediate_schedule,
             "warmup": 0.0 if intermediate_schedule == "constant" else warmup,
         },
-        PREDICTION: {"epochs": prediction_epochs, "lr": prediction_lr, "warmup": warmup},
+        PREDICTION: {
+            "epochs": prediction_epochs,
+            "lr": prediction_lr,
+            "schedule": prediction_schedule,
+            "warmup": warmup,
+        },
     }
-    rows = len(data.parts[sources[PREDICTION]])
-    steps = int(prediction_epochs * rows / (batch_size * accumulation))
     looks: dict[str, Any] = {"evaluate": False}
-    if "dev" in data.parts:
-        looks = {"eval_steps": max(1, min(eval_steps, steps)), "select_by": select_by}
+    if "dev" in data.parts:  # and at the last step
+        looks = {"eval_steps": eval_steps, "select_by": select_by}
     arguments = {}
     if intermediate_epochs:
         arguments[INTERMEDIATE] = training_arguments(
@@ -189,8 +191,7 @@ def distill_task(
             **recipes[INTERMEDIATE],
             evaluate=False,
             log_steps=log_steps,
-            save_strategy="steps",
-            save_steps=checkpoint_steps,
+            checkpoint_steps=checkpoint_steps,
             **more_arguments(parity, INTERMEDIATE),
         )
     arguments[PREDICTION] = training_arguments(
@@ -198,9 +199,12 @@ def distill_task(
         **common,
         **recipes[PREDICTION],
         **looks,
+        checkpoint_steps=None if "dev" in data.parts else checkpoint_steps,
         log_steps=log_steps,
         **more_arguments(parity, PREDICTION),
     )
+    for name in sources.values():
+        check_batches(len(data.parts[name]), arguments[PREDICTION], parity)
     if cuda_graphs:
         check_graphs(arguments[PREDICTION], accelerated=accelerate and parity != "official")
     settings = {
@@ -362,15 +366,16 @@ def _read(
     text_pair: str | None,
     label: str | None,
 ) -> _Data:
-    """The files, held to the teacher's task: classes or scores, single texts or pairs."""
-    kind = "regression" if Task.of_model(config).regression else "classification"
-    first = load_examples(train_file, text, text_pair, label, kind=kind, require_label=False)
+    """The files, held to the teacher's task: single texts or pairs; classes or scores in the dev
+    file, which alone needs labels.
+    """
+    first = load_examples(train_file, text, text_pair, labelled=False)
     task = Task.of_model(config, text_pair="text_pair" in first.column_names)
     parts = {"train": first}
     if dev_file is not None:
         parts["dev"] = load_dev(dev_file, task, text, text_pair, label)
     if augmented_file is not None:
-        augmented = load_examples(augmented_file, text, text_pair, kind=kind, require_label=False)
+        augmented = load_examples(augmented_file, text, text_pair, labelled=False)
         parts["augmented"] = augmented
         if ("text_pair" in augmented.column_names) != (task.text_pair is not None):
             wanted = "pairs" if task.text_pair else "single texts"

@@ -108,17 +108,21 @@ class Teaching:
             progress=progress,
             **options,
         )
-        if live and folder is not None:
+        if folder is not None:  # every process, or the first would wait here for the others
             with trainer.args.main_process_first(local=False):
-                trainer.lessons = LessonCache.found(folder, made_from) or LessonCache.build(
-                    folder,
-                    trainer.teach_raw,
-                    examples,
-                    trainer.data_collator,
-                    made_from,
-                    batch_size=trainer.args.train_batch_size,
-                    dtype=self.cache_dtype,
-                    progress=progress,
+                trainer.lessons = (
+                    lessons
+                    or LessonCache.found(folder, made_from)
+                    or LessonCache.build(
+                        folder,
+                        trainer.teach_raw,
+                        examples,
+                        trainer.data_collator,
+                        made_from,
+                        batch_size=trainer.args.train_batch_size,
+                        dtype=self.cache_dtype,
+                        progress=progress,
+                    )
                 )
         changes = self.changes()
         if live and self.compare and name not in changes:

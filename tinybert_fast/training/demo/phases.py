@@ -357,9 +357,10 @@ class Demo:
         if place.startswith("general"):
             now["corpus"] = Lines.of(data / "sentences.txt").survey()[1]
         else:
-            now["train"] = examples_digest(load_examples(data / "train.csv"))
+            learns = load_examples(data / "train.csv", labelled=not place.startswith("student"))
+            now["train"] = examples_digest(learns)
         if place.startswith("student"):
-            augmented = load_examples(data / "augmented.csv", require_label=False)
+            augmented = load_examples(data / "augmented.csv", labelled=False)
             now["augmented"] = examples_digest(augmented)
             now["teacher_weights"] = weights_digest(self.path / "teacher")
             now["student_weights"] = weights_digest(self.path / place.replace("student", "general"))
