@@ -8,7 +8,13 @@ import torch
 
 from tinybert_fast import ops
 from tinybert_fast.ops import dispatch
-from tinybert_fast.testing.operands import attention, attention_score_mse
+from tinybert_fast.testing.operands import (
+    Case,
+    attention,
+    attention_relation_kl,
+    attention_score_mse,
+    with_itself,
+)
 
 pytestmark = pytest.mark.skipif(not dispatch.INTERPRETED, reason="looks into the interpreter")
 
@@ -58,3 +64,27 @@ def test_blocks_beyond_a_sequence_are_not_visited(kind, side, visits):
     visits.clear()
     attention_score_mse(lengths, 1, 16, 16, form="direct", block_mask=mask).run("triton")
     assert visits == {"_add_block": scores + sum(map(tiles, lengths))}
+
+
+@pytest.mark.parametrize("itself", [False, True], ids=["a_b", "itself"])
+@pytest.mark.parametrize("length", [20, 70], ids=["a_tile", "tiles"])
+def test_a_relation_has_the_students_settings(length, itself, monkeypatch):
+    """Tiles of half precision, which a wider teacher may have, spill in fp32."""
+    from tinybert_fast.kernels import configs
+
+    served, asked = configs.attention_if_served, []
+
+    def recorded(kernel, scores):
+        asked.append(scores.dtype)
+        return served(kernel, scores)
+
+    monkeypatch.setattr(configs, "attention_if_served", recorded)
+    case = attention_relation_kl((length,), 1, 26, 1, 64, 1)
+    a, b, c, d = case.operands
+    mixed = Case(case.op, (a, b, c.half(), d.half()), case.options)
+    case = Case(case.op, (a, b, c.half().float(), d.half().float()), case.options)
+    if itself:
+        mixed, case = with_itself(mixed), with_itself(case)
+    found = mixed.run("triton", upstream_dtype=torch.float32)
+    assert set(asked) == {torch.float32}
+    torch.testing.assert_close(found, case.run("triton"), rtol=0.0, atol=0.0)
