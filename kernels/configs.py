@@ -13,16 +13,13 @@ from typing import NamedTuple
 import torch
 import triton
 
-from tinybert_fast.kernels.settings import ANY, Key, Setting, Table, own
+from tinybert_fast.kernels.settings import ANY, IN_ONE_TILE, KERNELS, Key, Setting, Table, own
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 HEADS = (32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
-KERNELS = (  # for every length
-    "forward", "dq", "dkdv", "gram", "direct", "relation_statistics", "relation_gradient",
-)  # fmt: skip
 
 # kernel -> head -> longest -> setting
 Settings = dict[str, dict[int, dict[int, Setting]]]
@@ -178,7 +175,7 @@ DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
     **_spread(_everywhere(SEVERAL, *KERNELS), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(
-        _everywhere({32: SMALL}, "one_tile", "relation_one_tile"),
+        _everywhere({32: SMALL}, *IN_ONE_TILE),
         DTYPES_INTERPRETED,
         "all",
         "direction",
