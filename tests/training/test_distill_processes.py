@@ -36,7 +36,7 @@ def test_two_processes_share_the_lessons_and_take_the_steps_of_one(tmp_path):
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
     running = [
         subprocess.Popen(
-            [sys.executable, "-P", "-c", SCRIPT, str(tmp_path)],
+            [sys.executable, "-c", SCRIPT, str(tmp_path)],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=tmp_path,
         )
