@@ -32,7 +32,7 @@ help:
 	@echo "make lint       ruff and mypy alone"
 
 # Tests use tiny tensors, where one thread is fastest. `pytest`, not `python -m pytest`: the latter puts the
-# root on sys.path, where kernels/ would hide the PyPI package of that name.
+# root on sys.path, where kernels/ would hide the PyPI package of that name, if it is installed.
 # The second run has the Triton kernels in their interpreter, which is a choice of the whole process.
 test: lint
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(ARGS)

@@ -3,6 +3,6 @@
 # PYTHON is the interpreter that has torch and triton (python3 by default).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# The root stays off the path, whatever runs here: its folder kernels/ is no top-level package.
+# The root stays off the path, from Python 3.11 on: its folder kernels/ is no top-level package.
 export PYTHONSAFEPATH=1
 exec "${PYTHON:-python3}" benchmarks/gpu_run.py "$@"

@@ -600,6 +600,7 @@ def perform(given: argparse.Namespace, parts: list[Part], work: Path) -> int:
     out = given.out.resolve()
     cores = len(os.sched_getaffinity(0))
     run = Run(work, given.data.resolve(), given.dry_run, given.offline, cores)
+    (work / "none.json").write_text("{}\n", encoding="utf-8")  # settings of no GPU
     end = time.monotonic() + 60 * given.minutes
     outcomes: list[Outcome] = []
 

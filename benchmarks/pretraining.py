@@ -135,7 +135,7 @@ def step(given: argparse.Namespace) -> dict[str, Any]:
 
 def _apart(provider: str, given: argparse.Namespace, **run: Any) -> dict:
     """``keep_freed_memory`` is part of our commands, and of a process as a whole."""
-    command = [sys.executable, "-P", "-W", "ignore", __file__, "step", *map(str, given.text),
+    command = [sys.executable, "-W", "ignore", __file__, "step", *map(str, given.text),
                "--data", str(given.data), "--threads", str(given.threads),
                "--only", provider, "--run", json.dumps(run)]  # fmt: skip
     command += ["--bf16"] if given.bf16 else []

@@ -406,7 +406,8 @@ def _row(
 def write(gpu: str, found: Table) -> None:
     """Put the entries for a GPU of this name into the file; other GPUs' and other keys' stay."""
     file = settings.file()
-    merged = {**settings.own(gpu), **found}
-    whole = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    whole[gpu] = settings.entries_of(merged)
+    old, whole = {}, {}
+    if file.exists():
+        old, whole = settings.own(gpu), json.loads(file.read_text(encoding="utf-8"))
+    whole[gpu] = settings.entries_of({**old, **found})
     atomic_write(file, json.dumps(whole, indent=1) + "\n")

@@ -10,8 +10,8 @@ the operands exchanged for dB. Of a relation of A with itself dA = w (E + E^T) A
 symmetric, so E^T is P and Q by the statistics of columns and one kernel less is needed.
 
 Shapes: a, b, da, db (T, R, D); c, d (T, R, Dt); s, t (T, R), base 2; work int32 (B, 4), as in
-ops/layout.py. Products in the operands' dtype with fp32 sums (fp32 operands: IEEE products),
-softmax in fp32. E enters its product in the operands' dtype, 2^SHIFT times larger, so that what
+ops/layout.py. Products of the operands, in the dtype of a, with fp32 sums (fp32 operands: IEEE
+products), softmax in fp32. E enters its product in that dtype, 2^SHIFT times larger, so that what
 fp16 would flush to zero is a normal number. The gradients stay in fp32, since a mean's are below
 what fp16 holds. Scores count from the largest of their row: s and t are large beside a small KL.
 Rows beyond a sequence are zero in all operands, so their P and Q are equal, add nothing to the loss
@@ -223,8 +223,8 @@ def _gradient_kernel(
 def forward(a, b, c, d, cu_seqlens, work, max_length):
     """(T, R, D) student, (T, R, Dt) teacher -> loss, da, db in fp32; db is empty if b is None."""
     itself = b is None
-    a, c = as_addressable(a), as_addressable(c)
-    b, d = (a, c) if itself else (as_addressable(b), as_addressable(d))
+    a, c = as_addressable(a), as_addressable(c.to(a.dtype))
+    b, d = (a, c) if itself else (as_addressable(b.to(a.dtype)), as_addressable(d.to(a.dtype)))
     (tokens, heads, width), width_teacher = a.shape, c.shape[-1]
     da = torch.empty(a.shape, dtype=torch.float32, device=a.device)
     db = torch.empty((0,) if itself else a.shape, dtype=torch.float32, device=a.device)

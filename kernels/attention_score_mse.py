@@ -27,6 +27,8 @@ import triton.language as tl
 
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
+    FULL,
+    PARTIAL,
     BlockList,
     Rows,
     alignment,
@@ -289,6 +291,9 @@ def _direct_kernel(
     length = tl.load(cu_seqlens + sequence + 1) - start
     total = 0.0
     if first_m < length:
+        low, high = 0, tl.cdiv(length, BLOCK_N)
+        if SIDE > 0:
+            low, high = segment(blocks, sequence, first_m, length, PARTIAL, SIDE, BLOCK_N)
         q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
         p_ptr, r_ptr = _head(p, start, head, ALIGN_T), _head(r, start, head, ALIGN_T)
         q_tile = load_tile(q_ptr, q.row, first_m, length, D, BLOCK_M, BLOCK_D, ALIGN)
@@ -296,17 +301,15 @@ def _direct_kernel(
         grad = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         sums = tl.zeros((BLOCK_M,), tl.float32)
         peak = tl.full((BLOCK_M,), SMALLEST if q_tile.dtype == tl.float16 else 1.0, tl.float32)
-        low, high = 0, tl.cdiv(length, BLOCK_N)
         if SIDE > 0:
-            low, full, high = segment(blocks, sequence, first_m, SIDE, BLOCK_N)
-            for step in range(low, full):
+            for step in range(low, high):
                 grad, sums, peak = _add_block(
                     grad, sums, peak, q_tile, p_tile, k_ptr, r_ptr, k.row, r.row, first_m,
                     position(blocks, step, SIDE, BLOCK_N), length, a, b,
                     blocks, entry_of(step, SIDE, BLOCK_N), D, BLOCK_D, DT, BLOCK_DT,
                     BLOCK_M, BLOCK_N, ALIGN, ALIGN_T, LOSS, SIDE, True, OF_KEYS,
                 )  # fmt: skip
-            low = full
+            low, high = segment(blocks, sequence, first_m, length, FULL, SIDE, BLOCK_N)
         for step in range(low, high):
             first_n = position(blocks, step, SIDE, BLOCK_N) if SIDE > 0 else step * BLOCK_N
             grad, sums, peak = _add_block(
@@ -332,17 +335,17 @@ def _pairs_kernel(
     length = tl.load(cu_seqlens + sequence + 1) - tl.load(cu_seqlens + sequence)
     pairs = tl.zeros((), tl.int64)
     if first_m < length:
-        low, full, high = segment(blocks, sequence, first_m, SIDE, BLOCK)
-        for step in range(low, full):
+        low, high = segment(blocks, sequence, first_m, length, PARTIAL, SIDE, BLOCK)
+        for step in range(low, high):
             first_n = position(blocks, step, SIDE, BLOCK)
             entry = entry_of(step, SIDE, BLOCK)
             live = allowed_cells(blocks, entry, first_m, first_n, BLOCK, BLOCK, SIDE)
             live = live & live_scores(first_m, first_n, length, BLOCK, BLOCK, "both")
             pairs += tl.sum(live.to(tl.int32))
         queries = tl.minimum(length - first_m, BLOCK)
-        for step in range(full, high):
-            keys = tl.minimum(length - position(blocks, step, SIDE, BLOCK), BLOCK)
-            pairs += queries * tl.maximum(keys, 0)
+        low, high = segment(blocks, sequence, first_m, length, FULL, SIDE, BLOCK)
+        for step in range(low, high):
+            pairs += queries * tl.minimum(length - position(blocks, step, SIDE, BLOCK), BLOCK)
     tl.store(pairs_ptr + tl.program_id(0), pairs)
 
 

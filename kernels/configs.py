@@ -1,8 +1,8 @@
 """Launch settings: tile sizes, warps and pipeline stages of every kernel.
 
-Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16); on sm_90 those of
-attention without direction or block mask, and of the Gram form, by an H200's clock. A file of one's
-own, which `tinybert-fast bench --tune` writes, goes before these.
+Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16): compiled, and
+timed on no GPU, but for those that FAMILIES[90] gets last. A file of one's own, which
+`tinybert-fast bench --tune` writes, goes before these.
 """
 
 from collections.abc import Iterator
@@ -13,16 +13,13 @@ from typing import NamedTuple
 import torch
 import triton
 
-from tinybert_fast.kernels.settings import ANY, Key, Setting, Table, own
+from tinybert_fast.kernels.settings import ANY, IN_ONE_TILE, KERNELS, Key, Setting, Table, own
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 HEADS = (32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
-KERNELS = (  # for every length
-    "forward", "dq", "dkdv", "gram", "direct", "relation_statistics", "relation_gradient",
-)  # fmt: skip
 
 # kernel -> head -> longest -> setting
 Settings = dict[str, dict[int, dict[int, Setting]]]
@@ -143,8 +140,14 @@ SM_100 = Family(
         "direct": _any({32: NARROW, 64: NARROW}),
     },
 )
-# No tensor core: small tiles keep it out of the stack.
-FP32 = _everywhere({ANY: Setting(32, 32, 4, 1)}, *KERNELS)
+# No tensor core: products keep their operands in registers, and part of them in the stack. Compiled
+# for sm_90, that is up to 56 bytes at heads of 32, up to 816 at heads of 64, kilobytes at heads of
+# 128. The relation's statistics keep 0 and 672 at heads of 32 and 64 with 8 warps, 752 and 3,376
+# with 4; smaller tiles do not keep them out of it either.
+FP32: Settings = {
+    **_everywhere({ANY: Setting(32, 32, 4, 1)}, *KERNELS),
+    "relation_statistics": _any(dict.fromkeys(HEADS, Setting(32, 32, 8, 1))),
+}
 FAMILIES: dict[int, Table] = {
     number: {
         **_spread(family.all, HALF, "all", "direction"),
@@ -154,8 +157,9 @@ FAMILIES: dict[int, Table] = {
     }
     for number, family in ((80, SM_80), (90, SM_90), (100, SM_100))
 }
-# By an H200's clock: attention as `bench --tune` times it, at 65,536 tokens in sequences of 64, 128
-# and 512; the Gram form under several settings at 32,768 and 131,072 tokens.
+# Attention as `bench --tune` found it on an H200, at 65,536 tokens in sequences of 64, 128 and 512
+# (benchmarks/results/tune-nvidia-h200.json; 64 without dropout takes what longer ones do). The Gram
+# form was tried on that GPU under several settings, of which no rows are kept.
 DEEP = PIPELINED._replace(num_stages=3)
 FAMILIES[90] |= {
     **_spread(
@@ -178,7 +182,7 @@ DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
     **_spread(_everywhere(SEVERAL, *KERNELS), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(
-        _everywhere({32: SMALL}, "one_tile", "relation_one_tile"),
+        _everywhere({32: SMALL}, *IN_ONE_TILE),
         DTYPES_INTERPRETED,
         "all",
         "direction",

@@ -18,6 +18,9 @@ from tinybert_fast.kernels import configs
 # Rows of logits are multiples of so many numbers long: wide loads, aligned products. Beyond the
 # vocabulary the bias is -inf.
 ALIGN = 16
+# A chunk's rows are a multiple too: its labels and losses then begin at a multiple of 16 bytes, as
+# those of the first chunk do, and the kernel is compiled once.
+CHUNK = 16
 LOWEST = tl.constexpr(-3.0e38)  # a running maximum's start: -inf would subtract from itself
 
 
@@ -63,8 +66,20 @@ def _loss_kernel(
             offs_n = first + lanes
             z = tl.exp(_numbers(logits_ptr, bias_ptr, offs_n, width) - logsumexp)
             z -= smoothing / words + tl.where(offs_n == label, 1.0 - smoothing, 0.0)
-            z = (z * scale).to(logits_ptr.dtype.element_ty)
+            # Zero beyond the vocabulary, even of a row that is NaN: the next chunk's row reads it.
+            # A mask by ``words``, which need be no multiple of ALIGN, would store one at a time.
+            z = tl.where(offs_n < words, z * scale, 0.0).to(logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + offs_n, z, mask=offs_n < width)
+
+
+def _add_product(total, a, b):
+    """total += a @ b. cuBLAS adds to fp32 what it multiplies in half precision, so that no product
+    of W's size is rounded, written and read again.
+    """
+    if total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # where PyTorch has no out_dtype
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def forward(
@@ -86,7 +101,8 @@ def forward(
     width = configs.cdiv(words, ALIGN) * ALIGN
     padded_bias = losses.new_full((width,), -torch.inf)
     padded_bias[:words] = 0.0 if bias is None else bias
-    size = max(1, min(count, configs.L2_BYTES // (width * hidden.element_size())))
+    fitting = configs.L2_BYTES // (width * hidden.element_size())
+    size = max(1, min(count, max(CHUNK, fitting // CHUNK * CHUNK)))
     logits = hidden.new_zeros(size, width)  # what lies beyond the vocabulary has to be finite
     for first in range(0, count, size):
         chunk = slice(first, min(first + size, count))
@@ -100,7 +116,7 @@ def forward(
         )  # fmt: skip
         if gradients:
             dselected[chunk] = z @ projection
-            dweight += z.mT @ some
+            _add_product(dweight, z.mT, some)
             if bias is not None:
                 dbias += z.sum(0, dtype=torch.float32)
     if not gradients:

@@ -7,6 +7,7 @@ replaces the one of the built-in table (configs.py) that has the same key. `tiny
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,16 @@ class Setting(NamedTuple):
         }
 
 
+KERNELS = (  # for every length
+    "forward", "dq", "dkdv", "gram", "direct", "relation_statistics", "relation_gradient",
+)  # fmt: skip
+IN_ONE_TILE = ("one_tile", "relation_one_tile")  # where that holds all scores of a head
+
+
 class Key(NamedTuple):
     """What a table has an entry for."""
 
-    # forward, one_tile, dq, dkdv; of losses gram, direct, relation_one_tile, _statistics, _gradient
-    kernel: str
+    kernel: str  # of KERNELS or IN_ONE_TILE
     head: int  # width of the tile that holds a head
     dtype: torch.dtype
     dropout: bool
@@ -56,9 +62,17 @@ def file() -> Path:
 
 
 def own(gpu: str) -> Table:
-    """What the file holds for a GPU of this name; ValueError if it cannot be read."""
+    """What the file holds for a GPU of this name; ValueError if it cannot be read, and a warning if
+    TINYBERT_FAST_SETTINGS names none.
+    """
     source = file()
     if not source.exists():
+        if os.environ.get(VARIABLE):
+            warnings.warn(
+                f"{VARIABLE}={source} is no file: the built-in launch settings are in force. Name "
+                "one that is, unset the variable, or write it with: tinybert-fast bench --tune",
+                stacklevel=2,
+            )
         return {}
     try:
         return table_of(json.loads(source.read_text(encoding="utf-8")).get(gpu, []))
@@ -84,7 +98,9 @@ def table_of(entries: list[dict]) -> Table:
 
 
 def _check(key: Key, by_length: dict[int, Setting]) -> None:
-    one_tile = key.kernel.endswith("one_tile")
+    one_tile = key.kernel in IN_ONE_TILE
+    if not one_tile and key.kernel not in KERNELS:
+        raise ValueError(f"{key}: no such kernel; there are {', '.join((*KERNELS, *IN_ONE_TILE))}")
     if not one_tile and ANY not in by_length:
         raise ValueError(f"{key} has no setting for any length")
     for longest, setting in by_length.items():

@@ -3,7 +3,7 @@
 # its ops against that build: tests/sanitize.sh [CASES of each fuzz test]. Any finding ends it.
 set -eu
 cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
+python=${PYTHON:-$PWD/.venv/bin/python} # PYTHON: an absolute path, or a name on PATH
 cxx=${CXX:-g++}
 build=build/sanitize
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
@@ -14,14 +14,15 @@ TINYBERT_FAST_NATIVE=cpu CXXFLAGS="$flags" LDFLAGS="$flags" \
 
 export PYTHONPATH="$PWD/$build/lib" TINYBERT_FAST_FUZZ_CASES="${1:-300}"
 export ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1
-"$python" -P -c 'import importlib.util as u, sys
+cd tests # the root, on Python's path, has a tinybert_fast without sanitizers
+"$python" -c 'import importlib.util as u, sys
 sys.exit("build/sanitize" not in u.find_spec("tinybert_fast._native").origin)'
 # Python itself is not sanitized, so the runtimes come first.
 LD_PRELOAD="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libubsan.so)" \
-    "$python" -P -m pytest -q tests/ops/test_mlm_mask.py tests/ops/test_block_mask.py \
-    tests/ops/test_sequence_layout.py tests/ops/test_attention.py \
-    tests/ops/test_attention_native.py \
-    tests/ops/test_attention_score_mse_native.py \
-    tests/ops/test_attention_relation_kl_native.py \
-    tests/ops/test_dropout_add_layer_norm.py tests/ops/test_embedding_layer_norm.py \
-    tests/data/test_masking.py -k "not spawn and not compiles" -p no:cacheprovider
+    "$python" -m pytest -q ops/test_mlm_mask.py ops/test_block_mask.py \
+    ops/test_sequence_layout.py ops/test_attention.py \
+    ops/test_attention_native.py \
+    ops/test_attention_score_mse_native.py \
+    ops/test_attention_relation_kl_native.py \
+    ops/test_dropout_add_layer_norm.py ops/test_embedding_layer_norm.py \
+    data/test_masking.py -k "not spawn and not compiles" -p no:cacheprovider

@@ -10,6 +10,7 @@ import sys
 import venv
 import zipfile
 from email.parser import HeaderParser
+from importlib.metadata import distributions
 from pathlib import Path
 
 import ninja
@@ -255,20 +256,47 @@ def test_editable_install(checkout, tmp_path):
         added.unlink()
 
 
-def test_kernels_is_not_a_top_level_package():
-    """From the root, where it would hide the PyPI package `kernels`, it says what happened."""
-    result = subprocess.run(
-        [sys.executable, "-c", "import kernels"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def from_the_root(*words: str | Path, path: str = "") -> subprocess.CompletedProcess:
+    """Python started where the folder kernels/ is found as a top-level package."""
+    return attempt(sys.executable, *words, cwd=ROOT, PYTHONPATH=path, HF_HUB_OFFLINE="1")
+
+
+def test_kernels_hides_no_package(tmp_path):
+    """Where the PyPI package of that name is installed, the folder would, and says so."""
+    installed = tmp_path / "kernels-0.18.2.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    result = from_the_root("-c", "import kernels", path=str(tmp_path))
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ImportError"), last
-    assert "tinybert_fast.kernels" in last
-    assert "python -P" in last
+    assert "import tinybert_fast.kernels, or start Python elsewhere" in last
+
+
+without_kernels = pytest.mark.skipif(
+    any(distributions(name="kernels")), reason="the PyPI package kernels is installed"
+)
+
+
+@without_kernels
+def test_kernels_is_an_empty_top_level_package():
+    """Too old for Transformers, which asks whatever has that name for its version."""
+    result = from_the_root("-c", "import kernels; print(kernels.__version__)")
+    assert result.stdout == "0\n", result.stderr
+    for code in ("import kernels.attention", "from kernels import get_kernel"):
+        result = from_the_root("-c", code)
+        assert result.returncode == 1
+        assert "kernels" in result.stderr.splitlines()[-1]
+
+
+@without_kernels
+def test_the_program_runs_from_the_root(tmp_path):
+    """As `torchrun -m tinybert_fast.cli` starts it."""
+    words = ("-m", "tinybert_fast.cli", "pretrain", "missing.txt", "-o", tmp_path / "model")
+    result = from_the_root(*words)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "missing.txt" in line
 
 
 def test_pytest_keeps_the_root_off_the_path():

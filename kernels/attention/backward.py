@@ -11,7 +11,9 @@ import triton.language as tl
 
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
+    FULL,
     LOG2_E,
+    PARTIAL,
     BlockList,
     Rows,
     alignment,
@@ -136,6 +138,9 @@ def _dq_kernel(
     sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
     if first >= length:
         return
+    if SIDE > 0:
+        low, high = segment(blocks, sequence, first, length, PARTIAL, SIDE, BLOCK_N)
+        full_low, full_high = segment(blocks, sequence, first, length, FULL, SIDE, BLOCK_N)
     k_ptr = head_of(k, task, head, ALIGN)
     v_ptr = head_of(v, task, head, ALIGN)
     q_ptr = head_of(q, task, head, ALIGN)
@@ -152,15 +157,14 @@ def _dq_kernel(
     key = site_key(dropout.seed, site) if DROPOUT else 0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if SIDE > 0:
-        start, full, stop = segment(blocks, sequence, first, SIDE, BLOCK_N)
-        for step in range(start, full):
+        for step in range(low, high):
             acc = _add_dq(
                 acc, q_tile, k_ptr, v_ptr, k.row, v.row, do, lse_tile, delta_tile, first,
                 position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,
                 key, sequence, head, dropout,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells", SIDE,
             )  # fmt: skip
-        for step in range(full, stop):
+        for step in range(full_low, full_high):
             acc = _add_dq(
                 acc, q_tile, k_ptr, v_ptr, k.row, v.row, do, lse_tile, delta_tile, first,
                 position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,
@@ -231,6 +235,9 @@ def _dkdv_kernel(
     sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
     if first >= length:
         return
+    if SIDE > 0:
+        low, high = segment(blocks, sequence, first, length, PARTIAL, SIDE, BLOCK_M)
+        full_low, full_high = segment(blocks, sequence, first, length, FULL, SIDE, BLOCK_M)
     q_ptr = head_of(q, task, head, ALIGN)
     grad_ptr = head_of(grad, task, head, ALIGN)
     lse_ptr = head_of(lse, task, head, 1)
@@ -243,15 +250,14 @@ def _dkdv_kernel(
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if SIDE > 0:
-        start, full, stop = segment(blocks, sequence, first, SIDE, BLOCK_M)
-        for step in range(start, full):
+        for step in range(low, high):
             dk_tile, dv_tile = _add_dkdv(
                 dk_tile, dv_tile, k_tile, v_tile, q_ptr, grad_ptr, q.row, grad.row,
                 lse_ptr, delta_ptr, lse.row, position(blocks, step, SIDE, BLOCK_M), first,
                 length, scale, blocks, step, key, sequence, head, dropout,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells", SIDE,
             )  # fmt: skip
-        low, high = full, stop
+        low, high = full_low, full_high
     else:
         low, high = 0, tl.cdiv(length, BLOCK_M)
         if DIRECTION == "causal":

@@ -6,7 +6,9 @@ import triton.language as tl
 
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
+    FULL,
     LOG2_E,
+    PARTIAL,
     BlockList,
     Rows,
     alignment,
@@ -72,6 +74,8 @@ def _forward_kernel(
     sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
     if first >= length:
         return
+    if SIDE > 0:
+        low, high = segment(blocks, sequence, first, length, PARTIAL, SIDE, BLOCK_N)
     k_ptr = head_of(k, task, head, ALIGN)
     v_ptr = head_of(v, task, head, ALIGN)
     q_ptr = head_of(q, task, head, ALIGN)
@@ -81,15 +85,15 @@ def _forward_kernel(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if SIDE > 0:
-        start, full, stop = segment(blocks, sequence, first, SIDE, BLOCK_N)
-        for step in range(start, full):
+        for step in range(low, high):
             acc, peak, total = _step(
                 acc, peak, total, q_tile, k_ptr, v_ptr, k.row, v.row, first,
                 position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,
                 key, sequence, head, dropout.threshold,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "cells", SIDE,
             )  # fmt: skip
-        for step in range(full, stop):
+        low, high = segment(blocks, sequence, first, length, FULL, SIDE, BLOCK_N)
+        for step in range(low, high):
             acc, peak, total = _step(
                 acc, peak, total, q_tile, k_ptr, v_ptr, k.row, v.row, first,
                 position(blocks, step, SIDE, BLOCK_N), length, scale, blocks, step,

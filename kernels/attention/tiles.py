@@ -13,6 +13,7 @@ from tinybert_fast.kernels import configs
 LOG2_E = math.log2(math.e)
 WIDEST_TILE = 128  # rows
 WIDEST_LOAD = 16  # numbers; 16 bytes are 8 in half precision, 4 in single
+PARTIAL, FULL = tl.constexpr(0), tl.constexpr(1)  # blocks of a mask, in the order of its lists
 
 
 class Rows(NamedTuple):
@@ -163,14 +164,27 @@ def live_scores(
 
 
 @triton.jit
-def segment(blocks, sequence, first, SIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Steps over one row of ``blocks: BlockList``, BLOCK positions each, of which ``SIDE // BLOCK``
-    make an entry: [start, full) in partial blocks, [full, stop) in full ones.
+def segment(
+    blocks, sequence, first, length, KIND: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Steps [low, high) over the blocks of a kind, PARTIAL or FULL, in one row of ``blocks:
+    BlockList``, BLOCK positions each, of which ``SIDE // BLOCK`` make an entry. Those that begin
+    beyond the sequence, where a mask of longer ones may have blocks, are left out.
+
+    Where a kernel calls it, mostly before it loads operands, is by the registers that this costs.
     """
     tl.static_assert(SIDE % BLOCK == 0 and BLOCK % 32 == 0, "a tile must divide a block")
-    at = blocks.offsets + sequence * blocks.of_sequence + 2 * (first // SIDE)
-    steps: tl.constexpr = SIDE // BLOCK
-    return tl.load(at) * steps, tl.load(at + 1) * steps, tl.load(at + 2) * steps
+    at = blocks.offsets + sequence * blocks.of_sequence + 2 * (first // SIDE) + KIND
+    low = tl.load(at) * (SIDE // BLOCK)
+    last = tl.load(at + 1) * (SIDE // BLOCK) - 1
+    # Positions increase. Of no step at all, block -1, which begins before any sequence ends.
+    while (
+        tl.load(blocks.blocks + entry_of(last, SIDE, BLOCK), mask=last >= low, other=-1) * SIDE
+        + (last * BLOCK & (SIDE - 1))
+        >= length
+    ):
+        last -= 1
+    return low, last + 1
 
 
 @triton.jit

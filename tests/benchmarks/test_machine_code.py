@@ -71,6 +71,18 @@ def test_a_relation_compiles_well():
         assert one["tensor_core_kind"] == "HGMMA", one
 
 
+def test_a_relations_statistics_in_fp32():
+    """Of a student's and a teacher's heads of 32, as MiniLM's: nothing in the stack."""
+    found = [
+        machine_code.row(one, 90, torch.float32)
+        for one in machine_code.relation_kernels(90, 32, 32, torch.float32, 512)
+        if one.kernel == "_statistics_kernel"
+    ]
+    assert found
+    for one in found:
+        assert one["stack_bytes"] == one["spill_bytes"] == 0, one
+
+
 def test_narrow_strides_show():
     """Heads of 26, as a model without padded heads hands them over: 4 bytes at a time."""
     assert rows(26, 0.0, 64)["forward"]["load_bytes"] == 4

@@ -1,6 +1,7 @@
 """Launch settings: what a call gets, and the file of one's own."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -77,10 +78,20 @@ def test_a_tile_divides_every_block_of_a_mask():
 def test_a_file_of_ones_own_goes_first(file):
     entry = {Key("dq", 32, torch.float16, False): {64: CHOSEN, ANY: Setting(64, 64, 4, 1)},
              Key("one_tile", 32, torch.float16, False): {}}  # fmt: skip
-    assert settings.own("H100") == {}
     file.write_text(json.dumps({"H100": settings.entries_of(entry)}))
     assert settings.own("H100") == entry
     assert settings.own("another GPU") == {}
+
+
+def test_a_named_file_that_is_missing_is_said(file, tmp_path, monkeypatch):
+    """That of everyone's home may be missing, and mostly is."""
+    with pytest.warns(UserWarning, match=r"TINYBERT_FAST_SETTINGS=.*settings\.json is no file"):
+        assert settings.own("H100") == {}
+    monkeypatch.delenv(settings.VARIABLE)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert settings.own("H100") == {}
 
 
 def test_a_device_has_ones_own_before_its_familys(file, monkeypatch):
@@ -95,6 +106,7 @@ def test_a_device_has_ones_own_before_its_familys(file, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "by_length"),
     [
+        (Key("dkv", 32, torch.float16, True), {ANY: CHOSEN}),  # no such kernel
         (Key("dq", 32, torch.float16, True), {64: CHOSEN}),  # longer sequences have none
         (Key("dq", 32, torch.float16, True), {ANY: Setting(48, 64, 4, 1)}),
         (Key("forward", 32, torch.float16, True), {ANY: Setting(256, 64, 8, 1)}),

@@ -64,14 +64,74 @@ def test_chunks(cells, dtype, fast, device, monkeypatch):
     assert_within_budget(case, fast)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_chunks_of_a_kernel(reduction, counted, device, monkeypatch):
-    """Two rows at a time and one that is left."""
+@pytest.fixture
+def sixteen_rows(monkeypatch):
+    """Of 101 words in a kernel's chunk, the least; 21 would fit."""
     from tinybert_fast.kernels import configs
 
-    monkeypatch.setattr(configs, "L2_BYTES", 2 * 112 * 4)
-    case = linear_cross_entropy(9, 5, 312, 101, reduction=reduction, device=device)
+    monkeypatch.setattr(configs, "L2_BYTES", 21 * 112 * 4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_of_a_kernel(reduction, counted, device, sixteen_rows):
+    """Two of 16 rows and one of what is left."""
+    case = linear_cross_entropy(9, 37, 312, 101, reduction=reduction, device=device)
     assert_within_budget(case, counted)
+
+
+def test_chunks_are_aligned_alike(counted, device, sixteen_rows, monkeypatch):
+    """Or Triton would compile the kernel again for the labels and losses of the second one."""
+    from tinybert_fast.kernels import linear_cross_entropy as kernels
+
+    kernel, addresses = kernels._loss_kernel, []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            def launch(*operands, **constants):
+                tensors = [x for x in operands if isinstance(x, torch.Tensor)]
+                addresses.append([x.data_ptr() % 16 for x in tensors])
+                kernel[grid](*operands, **constants)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_loss_kernel", Recorded())
+    linear_cross_entropy(9, 37, 8, 101, reduction="none", device=device).run(counted)
+    assert len(addresses) == 2 * 3  # chunks of the forward, then of the backward
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert addresses[3] == addresses[4] == addresses[5]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_spoils_no_other(number, ignored, counted, device, sixteen_rows):
+    """Not even the one that takes its place among the logits of the next chunk."""
+    case = linear_cross_entropy(37, 37, 8, 101, reduction="none", device=device)
+    hidden, *others = case.operands
+    hidden, rows, labels = hidden.detach(), torch.arange(37, device=device), case.operands[4]
+    hidden[3] = number
+    if ignored:
+        labels[3] = -100
+    operands = (hidden.requires_grad_(), *others[:2], rows, labels)
+    losses = ops.linear_cross_entropy(*operands, **case.options, impl=counted)
+    losses.sum().backward()
+    fine = rows != 3
+    assert losses[fine].isfinite().all()
+    assert losses[3].item() == 0.0 if ignored else not losses[3].isfinite()
+    assert hidden.grad[fine].isfinite().all()
+
+
+def test_gradient_of_the_weight_is_summed_in_fp32(counted, device, sixteen_rows):
+    """What a chunk adds for words that label no row may lie below fp16's normal numbers."""
+    dtype = {"dtype": torch.float16, "device": device}
+    hidden, weight = normal((37, 8), 0, **dtype) * 2.0**-14, normal((101, 8), 1).to(device)
+    rows = torch.arange(37, device=device)
+    operands = (weight.requires_grad_(), None, rows, rows)
+    found = []
+    for own, impl in ((hidden, counted), (hidden.double(), "reference")):
+        loss = ops.linear_cross_entropy(own, *operands, reduction="sum", impl=impl)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        found.append(gradient[37:].double())
+    assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
 
 
 def test_holds_one_chunk_of_logits(monkeypatch):

@@ -518,4 +518,4 @@ if child == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     )
-    subprocess.run([sys.executable, "-P", script, first], check=True, timeout=120, cwd=tmp_path)
+    subprocess.run([sys.executable, script, first], check=True, timeout=120, cwd=tmp_path)

@@ -73,7 +73,7 @@ def apart(tmp_path_factory) -> Callable[..., list[Ended]]:
 
     def run(file: str, *phases: list[tuple[str, list[str], dict[str, str]]]) -> list[Ended]:
         errors, module = tmp_path_factory.mktemp("errors"), Path(file)
-        command = [sys.executable, "-P", "-W", "ignore", "-c", FORKS, str(module.parent)]
+        command = [sys.executable, "-W", "ignore", "-c", FORKS, str(module.parent)]
         process = subprocess.Popen(
             [*command, module.stem, str(errors), json.dumps(phases)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -132,7 +132,7 @@ def prove_stops_the_device(call: str, message: str) -> None:
     """Code that launches on a GPU what traps or asserts there: it prints ``message``, and CUDA
     reports an error. In a process of its own, since it can use the GPU no more.
     """
-    command = [sys.executable, "-P", "-c", _CALL, call]
+    command = [sys.executable, "-c", _CALL, call]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     said = ended.stdout + ended.stderr
     if ended.returncode != STOPPED or message not in said:
