@@ -188,8 +188,8 @@ def attention(
     else:
         settings = (longest, scale, direction, dropout_p, site, len(forms[0]))
         masks = forms[0] if impls[0] == impls[1] else forms[0] + forms[1]
-        work = work if impls[0] == "triton" else None
-        out = _Attention.apply(q, k, v, cu_seqlens, work, seed, settings, impls, *masks)
+        listed = work if impls[0] == "triton" else None
+        out = _Attention.apply(q, k, v, cu_seqlens, listed, seed, settings, impls, *masks)
     if layout is None:
         return out.view(shape)
     return layout.pad(out) if packs else out

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def forward(
         torch.mul(p_, -b, out=x[..., d:])
         y = torch.cat([k_, r_], -1)
         gram = form == "gram" or (form == "auto" and x.shape[2] > crossover(d, d_teacher))
-        body = _gram if gram else _direct
+        body: Any = _gram if gram else _direct
         total, dq_part, dk_part = body(x, y, d, loss, part.mask, gradients)
         totals.append(total)
         if not gradients:
