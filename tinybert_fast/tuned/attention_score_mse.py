@@ -15,7 +15,6 @@ the compiled module, one sequence and head at a time, and this one under masks a
 from __future__ import annotations
 
 from itertools import pairwise
-
 from typing import Any
 
 import torch
