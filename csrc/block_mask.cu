@@ -8,10 +8,11 @@ namespace tbf {
 namespace {
 
 constexpr int kPairThreads = 64;
+constexpr int kPairBlocks = 16;  // of an SM at a time, by registers
 constexpr int kPartials = kMostThreads / kWarp;
 
 // Blocks are walked by as many thread blocks as a grid's first axis holds.
-__global__ void __launch_bounds__(kPairThreads)
+__global__ void __launch_bounds__(kPairThreads, kPairBlocks)
     kinds_kernel(const Pattern pattern, uint8_t* kinds) {
   __shared__ uint64_t partial[kPartials];
   __shared__ uint64_t answer;
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kMostThreads)
   fill_lists(team, pattern, lists, false);
 }
 
-__global__ void __launch_bounds__(kPairThreads)
+__global__ void __launch_bounds__(kPairThreads, kPairBlocks)
     cells_kernel(const Pattern pattern, const PatternLists lists, uint32_t* cells) {
   __shared__ uint64_t partial[kPartials];
   __shared__ uint64_t answer;

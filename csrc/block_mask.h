@@ -22,7 +22,7 @@ struct Pattern {
   bool everything;
   int64_t window;                // tokens to either side; -1: none
   int64_t window_blocks;         // blocks to either side; -1: none
-  const uint32_t* global;        // (N / 32 rounded up,): a bit for each token
+  const uint32_t* global;        // a bit for each token, and 0 for what fills up the last block
   int64_t random_blocks;         // of each row of blocks
   uint64_t seed;
   const int32_t* document_first;  // (M, N): first position of i's document
@@ -47,12 +47,10 @@ TBF_HD bool open_block(const Pattern& pattern, int64_t r, int64_t c) {
   const int64_t tokens = blocks == 0 ? 0 : (blocks - 1) * pattern.side + 1;
   if (tokens <= pattern.window || blocks <= pattern.window_blocks) return false;
   if (!pattern.global) return true;
-  const int64_t stop = (c + 1) * pattern.side;
-  for (int64_t j = c * pattern.side; j < (stop < pattern.size ? stop : pattern.size);
-       j += kWordBits) {
-    if (pattern.global[j / kWordBits]) return false;
-  }
-  return true;
+  const int64_t words = pattern.side / kWordBits;
+  uint32_t marked = 0;
+  for (int64_t word = c * words; word < (c + 1) * words; ++word) marked |= pattern.global[word];
+  return marked == 0;
 }
 
 TBF_HD uint64_t random_rank(const Pattern& pattern, int64_t r, int64_t c) {
@@ -83,7 +81,7 @@ TBF_HD uint32_t allowed_word(const Pattern& pattern, int64_t m, int64_t i, int64
   if (pattern.window >= 0) word |= bits(i - pattern.window, i + pattern.window + 1, base);
   if (pattern.global) {
     if (pattern.global[i / kWordBits] >> i % kWordBits & 1) word = ~0u;
-    if (base < size) word |= pattern.global[base / kWordBits];
+    word |= pattern.global[base / kWordBits];
   }
   word &= bits(0, length, base);
   if (pattern.document_first) {

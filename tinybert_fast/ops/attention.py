@@ -178,7 +178,6 @@ def attention(
         cu_seqlens, work, padded_work = layout.cu_seqlens, layout.work, layout.padded_work
     if packs:
         q, k, v = (x.flatten(0, 1) if layout is None else layout.pack(x) for x in (q, k, v))
-    work = padded_work if padded and not packs else work
     forms = [_mask_of(block_mask, name) for name in impls]
     if impls[0] == "reference":
         mask = forms[0][0] if forms[0] else None
@@ -188,8 +187,10 @@ def attention(
     else:
         settings = (longest, scale, direction, dropout_p, site, len(forms[0]))
         masks = forms[0] if impls[0] == impls[1] else forms[0] + forms[1]
-        listed = work if impls[0] == "triton" else None
-        out = _Attention.apply(q, k, v, cu_seqlens, listed, seed, settings, impls, *masks)
+        given = None
+        if impls[0] == "triton":
+            given = padded_work if padded and not packs else work
+        out = _Attention.apply(q, k, v, cu_seqlens, given, seed, settings, impls, *masks)
     if layout is None:
         return out.view(shape)
     return layout.pad(out) if packs else out

@@ -281,10 +281,10 @@ def _native_lists(probe: Tensor, c: Conditions) -> list[Tensor]:
 
 
 def _words_of(marked: Tensor | None) -> Tensor | None:
-    """Bool (N,) -> int32 (N / 32 rounded up,), the bits of 32 tokens each."""
+    """Bool (N,) -> int32, the bits of 32 tokens each, zeros up to the end of a block."""
     if marked is None:
         return None
-    padded = F.pad(marked, (0, -len(marked) % 32)).view(-1, 4, 8)
+    padded = F.pad(marked, (0, -len(marked) % max(SIDES))).view(-1, 4, 8)
     values = 2 ** torch.arange(8, dtype=torch.uint8, device=marked.device)
     return (padded * values).sum(-1, dtype=torch.uint8).view(torch.int32).flatten()
 

@@ -96,12 +96,13 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         y, total, mean, rstd, cells = _forward(
             _rows(x), bias, _rows(residual), weight, ln_bias, eps, dropout_p, *place, keep, impls[0]
         )
-        ctx.impl, ctx.call, ctx.with_bias, ctx.x_dtype = impls[1], call, bias is not None, x.dtype
+        ctx.impl, ctx.call, ctx.with_bias = impls[1], call, bias is not None
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
         if ctx.impl == "reference":
             ctx.save_for_backward(x, bias, residual, weight, ln_bias, seed, sequences, positions)
         else:
             ctx.save_for_backward(total, mean, rstd, cells, weight, seed, sequences, positions)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -110,19 +111,20 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         *operands, seed, sequences, positions = ctx.saved_tensors
         place = (seed, site, sequences, positions)
         if ctx.impl == "reference":
+            grad = grad.reshape(ctx.shape)
             needs = (*ctx.needs_input_grad[:5], *(False,) * 6)
             grads = reference_gradient(reference, (*operands, eps, dropout_p, *place), needs, grad)[
                 :5
             ]
         else:
             dx, dtotal, dbias, dweight, dln_bias = _backward(
-                _rows(grad), *operands, dropout_p, *place, ctx.x_dtype, ctx.with_bias, ctx.impl
+                grad, *operands, dropout_p, *place, ctx.x_dtype, ctx.with_bias, ctx.impl
             )
             # What x and the residual share is one tensor: of two views, which autograd cannot see
             # to be one memory, both leaves would keep it and add to it.
-            of_residual = dtotal.view(grad.shape)
-            of_x = of_residual if dx.shape != dtotal.shape else dx.view(grad.shape)
-            if of_x is of_residual and grad.dim() != 2 and torch.compiler.is_compiling():
+            of_residual = dtotal.view(ctx.shape)
+            of_x = of_residual if dx.shape != dtotal.shape else dx.view(ctx.shape)
+            if of_x is of_residual and len(ctx.shape) != 2 and torch.compiler.is_compiling():
                 of_x = of_residual.clone()  # inductor would hand out two views of its buffer
             grads = (of_x, dbias if ctx.with_bias else None, of_residual, dweight, dln_bias)
         return (*grads, None, None, None, None, None)
@@ -183,7 +185,8 @@ def dropout_add_layer_norm(
         return without_autocast(reference, *operands, eps, dropout_p, *place)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     call = (eps, dropout_p, site, keep)
-    return _DropoutAddLayerNorm.apply(*operands, seed, sequences, positions, call, impls)
+    y = _DropoutAddLayerNorm.apply(*operands, seed, sequences, positions, call, impls)
+    return y.view(x.shape)
 
 
 def token_places(

@@ -100,7 +100,7 @@ def crossover(d: int, d_teacher: int) -> float:
     return (8 * d * d + 8 * d * d_teacher + 4 * d_teacher**2) / (6 * d + 2 * d_teacher)
 
 
-def _gram(x: Tensor, y: Tensor, d: int, loss: str, mask: None, gradients: bool):
+def _gram(x: Tensor, y: Tensor, d: int, loss: str, mask: Tensor | None, gradients: bool):
     xq, yk = x.mT @ x[..., :d], y.mT @ y[..., :d]  # (b, H, D + Dt, D)
     products = xq * yk
     total = 2.0 * products.sum() - products[..., :d, :].sum()  # the rows of P and R count twice
