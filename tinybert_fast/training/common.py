@@ -152,10 +152,11 @@ class RunTrainer(transformers.Trainer):
       step alone: a run resumed in the middle of an epoch goes on as it would have (Transformers'
       own sampler draws from torch's generator), and any number of processes takes the same steps;
     - stops at a NaN or infinite loss, and says plainly that another process has gone;
-    - weighs each text of an optimizer step alike, in whatever micro-batch and process it is: 16 x 1
-      texts, 8 x 2 and 8 x 1 in each of two processes are the same step but for dropout and rounding
-      (Trainer weighs micro-batches alike, of however many texts). Where an epoch's last step is
-      incomplete, accelerate fills it up from the epoch's beginning for several processes;
+    - weighs each text of an optimizer step alike (`counts`), in whatever micro-batch and process it
+      is: 16 x 1 texts, 8 x 2 and 8 x 1 in each of two processes are the same step but for dropout
+      and rounding (Trainer weighs micro-batches alike, of however many texts). Where an epoch's
+      last step is incomplete, accelerate fills it up from the epoch's beginning for several
+      processes;
     - hands a packed encoder its layout (`LengthCollator(lengths=True)`);
     - with `cuda_graphs` replays its steps (training/graphs.py);
     - shows one progress bar and writes TensorBoard logs to `logs`.

@@ -94,7 +94,9 @@ class DistillationTrainer(TermsTrainer):
     optimizer (BertAdam). ``teacher_dtype``: fp32 or bf16 whatever the run is in, or int8
     (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
     set, which then has the column ``index``; the teacher is not asked in training, and its config
-    may stand for it. Checkpoints are plain Transformers folders of the student, with
+    may stand for it. Losses that are means over tokens, or pairs of them, weigh each of a step's
+    alike, as others weigh texts; with padding, under ``parity="official"``, all weigh texts.
+    Checkpoints are plain Transformers folders of the student, with
     ``projection.safetensors`` beside the weights. ``cuda_graphs``: see training/graphs.py.
     """
 
