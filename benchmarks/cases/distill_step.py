@@ -147,8 +147,12 @@ class Numbers:
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.lengths if key == "length" else key
+    def __getitem__(self, column: str) -> list[int]:
+        assert column == "length"
+        return self.lengths
+
+    def __getitems__(self, numbers: list[int]) -> list[int]:
+        return numbers
 
 
 class CachedStep(OurStep):
