@@ -66,9 +66,8 @@ class MaskingRule:
             share = getattr(self, name)
             if not isinstance(share, Real):
                 raise ValueError(f"mlm_mask: {name}={share!r}; expected a number from 0 to 1")
-            object.__setattr__(
-                self, name, float(share)
-            )  # NumPy's too; a frozen instance sets it so
+            # NumPy's numbers too; a frozen instance sets them so.
+            object.__setattr__(self, name, float(share))
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"mlm_mask: ratio={self.ratio!r}; expected above 0, at most 1")
         integer("mlm_mask", "vocab_size", self.vocab_size, 1, MOST_WORDS)
