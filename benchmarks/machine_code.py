@@ -13,7 +13,7 @@ row per kernel, architecture and case:
     per_element     of attention, instructions per score: of the loop without a mask, or of the
                     whole kernel where it has no loop, over BLOCK_M * BLOCK_N / threads; none where
                     the first loop has a mask
-    sources         a digest of kernels/, by which a test sees that rows are those of its kernels
+    sources         a digest of the op's code, by which a test sees that rows are its kernels'
 
 With --cuda the kernels of csrc/*.cu instead, as ptxas reports them; stack_bytes hold the arguments
 of a message. It needs nvcc and a checkout.
@@ -44,7 +44,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import tinybert_fast
 from tinybert_fast.benchmarks.hardware import facts
 from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.kernels.settings import Table
@@ -63,6 +62,7 @@ RELATIONS = ((26, 64), (32, 32), (64, 64), (128, 128))  # widths of student's an
 WIDENED = (1200, 3072)  # columns of TinyBERT-4's and BERT-base's wide layers
 COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
 WORDS = 30522  # BERT's
+ROW_LOSSES = ("hidden_mse", "linear_cross_entropy", "scaled_gradient")
 ROWS = 64
 
 PASSES = {
@@ -91,6 +91,8 @@ REGISTER_UNIT = 8  # a thread's registers are given out in eights
 
 TABLE_WIDTH = 220  # columns
 
+KERNELS, REFERENCE = "tinybert_fast.kernels", "tinybert_fast.reference"
+SETTINGS = f"{KERNELS}.settings"  # of tables; what rows show of them is in the rows
 CSRC = Path("csrc")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
@@ -160,7 +162,7 @@ def compiling_for(
             return None
         self.device_caches.clear()  # their keys do not name the architecture
         code = run(self, *args, grid=grid, warmup=True, **constants)
-        op = self.fn.__module__.removeprefix("tinybert_fast.kernels.").partition(".")[0]
+        op = self.fn.__module__.removeprefix(f"{KERNELS}.").partition(".")[0]
         op = "layer_norm" if op == "rows" else op  # what all layer norms share
         found.append(Compiled(op, self.__name__, code, constants))
         return code
@@ -417,7 +419,7 @@ def report(
         if op in (None, "attention_score_mse") and not dropout_p:
             for heads in LOSS_HEADS:
                 found += attention_loss_kernels(arch, heads, dtype)
-        if op in (None, "hidden_mse", "linear_cross_entropy") and not dropout_p:
+        if op in (None, *ROW_LOSSES) and not dropout_p:
             found += row_loss_kernels(arch, dtype)
         if op is None or op.endswith("layer_norm"):
             for columns in COLUMNS:
@@ -474,21 +476,31 @@ def cuda_sources(csrc: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def sources() -> str:
-    """A digest of the kernels' code, which comments and docstrings don't change."""
-    digest = hashlib.sha256()
-    package = Path(tinybert_fast.__file__).parent
-    spec = find_spec("tinybert_fast.kernels")
-    assert spec is not None  # whatever is installed has it
-    kernels = Path(str(spec.origin)).parent
-    files = [file for file in sorted(kernels.rglob("*.py")) if file.name != "settings.py"]
-    for file in [*files, package / "reference/philox.py"]:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+def sources(op: str) -> str:
+    """A digest of an op's kernels and of all that they import from the project but tables of
+    settings; comments and docstrings don't change it.
+    """
+    digest, modules = hashlib.sha256(), [f"{KERNELS}.{op}"]
+    for module in modules:  # which grow
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"{op}: no module {module}")
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
+            if isinstance(node, ast.ImportFrom):
+                modules += [name for name in _imported(node) if name not in (*modules, SETTINGS)]
         digest.update(ast.unparse(tree).encode())
     return digest.hexdigest()[:12]
+
+
+def _imported(node: ast.ImportFrom) -> list[str]:
+    """The project's modules that a statement imports, or imports from."""
+    module = node.module or ""
+    if module in (KERNELS, REFERENCE):
+        return [f"{module}.{one.name}" for one in node.names]
+    return [module] if module.startswith(KERNELS) else []
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -502,10 +514,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=TABLE_WIDTH).print(table)
 
 
-def add_to_csv(file: Path, rows: list[dict[str, Any]], **made_by: str) -> None:
+def add_to_csv(file: Path, rows: list[dict[str, Any]]) -> None:
     """Append the rows with the commit; a file with other columns is refused."""
     known = facts(torch.device("cpu"))
-    rows = [{**one, **made_by, "commit": known["commit"], "date": known["date"]} for one in rows]
+    rows = [{**one, "commit": known["commit"], "date": known["date"]} for one in rows]
     old = file.read_text(encoding="utf-8") if file.exists() else ",".join(rows[0]) + "\n"
     if old.partition("\n")[0] != ",".join(rows[0]):
         raise SystemExit(f"{file} has other columns than these rows: name a new file")
@@ -527,17 +539,19 @@ def main() -> None:
     given = parser.parse_args()
     if given.cuda:
         rows = [row for row in cuda_rows(CSRC, tuple(given.arch)) if given.op in (None, row["op"])]
-        made_by = {"sources": cuda_sources(CSRC), "nvcc": nvcc_version()}
+        rows = [{**one, "sources": cuda_sources(CSRC), "nvcc": nvcc_version()} for one in rows]
     else:
-        rows = report(tuple(given.arch), given.op)
-        made_by = {"sources": sources(), "triton": triton.__version__}
+        rows = [
+            {**one, "sources": sources(one["op"]), "triton": triton.__version__}
+            for one in report(tuple(given.arch), given.op)
+        ]
     if not rows:
         parser.error(f"--op {given.op}: no kernel of that name")
     show(rows)
     if given.json:
         atomic_write(given.json, json.dumps(rows, indent=1) + "\n")
     if given.csv:
-        add_to_csv(given.csv, rows, **made_by)
+        add_to_csv(given.csv, rows)
 
 
 if __name__ == "__main__":

@@ -91,12 +91,14 @@ def test_narrow_strides_show():
 @pytest.fixture(scope="module")
 def committed():
     """The rows of the kernels as they are, of every architecture."""
-    digest = machine_code.sources()
     with (Path(machine_code.__file__).parent / "results/machine_code.csv").open() as file:
-        found = [one for one in csv.DictReader(file) if one["sources"] == digest]
-    assert found, (
-        "kernels/ changed since its machine code was last reported; run: python "
-        "benchmarks/machine_code.py --csv benchmarks/results/machine_code.csv"
+        found = list(csv.DictReader(file))
+    digests = {op: machine_code.sources(op) for op in {one["op"] for one in found}}
+    old = {one["op"] for one in found if one["sources"] != digests[one["op"]]}
+    assert not old, (
+        f"the code of {', '.join(sorted(old))} changed since its machine code was last reported; "
+        "remove its rows and, for each, run: python benchmarks/machine_code.py --op OP "
+        "--csv benchmarks/results/machine_code.csv"
     )
     return found
 
@@ -173,22 +175,31 @@ def test_layer_norms_load_16_bytes(committed):
 
 
 def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):
-    package = tmp_path / "tinybert_fast"
-    monkeypatch.setattr(machine_code, "find_spec", lambda name: Spec(package / "kernels"))
-    monkeypatch.setattr(machine_code.tinybert_fast, "__file__", str(package / "__init__.py"))
-    for folder in ("kernels", "reference"):
-        (package / folder).mkdir(parents=True)
-    (package / "reference/philox.py").write_text("KEY = 1\n")
-    digests = []
-    for code in ('"""A."""\nx = 1\n', '"""B."""\n# why\nx = 1\n', "x = 2\n"):
-        (package / "kernels/one.py").write_text(code)
-        digests.append(machine_code.sources())
-    assert digests[0] == digests[1] != digests[2]
+    """Code of the op or of what it imports; not another's."""
+    monkeypatch.setattr(machine_code, "find_spec", lambda name: Spec(tmp_path / f"{name}.py"))
+    modules = {
+        "kernels.one": "from tinybert_fast.kernels.tiles import x\n",
+        "kernels.tiles": "from tinybert_fast.reference import philox\nx = 1\n",
+        "kernels.other": "",
+        "reference.philox": "KEY = 1\n",
+    }
+
+    def digest(**changed):
+        for name, code in (modules | {f"kernels.{k}": v for k, v in changed.items()}).items():
+            (tmp_path / f"tinybert_fast.{name}.py").write_text(code)
+        return machine_code.sources("one")
+
+    before = digest()
+    assert digest(one='"""A."""\n# why\n' + modules["kernels.one"]) == before
+    assert digest(other="x = 2\n") == before
+    assert digest(tiles=modules["kernels.tiles"] + "y = 2\n") != before
+    modules["reference.philox"] = "KEY = 2\n"
+    assert digest() != before
 
 
 class Spec:
-    def __init__(self, folder):
-        self.origin = str(folder / "__init__.py")
+    def __init__(self, file):
+        self.origin = str(file)
 
 
 def test_cuda_kernels_are_reported_and_do_not_spill():
