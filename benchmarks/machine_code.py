@@ -247,12 +247,12 @@ def row_loss_kernels(arch: int, dtype: torch.dtype) -> list[Compiled]:
     rows = torch.zeros(ROWS, dtype=torch.int64)
     options = (-100, 0.1)  # ignore_index, label_smoothing
     with compiling_for(arch) as found:
-        hidden_mse.forward(student, weight, weight[:, 0], teacher)
-        hidden_mse.forward(teacher, None, None, teacher)
+        hidden_mse.forward(student, weight, weight[:, 0], teacher, [True] * 3)
+        hidden_mse.forward(teacher, None, None, teacher, [True, False, False])
         scaled_gradient.forward(student, weight[0, :1], dtype)
         for upstream in (None, torch.ones(ROWS)):
             linear_cross_entropy.forward(
-                student, words, words[:, 0], rows, rows, *options, upstream, True
+                student, words, words[:, 0], rows, rows, *options, upstream, [True] * 3
             )
     return found
 

@@ -5,8 +5,8 @@
 
 Shapes: S, dS (rows, C), W, dW (Ct, C), bias (Ct,), T, E (rows, Ct). The products are cuBLAS's, on
 chunks of rows whose E stays in the L2 cache; between them one kernel puts E in the place of S W^T
-and sums it and its square over rows. Sums are fp32. E is rounded once, to the operands' dtype, over
-the root of its rows, so that fp16 holds the products; without W the gradient is E itself, in fp32.
+and sums it and its square over rows. Sums are fp32. E is rounded once, to the operands' dtype;
+without W, where 2 / n times E is a gradient, it is not.
 """
 
 import torch
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tinybert_fast.kernels import configs
+from tinybert_fast.kernels.products import add_product, multiply_into
 from tinybert_fast.kernels.rows import (
     STAGES,
     add,
@@ -51,16 +52,18 @@ def _error_kernel(
     store_sum(partial_ptr, 1, errors, C, BLOCK_N)
 
 
-def forward(student, weight, bias, teacher):
-    """-> loss, and its gradients with respect to student, weight and bias, all fp32; those of what
-    is None are empty.
+def forward(student, weight, bias, teacher, wanted):
+    """-> loss, and its gradients with respect to student, weight and bias, all fp32; empty unless
+    wanted.
     """
+    with_student, with_weight, with_bias = wanted
     rows, width = teacher.shape
     n = max(teacher.numel(), 1)
-    sums, root = student.new_zeros(2, width, dtype=torch.float32), max(rows, 1) ** 0.5
-    dstudent = torch.empty(student.shape, dtype=torch.float32, device=student.device)
-    dweight = sums.new_zeros((0,) if weight is None else weight.shape)
+    sums = student.new_zeros(2, width, dtype=torch.float32)
     projection = None if weight is None else weight.to(student.dtype)
+    # Without W it is where the kernel writes, wanted or not.
+    dstudent = sums.new_empty(student.shape if with_student or weight is None else (0,))
+    dweight = sums.new_zeros(weight.shape if with_weight else (0,))
     setting = configs.rows("backward", width)
     size = max(1, configs.L2_BYTES // (width * student.element_size()))
     for first in range(0, rows, size):
@@ -68,7 +71,7 @@ def forward(student, weight, bias, teacher):
         some, target = student[chunk].contiguous(), teacher[chunk].contiguous()
         projected = some if projection is None else some @ projection.mT
         error = dstudent[chunk] if projection is None else projected
-        scale = 2.0 / n if projection is None else 1.0 / root
+        scale = 2.0 / n if projection is None else 1.0
         partial = partials(2, len(some), setting, target)
         _error_kernel[(partial.shape[1],)](
             projected, bias, target, error, partial, len(some), scale, C=width, **setting.launch()
@@ -76,11 +79,12 @@ def forward(student, weight, bias, teacher):
         found = [torch.empty_like(one) for one in sums]
         add_partials(partial, *found)
         sums += torch.stack(found)
-        if projection is not None:
-            dstudent[chunk] = error @ projection
-            dweight += error.mT @ some
+        if projection is not None and with_student:
+            multiply_into(dstudent[chunk], error, projection)
+        if with_weight:
+            add_product(dweight, error.mT, some)
     if projection is not None:
-        dstudent *= 2.0 * root / n
-        dweight *= 2.0 * root / n
-    dbias = sums.new_empty(0) if bias is None else sums[1] * (2.0 / n)
+        dstudent *= 2.0 / n
+        dweight *= 2.0 / n
+    dbias = sums[1] * (2.0 / n) if with_bias else sums.new_empty(0)
     return sums[0].sum() / n, dstudent, dweight, dbias

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tinybert_fast.kernels import configs
+from tinybert_fast.kernels.products import add_product, multiply_into
 
 # Rows of logits are multiples of so many numbers long: wide loads, aligned products. Beyond the
 # vocabulary the bias is -inf.
@@ -72,30 +73,19 @@ def _loss_kernel(
             tl.store(logits_ptr + offs_n, z, mask=offs_n < width)
 
 
-def _add_product(total, a, b):
-    """total += a @ b. cuBLAS adds to fp32 what it multiplies in half precision, so that no product
-    of W's size is rounded, written and read again.
-    """
-    if total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # where PyTorch has no out_dtype
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
 def forward(
-    hidden, weight, bias, rows, labels, ignore_index, label_smoothing, upstream, gradients
+    hidden, weight, bias, rows, labels, ignore_index, label_smoothing, upstream, wanted
 ):  # fmt: skip
     """-> losses (R,); gradients of sum(upstream * losses), upstream 1 if None, with respect to
-    hidden (T, C), weight (V, C) and bias (V,) in fp32, empty unless ``gradients``.
+    hidden (T, C), weight (V, C) and bias (V,) in fp32, empty unless wanted.
     """
+    with_hidden, with_weight, with_bias = wanted
     words, count = weight.shape[0], len(labels)
     selected, projection = hidden.index_select(0, rows), weight.to(hidden.dtype)
     losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-    dselected, dweight, dbias = (losses.new_empty(0) for _ in range(3))
-    if gradients:
-        dselected = losses.new_empty(selected.shape)
-        dweight = losses.new_zeros(weight.shape)
-        dbias = losses.new_zeros(0 if bias is None else words)
+    dselected = losses.new_empty(selected.shape if with_hidden else (0,))
+    dweight = losses.new_zeros(weight.shape if with_weight else (0,))
+    dbias = losses.new_zeros(words if with_bias else 0)
     if upstream is not None:
         upstream = upstream.float().contiguous()
     width = configs.cdiv(words, ALIGN) * ALIGN
@@ -111,14 +101,15 @@ def forward(
         torch.mm(some, projection.mT, out=z)
         _loss_kernel[(len(some),)](
             z, padded_bias, labels[chunk], None if upstream is None else upstream[chunk],
-            losses[chunk], words, width, ignore_index, label_smoothing, GRADIENTS=gradients,
-            **configs.vocabulary(),
+            losses[chunk], words, width, ignore_index, label_smoothing,
+            GRADIENTS=any(wanted), **configs.vocabulary(),
         )  # fmt: skip
-        if gradients:
-            dselected[chunk] = z @ projection
-            _add_product(dweight, z.mT, some)
-            if bias is not None:
-                dbias += z.sum(0, dtype=torch.float32)
-    if not gradients:
-        return losses, dselected, dweight, dbias
-    return losses, losses.new_zeros(hidden.shape).index_add_(0, rows, dselected), dweight, dbias
+        if with_hidden:
+            multiply_into(dselected[chunk], z, projection)
+        if with_weight:
+            add_product(dweight, z.mT, some)
+        if with_bias:
+            dbias += z.sum(0, dtype=torch.float32)
+    if with_hidden:
+        dselected = losses.new_zeros(hidden.shape).index_add_(0, rows, dselected)
+    return losses, dselected, dweight, dbias

@@ -257,18 +257,21 @@ FROZEN = {  # op -> what makes it cheaper to freeze
     "attention_relation_kl": (),
     "attention_score_mse": (),
     "hidden_mse": ("weight",),
-    "linear_cross_entropy": (),
+    "linear_cross_entropy": ("weight",),
 }
+CUBLAS = ("hidden_mse", "linear_cross_entropy")  # whose products triton leaves to PyTorch
 
 
-@pytest.mark.parametrize("op", FROZEN)
-def test_only_wanted_products(op, device):
+@pytest.mark.parametrize(
+    ("op", "impl"), [*((op, "torch") for op in FROZEN), *((op, "triton") for op in CUBLAS)]
+)
+def test_only_wanted_products(op, impl, device):
     case = FACTORIES[op](device=device)
     flops = []
     for some in {(), FROZEN[op], tuple(case.trained())}:
         with FlopCounterMode(display=False) as counter, Outputs():
             one = case.freeze(*some)
-            one.op(*one.operands, **one.options, impl="torch")
+            one.op(*one.operands, **one.options, impl=impl)
         flops.append((len(some), counter.get_total_flops()))
     counts = [count for _, count in sorted(flops)]
     assert counts == sorted(set(counts), reverse=True), counts

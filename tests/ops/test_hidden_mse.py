@@ -59,6 +59,21 @@ def test_chunks(projection, counted, device, monkeypatch):
     assert_within_budget(case_of(((5,), 33, 17), projection, device=device), counted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_products_are_not_rounded(dtype, counted, device, monkeypatch):
+    """Errors of 33 and students of 65: fp16 and bf16 hold both, and not their product, 2145."""
+    from tinybert_fast.kernels import configs
+
+    rows, columns = 4, 16
+    monkeypatch.setattr(configs, "L2_BYTES", 2 * columns * 2)  # chunks of two rows
+    student = torch.full((rows, columns), 65.0, dtype=dtype, device=device)
+    teacher = torch.full_like(student, -33.0)
+    weight = torch.zeros(columns, columns, device=device, requires_grad=True)
+    ops.hidden_mse(student, teacher, weight, impl=counted).backward()
+    want = torch.full_like(weight, 2.0 / teacher.numel() * rows * 33.0 * 65.0)
+    torch.testing.assert_close(weight.grad, want, rtol=0.0, atol=0.0)
+
+
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_compiles_whole(projection, fast, device):
     proofs.prove_compiles(case_of(((2, 3), 33, 17), projection, device=device), fast)

@@ -40,7 +40,7 @@ _forward = define(
         in_fp32(student, (0,) if weight is None else weight.shape),
         in_fp32(student, (0,) if bias is None else bias.shape),
     ),
-    sparing=("torch",),
+    sparing=("torch", "triton"),
     torch="tinybert_fast.tuned.hidden_mse:forward",
     triton="tinybert_fast.kernels.hidden_mse:forward",
 )

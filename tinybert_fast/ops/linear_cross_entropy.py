@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
@@ -44,14 +42,8 @@ _forward = define(
     fake=_fake,
     sparing=("torch", "triton"),
     torch="tinybert_fast.tuned.linear_cross_entropy:forward",
-    triton="tinybert_fast.ops.linear_cross_entropy:_in_kernels",
+    triton="tinybert_fast.kernels.linear_cross_entropy:forward",
 )
-
-
-def _in_kernels(*operands):
-    """Which compute all gradients or none."""
-    *call, wanted = operands
-    return import_module("tinybert_fast.kernels.linear_cross_entropy").forward(*call, any(wanted))
 
 
 def _sum(*arguments):

@@ -80,7 +80,7 @@ def forward(
         if with_weight:
             weighted = (some * weights).to(narrow)
             if narrow == wide:
-                dweight.addmm_(z.mT, weighted)
+                torch.addmm(dweight, z.mT, weighted, out=dweight)
             else:
                 dweight += z.mT @ weighted
     dhidden = dselected
