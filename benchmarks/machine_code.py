@@ -514,16 +514,24 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=TABLE_WIDTH).print(table)
 
 
-def add_to_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append the rows with the commit; a file with other columns is refused."""
+def put_into_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows, with the commit, in the place of those that the file has of the same ops and
+    architectures; a file with other columns is refused.
+    """
     known = facts(torch.device("cpu"))
     rows = [{**one, "commit": known["commit"], "date": known["date"]} for one in rows]
-    old = file.read_text(encoding="utf-8") if file.exists() else ",".join(rows[0]) + "\n"
-    if old.partition("\n")[0] != ",".join(rows[0]):
+    old = (
+        list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))) if file.exists() else []
+    )
+    if old and list(old[0]) != list(rows[0]):
         raise SystemExit(f"{file} has other columns than these rows: name a new file")
-    new = io.StringIO()
-    csv.DictWriter(new, list(rows[0]), lineterminator="\n").writerows(rows)
-    atomic_write(file, old + new.getvalue())
+    replaced = {(one["op"], one["arch"]) for one in rows}
+    kept = [one for one in old if (one["op"], one["arch"]) not in replaced]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*kept, *rows])
+    atomic_write(file, text.getvalue())
 
 
 def main() -> None:
@@ -535,7 +543,7 @@ def main() -> None:
         "--cuda", action="store_true", help="instead the kernels of csrc/, compiled by nvcc"
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--csv", type=Path, help="add the rows, with the commit, to this file")
+    parser.add_argument("--csv", type=Path, help="put the rows, with the commit, into this file")
     given = parser.parse_args()
     if given.cuda:
         rows = [row for row in cuda_rows(CSRC, tuple(given.arch)) if given.op in (None, row["op"])]
@@ -551,7 +559,7 @@ def main() -> None:
     if given.json:
         atomic_write(given.json, json.dumps(rows, indent=1) + "\n")
     if given.csv:
-        add_to_csv(given.csv, rows)
+        put_into_csv(given.csv, rows)
 
 
 if __name__ == "__main__":

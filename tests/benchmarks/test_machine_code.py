@@ -97,7 +97,7 @@ def committed():
     old = {one["op"] for one in found if one["sources"] != digests[one["op"]]}
     assert not old, (
         f"the code of {', '.join(sorted(old))} changed since its machine code was last reported; "
-        "remove its rows and, for each, run: python benchmarks/machine_code.py --op OP "
+        "run for each: python benchmarks/machine_code.py --op OP "
         "--csv benchmarks/results/machine_code.csv"
     )
     return found
@@ -195,6 +195,22 @@ def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):
     assert digest(tiles=modules["kernels.tiles"] + "y = 2\n") != before
     modules["reference.philox"] = "KEY = 2\n"
     assert digest() != before
+
+
+def test_new_rows_replace_those_of_the_op(tmp_path):
+    file = tmp_path / "rows.csv"
+
+    def put(*names, **other):
+        rows = [{"op": op, "arch": arch, "registers": 1, **other} for op, arch in names]
+        machine_code.put_into_csv(file, rows)
+        found = list(csv.DictReader(file.open()))
+        return [(one["op"], one["arch"], one["registers"]) for one in found]
+
+    a, b = ("one", "sm_80"), ("one", "sm_90")
+    assert put(a, b, ("other", "sm_80")) == [(*a, "1"), (*b, "1"), ("other", "sm_80", "1")]
+    assert put(a, registers=2) == [(*b, "1"), ("other", "sm_80", "1"), (*a, "2")]
+    with pytest.raises(SystemExit, match="has other columns"):
+        put(a, spill_bytes=0)
 
 
 class Spec:
