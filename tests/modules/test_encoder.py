@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tinybert_fast as tbf
-from tinybert_fast.modules import Capture, encode, encoder
-from tinybert_fast.modules.encoder import is_erf_gelu, is_plain
+from tinybert_fast.modules import Capture, encode, encoder, weights
+from tinybert_fast.modules.encoder import is_erf_gelu
 from tinybert_fast.modules.heads import first_tokens, vocabulary_loss
+from tinybert_fast.modules.weights import is_plain
 
 CHANNELS, HEADS = 12, 3
 
@@ -114,7 +115,7 @@ def test_matrices_rounded_together_are_those_of_autocast(padded, monkeypatch):
     found = []
     for together in (False, True):
         monkeypatch.setattr(
-            encoder, "pays_to_round_together", lambda hidden, together=together: together
+            weights, "pays_to_round_together", lambda hidden, together=together: together
         )
         bert = stand_in()
         frozen = bert.encoder.layer[0].attention.self.key
@@ -128,6 +129,27 @@ def test_matrices_rounded_together_are_those_of_autocast(padded, monkeypatch):
     assert all(grad is None or grad.dtype == torch.float32 for grad in found[1])
     for one, other in zip(*found, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["heads_of_4", "padded_to_8"])
+def test_no_product_for_a_frozen_matrix(padded, monkeypatch):
+    """Rounded and padded together with trained ones, which want gradients."""
+    monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
+    monkeypatch.setattr(weights, "pays_to_round_together", lambda hidden: True)
+    layout, work = tbf.SequenceLayout.from_lengths([5, 2]), []
+    ids = torch.randint(1, 17, (2, 5))
+    for frozen in (False, True):
+        bert = stand_in(layers=1)
+        attention = bert.encoder.layer[0].attention
+        attention.self.key.weight.requires_grad_(not frozen)
+        attention.output.dense.weight.requires_grad_(not frozen)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = encode(bert, layout, input_ids=ids)
+        with FlopCounterMode(display=False) as counter:
+            hidden.sum().backward()
+        work.append(counter.get_total_flops())
+    width = HEADS * (8 if padded else CHANNELS // HEADS)
+    assert work[0] - work[1] == 2 * 2 * layout.total * CHANNELS * width
 
 
 def test_padded_heads_leave_no_trace(monkeypatch):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -298,6 +299,32 @@ def twice(case, impl):
     torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
     both = case.function(impl)(*leaves).sum() + case.function(impl)(*leaves).sum()
     torch.testing.assert_close(torch.autograd.grad(both, leaves), tuple(2 * g for g in first))
+
+
+@each_op
+def test_nobody_is_recorded_without_a_gradient(op, impl, device, monkeypatch):
+    """The same value without autograd's part; forward-mode tangents are refused, not dropped."""
+    case = FACTORIES[op](device=device)
+    want = case.function(impl)(*case.leaves()).detach()
+    monkeypatch.setattr(torch.autograd.Function, "apply", None)
+    with torch.no_grad():
+        torch.testing.assert_close(case.function(impl)(*case.leaves()), want, rtol=0.0, atol=0.0)
+    frozen = case.freeze(*case.trained())
+    torch.testing.assert_close(
+        frozen.op(*frozen.operands, **frozen.options, impl=impl), want, rtol=0.0, atol=0.0
+    )
+
+
+@each_op
+@pytest.mark.parametrize("impl", ["triton", "native", "torch"])  # a reference is plain PyTorch
+def test_refuses_forward_mode(op, impl, device):
+    """A tangent would be lost between addresses."""
+    case = FACTORIES[op](device=device)
+    leaves = [x.detach() for x in case.leaves()]
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, torch.ones_like(x)) for x in leaves]
+        with pytest.raises(RuntimeError, match=r"jvp|forward AD"):
+            case.function(impl)(*duals)
 
 
 @each_op

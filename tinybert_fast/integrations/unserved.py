@@ -16,7 +16,7 @@ from transformers import modeling_utils
 from transformers.models.bert import modeling_bert as bert_modules
 from transformers.utils import output_capturing
 
-from tinybert_fast.modules.encoder import hooks_of
+from tinybert_fast.modules.weights import hooks_of
 
 PLUG_IN = "tinybert_fast"  # the name that attention.py registers
 # These compute the same attention; any other name is the user's own and is left to run.
@@ -133,6 +133,7 @@ def _changed(modules: Iterable[tuple[Any, type]]) -> str | None:
             continue
         if "forward" in module.__dict__:
             return f"the forward of a {type(module).__name__} was replaced"
-        if any(getattr(hook, "__module__", None) not in OWN_HOOKS for hook in hooks_of(module)):
+        hooks = hooks_of(module)
+        if hooks and any(getattr(hook, "__module__", None) not in OWN_HOOKS for hook in hooks):
             return f"a hook was registered on a {type(module).__name__}"
     return None

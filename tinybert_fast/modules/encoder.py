@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from tinybert_fast import ops
 from tinybert_fast.modules.capture import HEADS, Capture
+from tinybert_fast.modules.weights import HEAD_UNIT, is_plain, pays_to_pad, prepare
 from tinybert_fast.ops.dispatch import autocast
 from tinybert_fast.ops.layout import SequenceLayout
 
-HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
 SITES_PER_LAYER = 4
 ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = 0, 1, 2  # places in a layer; the embeddings are site 0
 
@@ -193,21 +193,24 @@ def encode_layer(
     rest, and ``hidden`` as it came.
     """
     attention, site = layer.attention, SITES_PER_LAYER * m
-    heads = attention.self
+    heads, inner = attention.self, layer.intermediate
     size = heads.attention_head_size
-    dense = attention.output.dense
-    projections = (heads.query, heads.key, heads.value)
-    padding = -size % HEAD_UNIT if pays_to_pad(hidden) else 0
-    if not all(map(is_plain, (*projections, dense))):
-        padding = 0
     # Three products: one over concatenated weights would pay for its launch with copies.
+    projections = (heads.query, heads.key, heads.value)
     if heads_only:
         return hidden, *(
             x(hidden).unflatten(1, (-1, size)) if name in give else None
             for name, x in zip(HEADS, projections, strict=True)
         )
-    rounded = _rounded(layer, hidden) if pays_to_round_together(hidden) else _as_it_is
-    queries, keys, values = (_project(x, hidden, size, padding, rounded) for x in projections)
+    linears = (*projections, attention.output.dense, inner.dense, layer.output.dense)
+    plain = set(filter(is_plain, linears))
+    pads = pays_to_pad(hidden) and plain.issuperset(linears[:4])
+    padding = -size % HEAD_UNIT if pads else 0
+    taken = prepare(linears, plain, hidden, size, padding)
+    queries, keys, values = (
+        _product(x, hidden, taken, x in plain).unflatten(1, (-1, size + padding))
+        for x in projections
+    )
     context = ops.attention(
         queries,
         keys,
@@ -232,157 +235,56 @@ def encode_layer(
             sequences=layout.sequences[read],
             positions=layout.positions[read],
         )
-    common = {"layout": layout, "seed": seed, "impl": impl}
-    hidden = _output(
-        attention.output,
-        context,
-        hidden,
-        site + ATTENTION_OUTPUT,
-        lambda weight: _pad_columns(rounded(weight), size, padding),
-        **common,
-    )
+    common = {"taken": taken, "plain": plain, "layout": layout, "seed": seed, "impl": impl}
+    hidden = _output(attention.output, context, hidden, site=site + ATTENTION_OUTPUT, **common)
     del context
-    inner = layer.intermediate
-    if adds_bias(inner.dense, hidden) and is_erf_gelu(inner.intermediate_act_fn):
-        expanded = F.linear(hidden, rounded(inner.dense.weight))
+    fused = ops_add_bias(hidden) and inner.dense in plain and is_erf_gelu(inner.intermediate_act_fn)
+    if fused:
+        expanded = F.linear(hidden, taken(inner.dense.weight))
         expanded = ops.bias_gelu(expanded, inner.dense.bias, impl=impl)
     else:
         expanded = inner.intermediate_act_fn(inner.dense(hidden))
-    hidden = _output(layer.output, expanded, hidden, site + FFN_OUTPUT, rounded, **common)
+    hidden = _output(layer.output, expanded, hidden, site=site + FFN_OUTPUT, **common)
     return (hidden, *given) if give else hidden
 
 
-def pays_to_pad(hidden: Tensor) -> bool:
-    """Whether kernels here read a head faster in whole units: on a GPU, not on a CPU."""
-    return hidden.is_cuda
-
-
-def pays_to_round_together(hidden: Tensor) -> bool:
-    """Whether a launch takes longer than rounding a matrix: on a GPU, unless a compiler fuses."""
-    return hidden.is_cuda and not torch.compiler.is_compiling()
-
-
-def _as_it_is(parameter: Tensor) -> Tensor:
-    return parameter
-
-
-def _rounded(layer: Any, hidden: Tensor) -> Callable[[Tensor], Tensor]:
-    """What a product with ``hidden``, whose dtype is autocast's, takes in place of a parameter of
-    the layer's plain linears; autocast would round them one by one."""
-    attention = layer.attention
-    heads = (attention.self.query, attention.self.key, attention.self.value)
-    others = (attention.output.dense, layer.intermediate.dense, layer.output.dense)
-    wide = [
-        *(p for dense in heads if is_plain(dense) for p in (dense.weight, dense.bias)),
-        *(dense.weight for dense in others if is_plain(dense)),  # the op behind adds the bias
-    ]
-    wide = [p for p in wide if p.dtype == torch.float32 != hidden.dtype]
-    if not wide:
-        return _as_it_is
-    narrow = dict(zip(map(id, wide), _RoundTogether.apply(hidden.dtype, *wide), strict=True))
-    return lambda parameter: narrow.get(id(parameter), parameter)
-
-
-class _RoundTogether(torch.autograd.Function):
-    """fp32 tensors in another dtype, and their gradients in fp32: a launch each way."""
-
-    @staticmethod
-    def forward(ctx, dtype, *wide):
-        ctx.set_materialize_grads(False)
-        narrow = [torch.empty_like(x, dtype=dtype) for x in wide]
-        torch._foreach_copy_(narrow, list(wide))
-        return tuple(narrow)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *narrow):
-        there = [x for x in narrow if x is not None]
-        wide = [torch.empty_like(x, dtype=torch.float32) for x in there]
-        if wide:
-            torch._foreach_copy_(wide, there)
-        found = iter(wide)
-        return None, *(None if x is None else next(found) for x in narrow)
-
-
-def _project(
-    dense: Any, hidden: Tensor, size: int, padding: int, rounded: Callable[[Tensor], Tensor]
+def _product(
+    dense: Any, x: Tensor, taken: Callable[[Tensor], Tensor], plain: bool, bias: bool = True
 ) -> Tensor:
-    """(T, C) -> heads (T, H, size + padding)."""
-    if not is_plain(dense):
-        return dense(hidden).unflatten(1, (-1, size))
-    weight, bias = rounded(dense.weight), rounded(dense.bias)
-    if padding:
-        weight, bias = (_pad_heads(x, size, padding) for x in (weight, bias))
-    return F.linear(hidden, weight, bias).unflatten(1, (-1, size + padding))
-
-
-def _pad_heads(x: Tensor, size: int, padding: int) -> Tensor:
-    """(H size, ...) -> (H (size + padding), ...), zeros at the end of each head."""
-    return F.pad(x.unflatten(0, (-1, size)), (0, 0) * (x.dim() - 1) + (0, padding)).flatten(0, 1)
-
-
-def _pad_columns(x: Tensor, size: int, padding: int) -> Tensor:
-    """(C, H size) -> (C, H (size + padding)), likewise."""
-    return _pad_heads(x.mT, size, padding).mT if padding else x
+    """A linear layer, without its ``bias`` if it is plain and an op behind it adds that."""
+    if not plain:
+        return dense(x)
+    return F.linear(x, taken(dense.weight), taken(dense.bias) if bias else None)
 
 
 def _output(
     block: Any,
     x: Tensor,
     residual: Tensor,
-    site: int,
+    *,
     taken: Callable[[Tensor], Tensor],
+    plain: Collection[nn.Module],
     **common: Any,
 ) -> Tensor:
-    """LN(residual + dropout(x @ W.mT + b)): BertSelfOutput and BertOutput, (T, any) -> (T, C).
-
-    ``taken``: what the product takes in place of a plain layer's W.
-    """
+    """LN(residual + dropout(x @ W.mT + b)): BertSelfOutput and BertOutput, (T, any) -> (T, C)."""
     dense, norm = block.dense, block.LayerNorm
-    bias = dense.bias if adds_bias(dense, x) else None
-    if is_plain(dense):
-        x = F.linear(x, taken(dense.weight), dense.bias if bias is None else None)
-    else:
-        x = dense(x)
+    fused = ops_add_bias(x) and dense in plain
     return ops.dropout_add_layer_norm(
-        x,
-        bias,
+        _product(dense, x, taken, dense in plain, bias=not fused),
+        dense.bias if fused else None,
         residual,
         norm.weight,
         norm.bias,
         eps=norm.eps,
         dropout_p=_p(block.dropout),
-        site=site,
         **common,
     )
 
 
-def adds_bias(dense: nn.Module, x: Tensor) -> bool:
+def ops_add_bias(x: Tensor) -> bool:
     """Whether the op behind a linear layer adds its bias: in a kernel, in passing. On a CPU that
     would be another walk through memory, and the product starts from the bias at no cost."""
-    return x.is_cuda and is_plain(dense)
-
-
-def is_plain(dense: nn.Module) -> bool:
-    """True if a layer is its weight and bias alone; adapters, hooks and a forward that somebody
-    set on it need it to be called."""
-    return (
-        type(dense) is nn.Linear
-        and dense.bias is not None
-        and "forward" not in dense.__dict__
-        and not hooks_of(dense)
-    )
-
-
-def hooks_of(module: nn.Module) -> list[Callable]:
-    """Whoever waits for this module to be called."""
-    kinds = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return [hook for hooks in kinds for hook in hooks.values()] if any(kinds) else []
+    return x.is_cuda
 
 
 def is_erf_gelu(activation: Any) -> bool:

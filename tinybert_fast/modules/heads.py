@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast import ops
-from tinybert_fast.modules.encoder import is_erf_gelu, is_plain
+from tinybert_fast.modules.encoder import is_erf_gelu
+from tinybert_fast.modules.weights import is_plain
 from tinybert_fast.ops.layout import SequenceLayout
 
 IGNORED = -100  # the label of a position that has none

@@ -15,6 +15,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    apply,
     check_dropout,
     choose,
     define,
@@ -190,7 +191,7 @@ def attention(
         given = None
         if impls[0] == "triton":
             given = padded_work if padded and not packs else work
-        out = _Attention.apply(q, k, v, cu_seqlens, given, seed, settings, impls, *masks)
+        out = apply(_Attention, q, k, v, cu_seqlens, given, seed, settings, impls, *masks)
     if layout is None:
         return out.view(shape)
     return layout.pad(out) if packs else out

@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    apply,
     choose,
     define,
     reference_gradient,
@@ -82,6 +83,6 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: Impl = "auto") -> Tensor:
     y = (
         without_autocast(reference, rows, bias)
         if impls[0] == "reference"
-        else _BiasGelu.apply(rows, bias, impls)
+        else apply(_BiasGelu, rows, bias, impls)
     )
     return y.view(x.shape)

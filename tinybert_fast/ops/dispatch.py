@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from tinybert_fast.reference.philox import threshold
@@ -94,7 +95,8 @@ NATIVE_DEVICES = ("cpu", "cuda")
 FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
 # Types of arguments that need no dispatch. Fake tensors, say, are none of them.
-PLAIN = {Tensor, Parameter, list, str, int, float, bool, type(None), torch.dtype}
+TENSORS = {Tensor, Parameter}
+PLAIN = {*TENSORS, list, str, int, float, bool, type(None), torch.dtype}
 
 
 def check_environment() -> None:
@@ -242,14 +244,16 @@ def define(
         arguments += ", bool[] wanted"
     torch.library.define(f"{NAMESPACE}::{name}", f"({arguments}, str impl) ->{returns}")
 
+    places = {impl: place.split(":") for impl, place in implementations.items()}
+
     def run(*args):
         *operands, impl = args
         wanted = () if sparing is None else operands[-1]
         if sparing is not None and impl not in sparing:
             operands.pop()
-        module, _, function = implementations[impl].partition(":")
+        module, function = places[impl]
         with torch.cuda.device_of(operands[0]):  # Triton launches on the current device
-            found = without_autocast(getattr(import_module(module), function), *operands)
+            found = without_autocast(getattr(_module(module), function), *operands)
             return _without_unwanted(found, wanted)
 
     torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
@@ -265,11 +269,14 @@ def define(
 
     def call(*args):
         plain = PLAIN.issuperset(map(type, args)) and not _watched()
-        if plain and not any(x.is_neg() for x in args if isinstance(x, Tensor)):
+        if plain and not any(map(Tensor.is_neg, [x for x in args if type(x) in TENSORS])):
             return run(*args)
         return registered(*args)
 
     return call
+
+
+_module = cache(import_module)
 
 
 def _without_unwanted(found: Any, wanted: Sequence[bool]) -> Any:
@@ -278,6 +285,34 @@ def _without_unwanted(found: Any, wanted: Sequence[bool]) -> Any:
     kept = len(found) - len(wanted)
     last = zip(found[kept:], wanted, strict=True)
     return *found[:kept], *(x if want else x.new_empty(0) for x, want in last)
+
+
+def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
+    """``function.apply(*operands)``, which takes longer than some forwards, or where nobody wants a
+    gradient its forward alone.
+    """
+    recorded = torch.is_grad_enabled() and any(
+        x.requires_grad for x in operands if isinstance(x, Tensor)
+    )
+    if recorded or forward_ad._current_level >= 0 or _watched():
+        return function.apply(*operands)
+    return function.forward(_Unrecorded(len(operands)), *operands)
+
+
+class _Unrecorded:
+    """The context of a forward whose backward will not come."""
+
+    def __init__(self, operands: int):
+        self.needs_input_grad = (False,) * operands
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Nothing is kept."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """No gradient comes by."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """None is."""
 
 
 def wanted_gradients(*operands: Any) -> list[bool]:

@@ -12,6 +12,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    apply,
     check_devices,
     check_dropout,
     choose,
@@ -185,7 +186,7 @@ def dropout_add_layer_norm(
         return without_autocast(reference, *operands, eps, dropout_p, *place)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     call = (eps, dropout_p, site, keep)
-    y = _DropoutAddLayerNorm.apply(*operands, seed, sequences, positions, call, impls)
+    y = apply(_DropoutAddLayerNorm, *operands, seed, sequences, positions, call, impls)
     return y.view(x.shape)
 
 

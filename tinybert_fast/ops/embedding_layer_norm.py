@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    apply,
     check_devices,
     check_dropout,
     choose,
@@ -214,4 +215,4 @@ def embedding_layer_norm(
             reference, *tables, *ids, padding, eps, dropout_p, seed, site, sequences, positions
         )
     call = (padding, eps, dropout_p, site)
-    return _EmbeddingLayerNorm.apply(*tables, ids, seed, sequences, positions, call, impls)
+    return apply(_EmbeddingLayerNorm, *tables, ids, seed, sequences, positions, call, impls)

@@ -14,6 +14,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    apply,
     check_devices,
     choose,
     define,
@@ -105,7 +106,7 @@ def layer_norm(
     rows = x.reshape(-1, x.shape[-1])
     if impls[0] == "reference":
         return without_autocast(reference, rows, weight, bias, eps).view(x.shape)
-    return _LayerNorm.apply(rows, weight, bias, eps, impls).view(x.shape)
+    return apply(_LayerNorm, rows, weight, bias, eps, impls).view(x.shape)
 
 
 def any_double(*operands: Tensor | None) -> bool:

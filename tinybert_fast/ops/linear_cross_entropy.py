@@ -12,6 +12,7 @@ from tinybert_fast.ops.dispatch import (
     Impl,
     Limit,
     Limits,
+    apply,
     autocast,
     check_devices,
     choose,
@@ -137,7 +138,7 @@ def linear_cross_entropy(
         losses = without_autocast(reference, *operands)
         total = losses.sum()
     elif reduction == "none":
-        losses = _Losses.apply(impls, *operands)
+        losses = apply(_Losses, impls, *operands)
     else:
         total = scalar_loss(_sum, _reference_sum, impls, 3, *operands)
     if reduction == "none":

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import check_devices, define, reference_gradient, wanted_gradients
+from tinybert_fast.ops.dispatch import (
+    apply,
+    check_devices,
+    define,
+    reference_gradient,
+    wanted_gradients,
+)
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.ops.packed import check_layout
 
@@ -88,7 +94,7 @@ def scalar_loss(
     wanted = wanted_gradients(*operands[:leading])
     if impls[1] == "reference":
         wanted = [False] * leading
-    return _ScalarLoss.apply(forward_op, reference, impls, wanted, *operands)
+    return apply(_ScalarLoss, forward_op, reference, impls, wanted, *operands)
 
 
 class _ScalarLoss(torch.autograd.Function):
