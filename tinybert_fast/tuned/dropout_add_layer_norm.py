@@ -34,7 +34,7 @@ def _forward(
         total = torch.addcmul(residual.to(wide), total, kept, value=keep_scale(dropout_p))
     else:
         total = _add(total, residual, x)
-    y, mean, rstd = aten.native_layer_norm(
+    y, mean, rstd = torch.native_layer_norm(
         total, x.shape[-1:], weight.to(wide), ln_bias.to(wide), eps
     )
     total = total.to(residual.dtype) if keep else residual.new_empty(0)

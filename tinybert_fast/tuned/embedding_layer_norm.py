@@ -21,7 +21,7 @@ def _forward(
     total = word.index_select(0, input_ids).to(wide)
     total = total.add_(position.index_select(0, position_ids))
     total = total.add_(token_type.index_select(0, token_type_ids))
-    y, mean, rstd = aten.native_layer_norm(
+    y, mean, rstd = torch.native_layer_norm(
         total, total.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
     cells = torch.empty(0, dtype=torch.uint8, device=word.device)

@@ -12,7 +12,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float):
     """x (rows, C) -> y in x's dtype, mean and rstd (rows, 1) fp32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     # Widened first: in half precision PyTorch's CPU kernel would return half statistics.
-    y, mean, rstd = aten.native_layer_norm(
+    y, mean, rstd = torch.native_layer_norm(
         x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
     return y.to(x.dtype), mean, rstd
