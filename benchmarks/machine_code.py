@@ -500,7 +500,7 @@ def _imported(node: ast.ImportFrom) -> list[str]:
     module = node.module or ""
     if module in (KERNELS, REFERENCE):
         return [f"{module}.{one.name}" for one in node.names]
-    return [module] if module.startswith(KERNELS) else []
+    return [module] if module.startswith((KERNELS, REFERENCE)) else []
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -17,5 +17,5 @@ def add_product(total, a, b):
     """total += a @ b, total fp32."""
     if total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
+    else:  # FLOP counters miss addmm_
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)

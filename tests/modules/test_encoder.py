@@ -79,9 +79,14 @@ def textbook(bert, ids, columns):
     return h
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["heads_of_4", "padded_to_8"])
-def test_equals_the_textbook_in_fp64(padded, monkeypatch):
+@pytest.mark.parametrize(
+    ("padded", "together"),
+    [(False, False), (True, False), (True, True)],
+    ids=["heads_of_4", "padded_to_8", "padded_together"],
+)
+def test_equals_the_textbook_in_fp64(padded, together, monkeypatch):
     monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
+    monkeypatch.setattr(weights, "pays_to_round_together", lambda hidden: together)
     bert = stand_in().double()
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     ids = torch.randint(1, 17, mask.shape)
@@ -90,10 +95,10 @@ def test_equals_the_textbook_in_fp64(padded, monkeypatch):
     rows = [textbook(bert, ids[b][m], m.nonzero().squeeze(1)) for b, m in enumerate(mask.bool())]
     want = torch.cat(rows)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
-    weights = list(bert.parameters())
+    trained = list(bert.parameters())
     for ours, theirs in zip(
-        torch.autograd.grad(got.sin().sum(), weights),
-        torch.autograd.grad(want.sin().sum(), weights),
+        torch.autograd.grad(got.sin().sum(), trained),
+        torch.autograd.grad(want.sin().sum(), trained),
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
 

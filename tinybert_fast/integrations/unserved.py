@@ -133,7 +133,6 @@ def _changed(modules: Iterable[tuple[Any, type]]) -> str | None:
             continue
         if "forward" in module.__dict__:
             return f"the forward of a {type(module).__name__} was replaced"
-        hooks = hooks_of(module)
-        if hooks and any(getattr(hook, "__module__", None) not in OWN_HOOKS for hook in hooks):
+        if any(getattr(hook, "__module__", None) not in OWN_HOOKS for hook in hooks_of(module)):
             return f"a hook was registered on a {type(module).__name__}"
     return None

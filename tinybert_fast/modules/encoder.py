@@ -243,7 +243,8 @@ def encode_layer(
         expanded = F.linear(hidden, taken(inner.dense.weight))
         expanded = ops.bias_gelu(expanded, inner.dense.bias, impl=impl)
     else:
-        expanded = inner.intermediate_act_fn(inner.dense(hidden))
+        expanded = _product(inner.dense, hidden, taken, inner.dense in plain)
+        expanded = inner.intermediate_act_fn(expanded)
     hidden = _output(layer.output, expanded, hidden, site=site + FFN_OUTPUT, **common)
     return (hidden, *given) if give else hidden
 

@@ -143,17 +143,10 @@ def is_plain(dense: nn.Module) -> bool:
 
 def hooks_of(module: nn.Module) -> list[Callable]:
     """Whoever waits for this module to be called."""
-    if not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-    ):
-        return []
     kinds = (
         module._forward_pre_hooks,
         module._forward_hooks,
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return [hook for hooks in kinds for hook in hooks.values()]
+    return [hook for hooks in kinds for hook in hooks.values()] if any(kinds) else []

@@ -306,13 +306,9 @@ class _Unrecorded:
         self.needs_input_grad = (False,) * operands
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Nothing is kept."""
+        """Nothing is kept, nor is anything asked of gradients."""
 
-    def set_materialize_grads(self, value: bool) -> None:
-        """No gradient comes by."""
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        """None is."""
+    set_materialize_grads = mark_non_differentiable = save_for_backward
 
 
 def wanted_gradients(*operands: Any) -> list[bool]:

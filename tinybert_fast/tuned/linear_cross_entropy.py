@@ -80,7 +80,7 @@ def forward(
         if with_weight:
             weighted = (some * weights).to(narrow)
             if narrow == wide:
-                torch.addmm(dweight, z.mT, weighted, out=dweight)
+                torch.addmm(dweight, z.mT, weighted, out=dweight)  # FLOP counters miss addmm_
             else:
                 dweight += z.mT @ weighted
     dhidden = dselected
