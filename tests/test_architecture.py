@@ -215,6 +215,7 @@ def test_faster_implementations_keep_the_word():
     shared = {
         "configs",
         "philox",
+        "products",
         "random",
         "rows",
         "scaled_gradient",
