@@ -208,8 +208,7 @@ def encode_layer(
     padding = -size % HEAD_UNIT if pads else 0
     taken = prepare(linears, plain, hidden, size, padding)
     queries, keys, values = (
-        _product(x, hidden, taken, x in plain).unflatten(1, (-1, size + padding))
-        for x in projections
+        _product(x, hidden, taken, plain).unflatten(1, (-1, size + padding)) for x in projections
     )
     context = ops.attention(
         queries,
@@ -239,21 +238,24 @@ def encode_layer(
     hidden = _output(attention.output, context, hidden, site=site + ATTENTION_OUTPUT, **common)
     del context
     fused = ops_add_bias(hidden) and inner.dense in plain and is_erf_gelu(inner.intermediate_act_fn)
+    expanded = _product(inner.dense, hidden, taken, plain, bias=not fused)
     if fused:
-        expanded = F.linear(hidden, taken(inner.dense.weight))
         expanded = ops.bias_gelu(expanded, inner.dense.bias, impl=impl)
     else:
-        expanded = _product(inner.dense, hidden, taken, inner.dense in plain)
         expanded = inner.intermediate_act_fn(expanded)
     hidden = _output(layer.output, expanded, hidden, site=site + FFN_OUTPUT, **common)
     return (hidden, *given) if give else hidden
 
 
 def _product(
-    dense: Any, x: Tensor, taken: Callable[[Tensor], Tensor], plain: bool, bias: bool = True
+    dense: Any,
+    x: Tensor,
+    taken: Callable[[Tensor], Tensor],
+    plain: Collection[nn.Module],
+    bias: bool = True,
 ) -> Tensor:
-    """A linear layer, without its ``bias`` if it is plain and an op behind it adds that."""
-    if not plain:
+    """A linear layer; a plain one without its ``bias`` where an op behind it adds that."""
+    if dense not in plain:
         return dense(x)
     return F.linear(x, taken(dense.weight), taken(dense.bias) if bias else None)
 
@@ -271,7 +273,7 @@ def _output(
     dense, norm = block.dense, block.LayerNorm
     fused = ops_add_bias(x) and dense in plain
     return ops.dropout_add_layer_norm(
-        _product(dense, x, taken, dense in plain, bias=not fused),
+        _product(dense, x, taken, plain, bias=not fused),
         dense.bias if fused else None,
         residual,
         norm.weight,
