@@ -56,6 +56,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 DROPOUT = (0.0, 0.1)
 LONGEST = (64, 128, 512)  # one of each bucket of kernels/configs.py
 LOSS_HEADS = ((26, 64), (64, 64))  # TinyBERT-4 and -6 under BERT-base
+GIVEN = {32: 26, 64: 64}  # heads of a stack -> those whose gradients its backward adds
 VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDES)]
 MODEL_HEADS = 12  # so that rows are as far apart as in BERT
 RELATIONS = ((26, 64), (32, 32), (64, 64), (128, 128))  # widths of student's and teacher's heads
@@ -201,6 +202,10 @@ def attention_kernels(
     with compiling_for(arch) as found:
         out, lse, rng = attention.forward(q, k, v, *call)
         attention.backward(grad, q, k, v, out, lse, rng, *call)
+        if head in GIVEN and direction == "both" and not side:
+            stack = torch.stack((q, k, v), 1)
+            more = (torch.zeros(longest, MODEL_HEADS, GIVEN[head], dtype=dtype) for _ in range(3))
+            attention.backward_of_stack(grad, stack, *more, out, lse, rng, *call)
     return found
 
 
@@ -344,6 +349,8 @@ def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
 def pass_of(compiled: Compiled) -> str:
     """Where a kernel belongs; a loss makes its gradients in the forward."""
     name, constants = PASSES[compiled.kernel], compiled.constants
+    if constants.get("D_MORE"):
+        return f"{name} and what others add"
     if constants.get("OF_KEYS"):
         return "direct, dk"
     if constants.get("LOSS") == "student":

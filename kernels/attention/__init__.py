@@ -16,7 +16,7 @@ Sources: Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691; Graham 1
 Multiprocessing Timing Anomalies (longest first).
 """
 
-from tinybert_fast.kernels.attention.backward import backward
+from tinybert_fast.kernels.attention.backward import backward, backward_of_stack
 from tinybert_fast.kernels.attention.forward import forward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_of_stack", "forward"]

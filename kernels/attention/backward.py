@@ -4,8 +4,11 @@ Where all scores of a head fit one tile (configs.py), one program finishes dQ, d
 products and one exponential a score, delta = rowsum(P * dP * M) from registers. Longer sequences
 and block masks take two kernels, one over blocks of queries for dQ and delta, one over blocks of
 keys for dK and dV: 7 products and two exponentials.
+
+What others found of the same gradient, ``more``, is added in fp32 to a tile before it is stored.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -13,6 +16,7 @@ from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import (
     FULL,
     LOG2_E,
+    NO_ROWS,
     PARTIAL,
     BlockList,
     Rows,
@@ -47,6 +51,21 @@ def _load_lse(ptr, row, first, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _store_sum(
+    gradient, more, tile, task, head, first, length, D: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, D_MORE: tl.constexpr, ALIGN_MORE: tl.constexpr,
+):  # fmt: skip
+    """``tile`` and the same rows of ``more: Rows``, if there is any, into ``gradient: Rows``."""
+    if more.ptr is not None:
+        more_ptr = head_of(more, task, head, ALIGN_MORE)
+        tile += load_tile(more_ptr, more.row, first, length, D_MORE, BLOCK, BLOCK_D, ALIGN_MORE).to(
+            tl.float32
+        )
+    ptr = head_of(gradient, task, head, ALIGN)
+    store_tile(ptr, gradient.row, first, length, tile, D, BLOCK, BLOCK_D, ALIGN)
+
+
+@triton.jit
 def _probabilities(
     q, k, v, grad, lse, first_m, first_n, length, scale, blocks, entry,
     key, sequence, head, dropout,
@@ -73,9 +92,10 @@ def _probabilities(
 
 @triton.jit(do_not_specialize=["site"])
 def _one_tile_kernel(
-    q, k, v, grad, dq, dk, dv, lse, work, scale, factor, dropout, site,
+    q, k, v, grad, dq, dk, dv, more_q, more_k, more_v, lse, work, scale, factor, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr, D_MORE: tl.constexpr, ALIGN_MORE: tl.constexpr,
+    DIRECTION: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     task = task_of(work, tl.program_id(0))
     sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
@@ -97,15 +117,21 @@ def _one_tile_kernel(
         key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, "edges", 0,
     )  # fmt: skip
     dv_tile = tl.dot(tl.trans(kept.to(do.dtype)), do, input_precision="ieee") * dropout.scale
-    dv_ptr = head_of(dv, task, head, ALIGN)
-    store_tile(dv_ptr, dv.row, 0, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
+    _store_sum(
+        dv, more_v, dv_tile, task, head, 0, length, D, BLOCK_N, BLOCK_D, ALIGN, D_MORE,
+        ALIGN_MORE,
+    )  # fmt: skip
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(do.dtype)
     dk_tile = tl.dot(tl.trans(ds), q_tile, input_precision="ieee") * factor
-    dk_ptr = head_of(dk, task, head, ALIGN)
-    store_tile(dk_ptr, dk.row, 0, length, dk_tile, D, BLOCK_N, BLOCK_D, ALIGN)
+    _store_sum(
+        dk, more_k, dk_tile, task, head, 0, length, D, BLOCK_N, BLOCK_D, ALIGN, D_MORE,
+        ALIGN_MORE,
+    )  # fmt: skip
     dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * factor
-    dq_ptr = head_of(dq, task, head, ALIGN)
-    store_tile(dq_ptr, dq.row, 0, length, dq_tile, D, BLOCK_M, BLOCK_D, ALIGN)
+    _store_sum(
+        dq, more_q, dq_tile, task, head, 0, length, D, BLOCK_M, BLOCK_D, ALIGN, D_MORE,
+        ALIGN_MORE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -130,9 +156,11 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=["max_length", "site"])
 def _dq_kernel(
-    q, k, v, grad, out, dq, lse, delta, work, blocks, max_length, scale, factor, dropout, site,
+    q, k, v, grad, out, dq, more, lse, delta, work, blocks, max_length, scale, factor, dropout,
+    site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
+    ALIGN: tl.constexpr, D_MORE: tl.constexpr, ALIGN_MORE: tl.constexpr,
+    DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     task, first = place(work, max_length, BLOCK_M)
     sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
@@ -195,8 +223,10 @@ def _dq_kernel(
                 key, sequence, head, dropout,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
             )  # fmt: skip
-    dq_ptr = head_of(dq, task, head, ALIGN)
-    store_tile(dq_ptr, dq.row, first, length, acc * factor, D, BLOCK_M, BLOCK_D, ALIGN)
+    _store_sum(
+        dq, more, acc * factor, task, head, first, length, D, BLOCK_M, BLOCK_D, ALIGN, D_MORE,
+        ALIGN_MORE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -227,9 +257,11 @@ def _add_dkdv(
 
 @triton.jit(do_not_specialize=["max_length", "site"])
 def _dkdv_kernel(
-    q, k, v, grad, dk, dv, lse, delta, work, blocks, max_length, scale, factor, dropout, site,
+    q, k, v, grad, dk, dv, more_k, more_v, lse, delta, work, blocks, max_length, scale, factor,
+    dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr, DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
+    ALIGN: tl.constexpr, D_MORE: tl.constexpr, ALIGN_MORE: tl.constexpr,
+    DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     task, first = place(work, max_length, BLOCK_N)
     sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
@@ -274,33 +306,56 @@ def _dkdv_kernel(
             D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT,
             "none" if DIRECTION == "both" else "edges", SIDE,
         )  # fmt: skip
-    dk_ptr = head_of(dk, task, head, ALIGN)
-    dv_ptr = head_of(dv, task, head, ALIGN)
-    store_tile(dk_ptr, dk.row, first, length, dk_tile * factor, D, BLOCK_N, BLOCK_D, ALIGN)
-    dv_tile = dv_tile * dropout.scale
-    store_tile(dv_ptr, dv.row, first, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
+    _store_sum(
+        dv, more_v, dv_tile * dropout.scale, task, head, first, length, D, BLOCK_N, BLOCK_D, ALIGN,
+        D_MORE, ALIGN_MORE,
+    )  # fmt: skip
+    _store_sum(
+        dk, more_k, dk_tile * factor, task, head, first, length, D, BLOCK_N, BLOCK_D, ALIGN, D_MORE,
+        ALIGN_MORE,
+    )  # fmt: skip
 
 
-def backward(
-    grad, q, k, v, out, lse, rng, cu_seqlens, work, max_length, scale, direction, dropout_p,
-    seed, site, block_mask,
-):  # fmt: skip
+def backward(grad, q, k, v, *rest):
     """Gradients of q, k and v, (T, H, D) or (B, N, H, D)."""
+    gradients = tuple(fresh_like(x) for x in (q, k, v))
+    _run(gradients, (None, None, None), grad, q, k, v, *rest)
+    return gradients
+
+
+def backward_of_stack(grad, stack, dq, dk, dv, *rest):
+    """The gradient of q, k and v in one tensor, (T, 3, H, D), together with what others found of
+    it: dq, dk, dv (T, H, up to D) or None."""
+    gradient = torch.empty_like(stack)
+    _run(gradient.unbind(1), (dq, dk, dv), grad, *stack.unbind(1), *rest)
+    return gradient
+
+
+def _run(
+    gradients, more, grad, q, k, v, out, lse, rng, cu_seqlens, work, max_length, scale, direction,
+    dropout_p, seed, site, block_mask,
+):  # fmt: skip
+    """Fills ``gradients``; ``more``: what is added to each, or None."""
     grad, q, k, v = (as_addressable(x) for x in (grad, q, k, v))
     heads, width = q.shape[-2:]
-    dq, dk, dv = (fresh_like(x) for x in (q, k, v))
     if q.numel() == 0 or max_length == 0:
-        return dq, dk, dv
-    align = alignment(grad, q, k, v, out, dq)
+        return
+    align = alignment(grad, q, k, v, out, *gradients)
     q_, k_, v_, grad_, out_, dq_, dk_, dv_ = (
-        Rows.of(x, align) for x in (q, k, v, grad, out, dq, dk, dv)
+        Rows.of(x, align) for x in (q, k, v, grad, out, *gradients)
     )
+    more = [x if x is None else as_addressable(x) for x in more]
+    some = [x for x in more if x is not None]
+    align_more = alignment(*some)
+    more_q, more_k, more_v = (NO_ROWS if x is None else Rows.of(x, align_more) for x in more)
     lse_ = Rows.of(lse[..., None], 1)
     call = (max_length, scale * LOG2_E, scale, Dropout.of(dropout_p, seed), site)
     same = {
         "D": width,
         "BLOCK_D": configs.head_block(width),
         "ALIGN": align,
+        "D_MORE": some[0].shape[-1] if some else 0,
+        "ALIGN_MORE": align_more,
         "DIRECTION": direction,
         "DROPOUT": dropout_p > 0.0,
     }
@@ -308,19 +363,19 @@ def backward(
     setting = configs.attention_if_served("one_tile", scores)
     if setting is not None and not block_mask:
         _one_tile_kernel[len(work), heads](
-            q_, k_, v_, grad_, dq_, dk_, dv_, lse_, work, *call[1:], **same, **setting.launch()
-        )
-        return dq, dk, dv
+            q_, k_, v_, grad_, dq_, dk_, dv_, more_q, more_k, more_v, lse_, work, *call[1:],
+            **same, **setting.launch(),
+        )  # fmt: skip
+        return
     delta = statistics(q)
     delta_ = Rows.of(delta[..., None], 1)
     setting = configs.attention("dq", scores)
     _dq_kernel[grid(work, max_length, setting.block_m, heads)](
-        q_, k_, v_, grad_, out_, dq_, lse_, delta_, work, BlockList.by_query(block_mask), *call,
-        SIDE=side_of(block_mask), **same, **setting.launch(),
+        q_, k_, v_, grad_, out_, dq_, more_q, lse_, delta_, work, BlockList.by_query(block_mask),
+        *call, SIDE=side_of(block_mask), **same, **setting.launch(),
     )  # fmt: skip
     setting = configs.attention("dkdv", scores)
     _dkdv_kernel[grid(work, max_length, setting.block_n, heads)](
-        q_, k_, v_, grad_, dk_, dv_, lse_, delta_, work, BlockList.by_key(block_mask), *call,
-        SIDE=side_of(block_mask), **same, **setting.launch(),
+        q_, k_, v_, grad_, dk_, dv_, more_k, more_v, lse_, delta_, work,
+        BlockList.by_key(block_mask), *call, SIDE=side_of(block_mask), **same, **setting.launch(),
     )  # fmt: skip
-    return dq, dk, dv

@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     units of ALIGN numbers, which tells the compiler how wide it may load.
     """
 
-    ptr: Tensor
+    ptr: Tensor | None
     batch: int  # 0 where rows are packed
     row: int
     head: int
@@ -30,6 +30,9 @@ class Rows(NamedTuple):
     def of(cls, x: Tensor, align: int) -> "Rows":
         batch, row, head = (0, *x.stride())[-4:-1]  # (T, H, D) has no batch
         return cls(x, batch // align, row // align, head // align)
+
+
+NO_ROWS = Rows(None, 0, 0, 0)
 
 
 def alignment(*operands: Tensor) -> int:

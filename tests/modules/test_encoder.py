@@ -81,12 +81,12 @@ def textbook(bert, ids, columns):
 
 @pytest.mark.parametrize(
     ("padded", "together"),
-    [(False, False), (True, False), (True, True)],
-    ids=["heads_of_4", "padded_to_8", "padded_together"],
+    [(False, False), (True, False), (True, True), (False, True)],
+    ids=["heads_of_4", "padded_to_8", "padded_together", "together"],
 )
 def test_equals_the_textbook_in_fp64(padded, together, monkeypatch):
     monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
-    monkeypatch.setattr(weights, "pays_to_round_together", lambda hidden: together)
+    monkeypatch.setattr(weights, "pays_to_prepare_together", lambda hidden: together)
     bert = stand_in().double()
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     ids = torch.randint(1, 17, mask.shape)
@@ -120,11 +120,11 @@ def test_matrices_rounded_together_are_those_of_autocast(padded, monkeypatch):
     found = []
     for together in (False, True):
         monkeypatch.setattr(
-            weights, "pays_to_round_together", lambda hidden, together=together: together
+            weights, "pays_to_prepare_together", lambda hidden, together=together: together
         )
         bert = stand_in()
-        frozen = bert.encoder.layer[0].attention.self.key
-        frozen.requires_grad_(False)
+        for layer in bert.encoder.layer:  # with one frozen of three, products are autocast's
+            layer.attention.self.key.requires_grad_(False)
         called = bert.encoder.layer[1].intermediate.dense
         called.register_forward_hook(lambda *call: None)  # not plain: autocast rounds it
         with torch.autocast("cpu", torch.bfloat16):
@@ -140,7 +140,7 @@ def test_matrices_rounded_together_are_those_of_autocast(padded, monkeypatch):
 def test_no_product_for_a_frozen_matrix(padded, monkeypatch):
     """Rounded and padded together with trained ones, which want gradients."""
     monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
-    monkeypatch.setattr(weights, "pays_to_round_together", lambda hidden: True)
+    monkeypatch.setattr(weights, "pays_to_prepare_together", lambda hidden: True)
     layout, work = tbf.SequenceLayout.from_lengths([5, 2]), []
     ids = torch.randint(1, 17, (2, 5))
     for frozen in (False, True):
@@ -155,6 +155,21 @@ def test_no_product_for_a_frozen_matrix(padded, monkeypatch):
         work.append(counter.get_total_flops())
     width = HEADS * (8 if padded else CHANNELS // HEADS)
     assert work[0] - work[1] == 2 * 2 * layout.total * CHANNELS * width
+
+
+def test_frozen_weights_side_by_side_are_one_without_a_copy(monkeypatch):
+    monkeypatch.setattr(weights, "pays_to_prepare_together", lambda hidden: True)
+    bert, layout = stand_in().requires_grad_(False), tbf.SequenceLayout.from_lengths([5, 2])
+    ids = torch.randint(1, 17, (2, 5))
+    want = encode(bert, layout, input_ids=ids)
+    for layer in bert.encoder.layer:
+        heads = layer.attention.self
+        weights.lay_side_by_side((heads.query, heads.key, heads.value))
+    monkeypatch.setattr(weights, "_Prepare", None)  # would copy
+    assert torch.equal(encode(bert, layout, input_ids=ids), want)
+    with torch.no_grad():
+        bert.encoder.layer[1].attention.self.value.bias += 1.0
+    assert not torch.equal(encode(bert, layout, input_ids=ids), want)
 
 
 def test_padded_heads_leave_no_trace(monkeypatch):

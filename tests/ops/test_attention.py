@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinybert_fast import ops
-from tinybert_fast.ops.attention import LIMITS
+from tinybert_fast.ops.attention import LIMITS, attention_of_stack
 from tinybert_fast.ops.dispatch import INTERPRETED
 from tinybert_fast.testing import proofs
 from tinybert_fast.testing.budgets import SLACK, assert_within_budget
@@ -158,6 +158,54 @@ def test_several_tiles(direction, dropout_p, counted, device):
     options = {"direction": direction, "dropout_p": dropout_p, "device": device}
     assert_within_budget(attention((31, 32, 0, 70, 129), width=26, **options), counted)
     assert_within_budget(attention((5, 32), width=26, **options), counted)  # one tile
+
+
+@pytest.mark.parametrize("give", [(), (0, 1), (2,)], ids=["nothing", "queries_keys", "values"])
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ((5, 32, 0, 9), {"dropout_p": 0.1}),  # one tile
+        ((31, 70), {"dropout_p": 0.1}),
+        ((31, 70), {"direction": "causal"}),
+        ((31, 70), {"block_mask": True}),
+    ],
+    ids=["one_tile", "two_kernels", "a_direction", "blocks"],
+)
+def test_of_a_stack(lengths, options, give, counted, device):
+    """Heads of 26 padded to 32: what is given is 26 wide, and its gradient adds to attention's."""
+    options = dict(options)
+    blocks = options.pop("block_mask", False)
+    case = attention(lengths, heads=2, width=32, device=device, **options)
+    options = {**case.options, "impl": counted, "scale": 26**-0.5}
+    if blocks:
+        options["block_mask"] = patchwork(64, device=device)
+    stack = torch.stack([x.detach() for x in case.operands], 1)
+    stack[..., 26:] = 0.0
+    upstream = normal(case.operands[0].shape, 9, device=device)
+    upstream[..., 26:] = 0.0
+    found = []
+    for stacked in (True, False):
+        x = stack.clone().requires_grad_()
+        if stacked:
+            out, *given = attention_of_stack(x, give=give, width=26, **options)
+        else:
+            out = ops.attention(*x.unbind(1), **options)
+            given = [x[:, i, :, :26] if i in give else None for i in range(3)]
+        assert [y is not None for y in given] == [i in give for i in range(3)]
+        scalar = (out * upstream).sum() + sum(y.sin().sum() for y in given if y is not None)
+        found.append((out, *torch.autograd.grad(scalar, x)))
+    torch.testing.assert_close(*found)
+
+
+def test_of_a_stack_nobody_reads(counted, device):
+    """Of the output: only what was given has a gradient."""
+    stack = normal((7, 3, 2, 8), 1, device=device).requires_grad_()
+    layout = ops.SequenceLayout.from_lengths((5, 2), device=device)
+    _, queries, *_ = attention_of_stack(stack, layout=layout, give=(0,), impl=counted)
+    (gradient,) = torch.autograd.grad(queries.sum(), stack)
+    want = torch.zeros_like(stack)
+    want[:, 0] = 1.0
+    torch.testing.assert_close(gradient, want)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -13,7 +13,8 @@ Every dropout place has its own site number, 4 m + place, under one seed per for
 Under autocast h_0 .. h_M have its dtype, to which each product would round them anyway, and are
 residuals in it too: half as many bytes are moved. Norms compute in fp32 and keep their statistics
 so; the sum that they keep is rounded likewise. Their parameters and the answer stay fp32. On a GPU
-the matrices of a layer are rounded together, and their gradients come back together.
+q, k, v are one product and one tensor, the matrices of a layer are rounded together, and so their
+gradients come back.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 
 from tinybert_fast import ops
 from tinybert_fast.modules.capture import HEADS, Capture
-from tinybert_fast.modules.weights import HEAD_UNIT, is_plain, pays_to_pad, prepare
+from tinybert_fast.modules.weights import HEAD_UNIT, Prepared, is_plain, pays_to_pad, prepare
+from tinybert_fast.ops.attention import attention_of_stack
 from tinybert_fast.ops.dispatch import autocast
 from tinybert_fast.ops.layout import SequenceLayout
 
@@ -195,7 +197,6 @@ def encode_layer(
     attention, site = layer.attention, SITES_PER_LAYER * m
     heads, inner = attention.self, layer.intermediate
     size = heads.attention_head_size
-    # Three products: one over concatenated weights would pay for its launch with copies.
     projections = (heads.query, heads.key, heads.value)
     if heads_only:
         return hidden, *(
@@ -207,24 +208,30 @@ def encode_layer(
     pads = pays_to_pad(hidden) and plain.issuperset(linears[:4])
     padding = -size % HEAD_UNIT if pads else 0
     taken = prepare(linears, plain, hidden, size, padding)
-    queries, keys, values = (
-        _product(x, hidden, taken, plain).unflatten(1, (-1, size + padding)) for x in projections
-    )
-    context = ops.attention(
-        queries,
-        keys,
-        values,
-        layout=layout,
-        scale=heads.scaling,
-        direction=direction,
-        dropout_p=heads.dropout.p if heads.training else 0.0,
-        seed=seed,
-        site=site + ATTENTION,
-        block_mask=block_mask,
-        impl=impl,
-    )
-    given = [x[..., :size] for x in (queries, keys, values)] if give else []
-    del queries, keys, values  # without a graph their memory serves the rest of the layer
+    of_attention = {
+        "layout": layout,
+        "scale": heads.scaling,
+        "direction": direction,
+        "dropout_p": heads.dropout.p if heads.training else 0.0,
+        "seed": seed,
+        "site": site + ATTENTION,
+        "block_mask": block_mask,
+        "impl": impl,
+    }
+    if taken.stack is not None:
+        stack = F.linear(hidden, *taken.stack).unflatten(1, (len(HEADS), -1, size + padding))
+        context, *given = attention_of_stack(
+            stack, give=[HEADS.index(name) for name in give], width=size, **of_attention
+        )
+        del stack  # without a graph its memory serves the rest of the layer
+    else:
+        queries, keys, values = (
+            _product(x, hidden, taken, plain).unflatten(1, (-1, size + padding))
+            for x in projections
+        )
+        context = ops.attention(queries, keys, values, **of_attention)
+        given = [x[..., :size] for x in (queries, keys, values)]
+        del queries, keys, values  # likewise
     context = context.flatten(1)
     if read is not None:  # dropout keeps the cells of the whole
         context, hidden = context.index_select(0, read), hidden.index_select(0, read)
@@ -250,7 +257,7 @@ def encode_layer(
 def _product(
     dense: Any,
     x: Tensor,
-    taken: Callable[[Tensor], Tensor],
+    taken: Prepared,
     plain: Collection[nn.Module],
     bias: bool = True,
 ) -> Tensor:
@@ -265,7 +272,7 @@ def _output(
     x: Tensor,
     residual: Tensor,
     *,
-    taken: Callable[[Tensor], Tensor],
+    taken: Prepared,
     plain: Collection[nn.Module],
     **common: Any,
 ) -> Tensor:

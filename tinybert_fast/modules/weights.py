@@ -1,17 +1,19 @@
-"""A layer's weights as its products take them: in autocast's dtype, and on a GPU with heads padded.
+"""A layer's weights as its products take them: in autocast's dtype, and on a GPU with heads padded
+and those of queries, keys and values as one.
 
     W, b (H S, ...)   -> (H (S + P), ...)     of queries, keys and values: P rows of zeros a head
     W_o  (C, H S)     -> (C, H (S + P))       of what reads their context: columns of zeros
+    the three W, b    -> (3 H (S + P), ...)   for one product in place of three
 
 H heads of S numbers, S + P a multiple of HEAD_UNIT. On a GPU, where a launch takes longer than the
-rounding of a matrix, all of a layer is one autograd node: a launch for zeros, one for what only
-changes its dtype, one for each that is padded; and so are its gradients.
+rounding of a matrix, all of a layer is one autograd node: a launch for zeros, one for each that is
+padded, one for all others; and so are its gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,39 +22,87 @@ from tinybert_fast.ops.dispatch import apply
 
 HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
 ROWS, COLUMNS = 0, 1  # along which a matrix is cut into heads
+STACKED = 3  # queries, keys and values
+
+
+class Prepared(NamedTuple):
+    """What products take: in place of a parameter, and of queries, keys and values as one."""
+
+    changed: dict[int, Tensor]  # by the parameter's id
+    stack: tuple[Tensor, Tensor] | None = None  # weight and bias
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        return self.changed.get(id(parameter), parameter)
 
 
 def prepare(
-    linears: Sequence[Any], plain: Collection[nn.Module], hidden: Tensor, size: int, padding: int
-) -> Callable[[Tensor], Tensor]:
-    """What a product with ``hidden`` takes in place of a parameter of the ``plain`` ones among a
+    linears: Sequence[Any], plain: set[nn.Module], hidden: Tensor, size: int, padding: int
+) -> Prepared:
+    """What products with ``hidden`` take in place of the parameters of the ``plain`` ones among a
     layer's linears: those of queries, keys and values, the output of attention, the two behind it.
     """
-    together = pays_to_round_together(hidden)
-    if not (padding or together):
-        return _as_it_is
     *projections, output, inner, outer = linears
-    axes: list[tuple[Tensor, int | None]] = [
-        (p, ROWS) for dense in projections if dense in plain for p in (dense.weight, dense.bias)
+    heads = [
+        (getattr(dense, name), ROWS)
+        for name in ("weight", "bias")  # those of a kind together, as a stack has them
+        for dense in projections
+        if dense in plain
     ]
-    if output in plain:
-        axes.append((output.weight, COLUMNS))
     # Not their biases: the ops behind them add those, in fp32.
-    axes += [(dense.weight, None) for dense in (inner, outer) if dense in plain]
-    padded = [(p, axis) for p, axis in axes if padding and axis is not None]
-    others = [p for p, axis in axes if not padding or axis is None]
-    if together:
-        others = [p for p in others if p.dtype == torch.float32 != hidden.dtype]
-        if not (padded or others):
-            return _as_it_is
-        parameters = [*(p for p, _ in padded), *others]
-        kinds = tuple(axis for _, axis in padded)
-        found = apply(_Prepare, hidden.dtype, size, padding, kinds, *parameters)
-    else:
-        parameters = [p for p, _ in padded]
-        found = [_pad(p, axis, size, padding) for p, axis in padded]
-    table = dict(zip(map(id, parameters), found, strict=True))
-    return lambda parameter: table.get(id(parameter), parameter)
+    readers = [(output.weight, COLUMNS)] if output in plain else []
+    if not pays_to_prepare_together(hidden):
+        padded = [*heads, *readers] if padding else []
+        return Prepared({id(p): _pad(p, axis, size, padding) for p, axis in padded})
+    # A frozen one among trained ones would be given a gradient.
+    stacks = plain.issuperset(projections) and len({p.requires_grad for p, _ in heads}) == 1
+    stack = None
+    if stacks and not padding:
+        stack = _stack_in_place([p for p, _ in heads], hidden.dtype)
+    copied = [*heads, *readers] if padding else heads if stacks and stack is None else []
+    seen = {id(p) for p, _ in copied}
+    every = [p for p, _ in (*heads, *readers)]
+    every += [dense.weight for dense in (inner, outer) if dense in plain]
+    rounded = [p for p in every if id(p) not in seen and p.dtype == torch.float32 != hidden.dtype]
+    if not (copied or rounded):
+        return Prepared({}, stack)
+    stacks = stacks and bool(copied)
+    parameters = [*(p for p, _ in copied), *rounded]
+    axes = tuple(axis for _, axis in copied)
+    found = apply(_Prepare, hidden.dtype, size, padding, stacks, axes, *parameters)
+    if stacks:
+        stack, found, parameters = found[:2], found[2:], parameters[2 * STACKED :]
+    return Prepared(dict(zip(map(id, parameters), found, strict=True)), stack)
+
+
+def lay_side_by_side(projections: Sequence[nn.Linear]) -> None:
+    """Move the frozen weights and biases of queries, keys and values, all in one dtype and place,
+    to where `prepare` takes them as one without a copy.
+    """
+    parameters = [getattr(dense, name) for name in ("weight", "bias") for dense in projections]
+    room = torch.cat([p.detach().flatten() for p in parameters])
+    for p, piece in zip(parameters, room.split([p.numel() for p in parameters]), strict=True):
+        p.data = piece.view(p.shape)
+
+
+def _stack_in_place(parameters: Sequence[Tensor], dtype: torch.dtype) -> Any:
+    """Weight and bias of queries, keys and values as one, if those lie so; None if not."""
+    weight, *_, bias = parameters[: STACKED + 1]
+    end = weight.storage_offset()
+    for p in parameters:
+        if (
+            p.requires_grad
+            or p.dtype != dtype
+            or not p.is_contiguous()
+            or p.storage_offset() != end
+            or p.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+        ):
+            return None
+        end += p.numel()
+    rows, columns = weight.shape
+    return (
+        weight.as_strided((STACKED * rows, columns), (columns, 1)),
+        bias.as_strided((STACKED * rows,), (1,)),
+    )
 
 
 def pays_to_pad(hidden: Tensor) -> bool:
@@ -60,13 +110,9 @@ def pays_to_pad(hidden: Tensor) -> bool:
     return hidden.is_cuda
 
 
-def pays_to_round_together(hidden: Tensor) -> bool:
-    """Whether a launch takes longer than rounding a matrix: on a GPU, unless a compiler fuses."""
+def pays_to_prepare_together(hidden: Tensor) -> bool:
+    """Whether a launch takes longer than a copy of a matrix: on a GPU, unless a compiler fuses."""
     return hidden.is_cuda and not torch.compiler.is_compiling()
-
-
-def _as_it_is(parameter: Tensor) -> Tensor:
-    return parameter
 
 
 def _heads(x: Tensor, axis: int, size: int) -> Tensor:
@@ -85,49 +131,84 @@ def _pad(x: Tensor, axis: int, size: int, padding: int) -> Tensor:
 
 
 class _Prepare(torch.autograd.Function):
-    """The first parameters, as many as ``axes``, padded, the others as they are; in ``dtype``."""
+    """The first parameters, as many as ``axes``, with ``padding`` zeros behind each head of
+    ``size`` numbers, the others as they are; in ``dtype``. ``stacks``: the first three as one, and
+    the next three.
+    """
 
     @staticmethod
-    def forward(ctx, dtype, size, padding, axes, *wide):
+    def forward(ctx, dtype, size, padding, stacks, axes, *wide):
         ctx.set_materialize_grads(False)
-        ctx.heads, ctx.axes = (size, size + padding), axes
+        ctx.stacks, ctx.heads, ctx.axes = stacks, (size, size + padding), axes
         ctx.like = [(x.shape, x.dtype) for x in wide]
-        padded, others = wide[: len(axes)], wide[len(axes) :]
-        numbers = [x.numel() // size * (size + padding) for x in padded]
-        narrow = list(wide[0].new_zeros(sum(numbers), dtype=dtype).split(numbers)) if padded else []
-        for i, (x, axis) in enumerate(zip(padded, axes, strict=True)):
-            shape = list(x.shape)
-            shape[axis] = -1
-            cut = _heads(x, axis, size)
-            narrow[i].view(*cut.shape[:2], size + padding, -1)[:, :, :size].copy_(cut)
-            narrow[i] = narrow[i].view(shape)
-        narrow += _in_one_launch(others, dtype)
-        ctx.mark_non_differentiable(
-            *(x for x, need in zip(narrow, ctx.needs_input_grad[4:], strict=True) if not need)
+        copied, others = wide[: len(axes)], wide[len(axes) :]
+        numbers = [x.numel() // size * (size + padding) for x in copied]
+        new = wide[0].new_zeros if padding else wide[0].new_empty
+        room = new(sum(numbers), dtype=dtype)
+        pieces = [
+            piece.view([-1 if i == axis else n for i, n in enumerate(x.shape)])
+            for x, axis, piece in zip(copied, axes, room.split(numbers), strict=True)
+        ]
+        rounded = [torch.empty_like(x, dtype=dtype) for x in others]
+        _copy(
+            [
+                _heads(y, axis, size + padding)[:, :, :size]
+                for y, axis in zip(pieces, axes, strict=True)
+            ],
+            [_heads(x, axis, size) for x, axis in zip(copied, axes, strict=True)],
+            rounded,
+            others,
+            apart=padding > 0,
         )
-        return tuple(narrow)
+        needs = list(ctx.needs_input_grad[5:])
+        if stacks:
+            weights, biases = sum(numbers[:STACKED]), sum(numbers[: 2 * STACKED])
+            stack = room[:weights].view(-1, wide[0].shape[1]), room[weights:biases]
+            pieces = [*stack, *pieces[2 * STACKED :]]
+            needs = [needs[0], needs[STACKED], *needs[2 * STACKED :]]
+        found = (*pieces, *rounded)
+        ctx.mark_non_differentiable(*(x for x, need in zip(found, needs, strict=True) if not need))
+        return found
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *narrow):
+        if ctx.stacks:
+            weight, bias = (
+                (None,) * STACKED if x is None else x.chunk(STACKED) for x in narrow[:2]
+            )
+            narrow = (*weight, *bias, *narrow[2:])
+        wide = [
+            None if x is None else x.new_empty(shape, dtype=dtype)
+            for x, (shape, dtype) in zip(narrow, ctx.like, strict=True)
+        ]
         size, whole = ctx.heads
-        wide: list[Tensor | None] = []
-        for x, axis, (shape, dtype) in zip(narrow, ctx.axes, ctx.like, strict=False):
-            gradient = None if x is None else x.new_empty(shape, dtype=dtype)
-            if gradient is not None:
-                _heads(gradient, axis, size).copy_(_heads(x, axis, whole)[:, :, :size])
-            wide.append(gradient)
-        others = narrow[len(ctx.axes) :]
-        there = iter(_in_one_launch([x for x in others if x is not None], torch.float32))
-        return None, None, None, None, *wide, *(None if x is None else next(there) for x in others)
+        n = len(ctx.axes)
+        there = [
+            triple for triple in zip(wide, narrow, ctx.axes, strict=False) if triple[1] is not None
+        ]
+        others = [pair for pair in zip(wide[n:], narrow[n:], strict=True) if pair[1] is not None]
+        _copy(
+            [_heads(y, axis, size) for y, _, axis in there],  # type: ignore[arg-type]
+            [_heads(x, axis, whole)[:, :, :size] for _, x, axis in there],
+            [y for y, _ in others],
+            [x for _, x in others],
+            apart=whole > size,
+        )
+        return (*(None,) * 5, *wide)
 
 
-def _in_one_launch(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies in another dtype."""
-    found = [torch.empty_like(x, dtype=dtype) for x in tensors]
-    if found:
-        torch._foreach_copy_(found, list(tensors))
-    return found
+def _copy(
+    heads: Any, from_heads: Any, others: Any, from_others: Any, apart: bool
+) -> None:  # fmt: skip
+    """The second into the first, the fourth into the third, in one launch; ``apart``: one for each
+    of the heads, which have gaps, as PyTorch would otherwise copy all of them one by one.
+    """
+    if apart and heads:
+        torch._foreach_copy_(heads, from_heads)
+        heads = from_heads = ()
+    if heads or others:
+        torch._foreach_copy_([*heads, *others], [*from_heads, *from_others])
 
 
 def is_plain(dense: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ _backward = define(
     native="tinybert_fast.tuned.attention:backward_native",
     triton="tinybert_fast.kernels.attention:backward",
 )
+_backward_of_stack = define(
+    "attention_stack_bwd(Tensor grad, Tensor stack, Tensor? dq, Tensor? dk, Tensor? dv, Tensor out,"
+    f" Tensor lse, Tensor rng, {_CALL}) -> Tensor gradient",
+    fake=lambda grad, stack, *rest: torch.empty_like(stack),
+    triton="tinybert_fast.kernels.attention:backward_of_stack",
+)
 
 
 class _Attention(torch.autograd.Function):
@@ -103,6 +110,30 @@ class _Attention(torch.autograd.Function):
             arguments = _arguments(cu_seqlens, work, seed, masks[:forward_masks], call)
             grads = _backward(grad, q, k, v, out, lse, rng, *arguments, ctx.impl)
         return (*grads, *(None,) * (5 + len(masks)))
+
+
+class _AttentionOfStack(torch.autograd.Function):
+    """Of queries, keys and values in one tensor, whose gradient comes as one; hands out views of
+    them, and its kernels add what is found of these to the gradient: nothing is padded or summed
+    behind them."""
+
+    @staticmethod
+    def forward(ctx, stack, cu_seqlens, work, seed, settings, impl, give, width, *mask):
+        ctx.set_materialize_grads(False)
+        arguments = _arguments(cu_seqlens, work, seed, list(mask), settings)
+        out, lse, rng = _forward(*stack.unbind(1), *arguments, impl)
+        ctx.save_for_backward(stack, out, lse, rng, cu_seqlens, work, seed, *mask)
+        ctx.settings, ctx.impl = settings, impl
+        return out, *(stack[:, i, :, :width].detach() if i in give else None for i in range(3))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, dq, dk, dv):
+        stack, out, lse, rng, cu_seqlens, work, seed, *mask = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
+        arguments = _arguments(cu_seqlens, work, seed, mask, ctx.settings)
+        gradient = _backward_of_stack(grad, stack, dq, dk, dv, out, lse, rng, *arguments, ctx.impl)
+        return gradient, *(None,) * (7 + len(mask))
 
 
 def _arguments(cu_seqlens, work, seed, mask, call) -> tuple:
@@ -195,6 +226,63 @@ def attention(
     if layout is None:
         return out.view(shape)
     return layout.pad(out) if packs else out
+
+
+def attention_of_stack(
+    stack: Tensor,
+    *,
+    layout: SequenceLayout,
+    give: Collection[int] = (),
+    width: int | None = None,
+    scale: float | None = None,
+    direction: str = "both",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    block_mask: BlockMask | Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``attention(*stack.unbind(1), ...)`` of packed (T, 3, H, D), and ``stack[:, i, :, :width]``
+    (T, H, width) for each i, or None if it is not in ``give``: 0 queries, 1 keys, 2 values. Triton
+    adds in fp32 what those are given as gradients to attention's own, in one (T, 3, H, D).
+
+    Raises:
+        ValueError: as ``attention`` does.
+    """
+    q, k, v = stack.unbind(1)
+    width = q.shape[-1] if width is None else width
+    dense = isinstance(block_mask, Tensor)
+    facts = {"width": q.shape[-1], "scale": scale, "dense_mask": dense, "dropout_p": dropout_p}
+    if choose(impl, LIMITS, q, **facts) != ("triton", "triton"):
+        out = attention(
+            q,
+            k,
+            v,
+            layout=layout,
+            scale=scale,
+            direction=direction,
+            dropout_p=dropout_p,
+            seed=seed,
+            site=site,
+            block_mask=block_mask,
+            impl=impl,
+        )
+        given = (x[..., :width] if i in give else None for i, x in enumerate((q, k, v)))
+        return out, *given  # type: ignore[return-value]
+    _check(q, k, v, layout, direction, block_mask)
+    check_dropout("attention", dropout_p, seed, site, q.device)
+    call = (
+        layout.max_length,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        direction,
+        dropout_p,
+        site,
+    )
+    mask = _mask_of(block_mask, "triton")
+    return apply(
+        _AttentionOfStack, stack, layout.cu_seqlens, layout.work, seed, call, "triton", give, width,
+        *mask,
+    )  # fmt: skip
 
 
 def _check(q, k, v, layout, direction, block_mask) -> None:

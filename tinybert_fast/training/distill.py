@@ -23,6 +23,7 @@ from tinybert_fast.training.teacher import (
     TeacherDtype,
     check_teacher_dtype,
     classify,
+    join_projections,
     record,
 )
 
@@ -164,7 +165,7 @@ class DistillationTrainer(TermsTrainer):
         self.stage, self.teacher_dtype, self.lessons = stage, teacher_dtype, lessons
         self.teacher = teacher
         if lessons is None:
-            teacher.eval().requires_grad_(False).to(args.device)
+            join_projections(teacher.eval().requires_grad_(False).to(args.device))
         super().__init__(
             model=Distillation(
                 student, projection, matches, temperature=temperature, parity=parity

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.capture import Capture, encoder_of, record_padded
+from tinybert_fast.modules.weights import is_plain, lay_side_by_side
 from tinybert_fast.ops.layout import SequenceLayout
 
 TeacherDtype = Literal["fp32", "bf16", "int8"]
@@ -64,6 +65,18 @@ def bf16_linears(teacher: nn.Module) -> nn.Module:
             for name, p in list(module.named_parameters(recurse=False)):
                 rounded = p.detach().to(torch.bfloat16)
                 setattr(module, name, nn.Parameter(rounded, requires_grad=p.requires_grad))
+    return teacher
+
+
+def join_projections(teacher: nn.Module) -> nn.Module:
+    """Lay the weights of queries, keys and values of each layer of a frozen teacher side by side,
+    where it stands: the encoder then takes them as one product. Moved, a teacher lies apart again.
+    """
+    for layer in encoder_of(teacher).encoder.layer:
+        heads = layer.attention.self
+        projections = heads.query, heads.key, heads.value
+        if all(map(is_plain, projections)):
+            lay_side_by_side(projections)
     return teacher
 
 
