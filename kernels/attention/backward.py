@@ -51,18 +51,15 @@ def _load_lse(ptr, row, first, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_sum(
-    gradient, more, tile, task, head, first, length, D: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, D_MORE: tl.constexpr, ALIGN_MORE: tl.constexpr,
+def _plus(
+    tile, more, task, head, first, length, D: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``tile`` and the same rows of ``more: Rows``, if there is any, into ``gradient: Rows``."""
+    """``tile`` and the same rows of ``more: Rows``, if there is any."""
     if more.ptr is not None:
-        more_ptr = head_of(more, task, head, ALIGN_MORE)
-        tile += load_tile(more_ptr, more.row, first, length, D_MORE, BLOCK, BLOCK_D, ALIGN_MORE).to(
-            tl.float32
-        )
-    ptr = head_of(gradient, task, head, ALIGN)
-    store_tile(ptr, gradient.row, first, length, tile, D, BLOCK, BLOCK_D, ALIGN)
+        ptr = head_of(more, task, head, ALIGN)
+        tile += load_tile(ptr, more.row, first, length, D, BLOCK, BLOCK_D, ALIGN).to(tl.float32)
+    return tile
 
 
 @triton.jit
@@ -117,21 +114,18 @@ def _one_tile_kernel(
         key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, "edges", 0,
     )  # fmt: skip
     dv_tile = tl.dot(tl.trans(kept.to(do.dtype)), do, input_precision="ieee") * dropout.scale
-    _store_sum(
-        dv, more_v, dv_tile, task, head, 0, length, D, BLOCK_N, BLOCK_D, ALIGN, D_MORE,
-        ALIGN_MORE,
-    )  # fmt: skip
+    dv_tile = _plus(dv_tile, more_v, task, head, 0, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE)
+    dv_ptr = head_of(dv, task, head, ALIGN)
+    store_tile(dv_ptr, dv.row, 0, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
     ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(do.dtype)
     dk_tile = tl.dot(tl.trans(ds), q_tile, input_precision="ieee") * factor
-    _store_sum(
-        dk, more_k, dk_tile, task, head, 0, length, D, BLOCK_N, BLOCK_D, ALIGN, D_MORE,
-        ALIGN_MORE,
-    )  # fmt: skip
+    dk_tile = _plus(dk_tile, more_k, task, head, 0, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE)
+    dk_ptr = head_of(dk, task, head, ALIGN)
+    store_tile(dk_ptr, dk.row, 0, length, dk_tile, D, BLOCK_N, BLOCK_D, ALIGN)
     dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * factor
-    _store_sum(
-        dq, more_q, dq_tile, task, head, 0, length, D, BLOCK_M, BLOCK_D, ALIGN, D_MORE,
-        ALIGN_MORE,
-    )  # fmt: skip
+    dq_tile = _plus(dq_tile, more_q, task, head, 0, length, D_MORE, BLOCK_M, BLOCK_D, ALIGN_MORE)
+    dq_ptr = head_of(dq, task, head, ALIGN)
+    store_tile(dq_ptr, dq.row, 0, length, dq_tile, D, BLOCK_M, BLOCK_D, ALIGN)
 
 
 @triton.jit
@@ -223,10 +217,9 @@ def _dq_kernel(
                 key, sequence, head, dropout,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT, "edges", SIDE,
             )  # fmt: skip
-    _store_sum(
-        dq, more, acc * factor, task, head, first, length, D, BLOCK_M, BLOCK_D, ALIGN, D_MORE,
-        ALIGN_MORE,
-    )  # fmt: skip
+    acc = _plus(acc * factor, more, task, head, first, length, D_MORE, BLOCK_M, BLOCK_D, ALIGN_MORE)
+    dq_ptr = head_of(dq, task, head, ALIGN)
+    store_tile(dq_ptr, dq.row, first, length, acc, D, BLOCK_M, BLOCK_D, ALIGN)
 
 
 @triton.jit
@@ -306,14 +299,17 @@ def _dkdv_kernel(
             D, BLOCK_D, BLOCK_M, BLOCK_N, ALIGN, DIRECTION, DROPOUT,
             "none" if DIRECTION == "both" else "edges", SIDE,
         )  # fmt: skip
-    _store_sum(
-        dv, more_v, dv_tile * dropout.scale, task, head, first, length, D, BLOCK_N, BLOCK_D, ALIGN,
-        D_MORE, ALIGN_MORE,
-    )  # fmt: skip
-    _store_sum(
-        dk, more_k, dk_tile * factor, task, head, first, length, D, BLOCK_N, BLOCK_D, ALIGN, D_MORE,
+    dk_ptr = head_of(dk, task, head, ALIGN)
+    dv_ptr = head_of(dv, task, head, ALIGN)
+    dk_tile = _plus(
+        dk_tile * factor, more_k, task, head, first, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE
+    )
+    store_tile(dk_ptr, dk.row, first, length, dk_tile, D, BLOCK_N, BLOCK_D, ALIGN)
+    dv_tile = _plus(
+        dv_tile * dropout.scale, more_v, task, head, first, length, D_MORE, BLOCK_N, BLOCK_D,
         ALIGN_MORE,
     )  # fmt: skip
+    store_tile(dv_ptr, dv.row, first, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
 
 
 def backward(grad, q, k, v, *rest):
