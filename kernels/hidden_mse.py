@@ -80,11 +80,8 @@ def forward(student, weight, bias, teacher, wanted):
         add_partials(partial, *found)
         sums += torch.stack(found)
         if projection is not None and with_student:
-            multiply_into(dstudent[chunk], error, projection)
+            multiply_into(dstudent[chunk], error, projection, 2.0 / n)
         if with_weight:
-            add_product(dweight, error.mT, some)
-    if projection is not None:
-        dstudent *= 2.0 / n
-        dweight *= 2.0 / n
+            add_product(dweight, error.mT, some, 2.0 / n)
     dbias = sums[1] * (2.0 / n) if with_bias else sums.new_empty(0)
     return sums[0].sum() / n, dstudent, dweight, dbias

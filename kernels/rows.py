@@ -17,8 +17,9 @@ from torch import Tensor
 from tinybert_fast.kernels import configs
 
 STAGES = tl.constexpr(3)  # of a backward's loop: rows in flight while others are computed with
-SUMMED_ROWS = 64  # partial sums that the second stage loads at a time
-SUMMED_COLUMNS = 32  # and how many columns of them
+# Partial sums that the second stage loads at a time, and how many columns of them: it waits for
+# each load, so few tall ones; 64 bytes of a row are whole sectors of memory.
+SUMMED_ROWS, SUMMED_COLUMNS, SUMMING_WARPS = 512, 16, 8
 
 
 @triton.jit
@@ -224,8 +225,9 @@ def add_partials(partial: Tensor, *sums: Tensor) -> None:
     """
     _, programs, columns = partial.shape
     _add_kernel[configs.cdiv(columns, SUMMED_COLUMNS), len(sums)](
-        partial, sums, programs, C=columns, BLOCK_M=SUMMED_ROWS, BLOCK_N=SUMMED_COLUMNS
-    )
+        partial, sums, programs, C=columns, BLOCK_M=SUMMED_ROWS, BLOCK_N=SUMMED_COLUMNS,
+        num_warps=SUMMING_WARPS,
+    )  # fmt: skip
 
 
 def partials(sums: int, rows: int, setting: configs.RowSetting, like: Tensor) -> Tensor:
