@@ -71,6 +71,7 @@ class Family(NamedTuple):
 LOSSES: Settings = {
     "gram": _any({32: PIPELINED, 64: PIPELINED}),
     "direct": _any({32: PLAIN, 64: PLAIN}),
+    "gram_one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "relation_one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "relation_statistics": _any(dict.fromkeys(HEADS, PLAIN)),
     "relation_gradient": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
