@@ -66,7 +66,7 @@ OTHER_OPS = (
     "linear_cross_entropy_d768 hidden_mse_d768 layer_norm_d768 embedding_layer_norm_d768 "
     "attention_relation_kl_vv bias_gelu_d3072"
 ).split()
-MAXIMAL_WORKERS = 12
+MAXIMAL_WORKERS = 14
 LEAST = 15.0  # seconds that a bench begins in: it imports and measures ceilings before a case
 GRACE = 20.0  # seconds from an interrupt to the kill: pytest takes 10 to print its summary
 INSIDE = 0.85  # of a part's time is what a command that can stop by itself is given
@@ -193,7 +193,7 @@ def ops(run: Run, seconds: float) -> Iterator[Command]:
 
 
 def tests(run: Run, seconds: float) -> list[Command]:
-    workers = max(1, min(run.cores // 2, MAXIMAL_WORKERS))
+    workers = max(1, min(run.cores - 2, MAXIMAL_WORKERS))  # mostly they compile
     parallel = (
         f"-n {workers} --dist loadfile" if importlib.util.find_spec("xdist") and workers > 1 else ""
     )

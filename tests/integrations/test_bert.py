@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import BertConfig, BertForSequenceClassification, BertModel, EncoderDecoderModel
@@ -798,6 +799,15 @@ def test_restored_model_runs_transformers_code(cases):
     )
 
 
+@pytest.fixture
+def own_accelerate():
+    """Accelerate keeps the precision of the process's first accelerator, a Trainer's among them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_accelerate")
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification"])
 def test_restored_after_a_trainer_prepared_it(cases, name):
     """Accelerate leaves a forward on the instance, which would go on to call ours."""
@@ -811,6 +821,7 @@ def test_restored_after_a_trainer_prepared_it(cases, name):
     assert fast(**batch).logits.isfinite().all()
 
 
+@pytest.mark.usefixtures("own_accelerate")
 def test_a_forward_on_the_instance_is_not_passed_over(cases):
     """accelerate() could not be heard behind it, and restore() would leave it on our class."""
     plain, fast = cases.pair("BertModel")
