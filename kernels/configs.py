@@ -347,7 +347,7 @@ L2_BYTES = 32 << 20  # of what two products share: it stays in the L2 cache of a
 
 
 class Product(NamedTuple):
-    """Tiles (BLOCK_M, BLOCK_N) of a product, summed in steps of BLOCK_K and stored in PARTS of their
+    """Tiles (BLOCK_M, BLOCK_N) of a product, summed in steps of BLOCK_K, stored in PARTS of their
     columns; an SM holds so many programs.
     """
 

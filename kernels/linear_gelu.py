@@ -1,4 +1,4 @@
-"""y = u Phi(u),   u = x @ weight.mT + bias: a linear layer and the erf GELU behind it, in one kernel.
+"""y = u Phi(u),   u = x @ weight.mT + bias: a linear layer and its erf GELU in one kernel.
 
 For a product whose u nobody asks for again: a backward would. Phi: bias_gelu.py.
 

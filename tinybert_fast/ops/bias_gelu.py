@@ -93,8 +93,8 @@ def bias_gelu(
         impl: "auto", a name, or one for each pass: ``ops/dispatch.py``.
 
     Raises:
-        ValueError: bias is not (C,), or weight not (C, K) in x's dtype, or one is on another device,
-            or a named ``impl`` that cannot serve the call.
+        ValueError: bias is not (C,), weight not (C, K) in x's dtype, one of them is on another
+            device, or a named ``impl`` that cannot serve the call.
     """
     if weight is not None:
         x, weight = autocast(x), autocast(weight)
