@@ -9,7 +9,8 @@ row per kernel, architecture and case:
     registers, stack_bytes, spill_bytes, shared_bytes   of one thread; of one block
     warps                                               resident on an SM, by those: an estimate
     tensor_core                                         HMMA / HGMMA / tcgen05 instructions
-    load_bytes      narrowest load of a two-dimensional tile in the operands' dtype
+    load_bytes      narrowest load of a two-dimensional tile in the operands' dtype, by threads: of
+                    linear_gelu, whose tiles TMA loads, none
     per_element     of attention, instructions per score: of the loop without a mask, or of the
                     whole kernel where it has no loop, over BLOCK_M * BLOCK_N / threads; none where
                     the first loop has a mask

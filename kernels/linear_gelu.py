@@ -1,14 +1,14 @@
 """y = u Phi(u),   u = x @ weight.mT + bias: a linear layer and its erf GELU in one kernel.
 
-For a product whose u nobody asks for again: a backward would. Phi: bias_gelu.py.
+For where nobody wants a gradient, which needs x @ weight.mT again. Phi: bias_gelu.py.
 
 Shapes: x (rows, K), weight (C, K), y (rows, C), in half precision; bias (C,). The product is summed
 in fp32, and so is what follows; y is rounded once. K and C are multiples of 8, for TMA, which loads
 0 beyond a tensor's end and stores nothing there. What else there is takes cuBLAS's product and
 bias_gelu's kernel.
 
-A program takes tile after tile, and loads the next one's operands while it finishes one: the GELU
-has the time of a product's loads (flatten). Two on an SM let tensor cores work meanwhile.
+A program takes tile after tile and loads the next one's operands while it finishes one (flatten).
+With two programs on an SM, the tensor cores work for one while the other is at its GELU.
 Source: Hendrycks & Gimpel 2016, arXiv:1606.08415; the form of the loop, Triton's tutorial of
 persistent products.
 """

@@ -1,4 +1,4 @@
-"""Linear bias + erf GELU, with the product before it or behind one."""
+"""Linear bias + erf GELU, behind a product or with it."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def bias_gelu(
     (C,) -> (..., C) in x's dtype. With ``weight``, ``F.gelu(F.linear(x, weight, bias))``: (..., K)
     -> (..., C), in autocast's dtype where autocast is on.
 
-    Where nobody wants a gradient, ``triton`` makes one kernel of product and GELU: in half
-    precision, K and C multiples of 8, on sm_90 and sm_100. The answer is rounded once there.
-    Everywhere else F.linear rounds the product before, which a backward needs as it is.
+    Where nobody wants a gradient, which needs the product, ``triton`` makes product and GELU in one
+    kernel: in half precision, for K and C that are multiples of 8, on sm_90 and sm_100. The answer
+    is rounded once then; everywhere else F.linear makes the product, rounded as its answer is.
 
     Args:
         x, bias: fp16, bf16, fp32 or fp64 (``triton``: not fp64); any strides.
