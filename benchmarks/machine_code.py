@@ -9,7 +9,8 @@ row per kernel, architecture and case:
     registers, stack_bytes, spill_bytes, shared_bytes   of one thread; of one block
     warps                                               resident on an SM, by those: an estimate
     tensor_core                                         HMMA / HGMMA / tcgen05 instructions
-    load_bytes      narrowest load of a two-dimensional tile in the operands' dtype
+    load_bytes      narrowest load of a two-dimensional tile in the operands' dtype, by threads: of
+                    linear_gelu, whose tiles TMA loads, none
     per_element     of attention, instructions per score: of the loop without a mask, or of the
                     whole kernel where it has no loop, over BLOCK_M * BLOCK_N / threads; none where
                     the first loop has a mask
@@ -61,6 +62,7 @@ VARIANTS = [("causal", 0), ("anti_causal", 0), *(("both", side) for side in SIDE
 MODEL_HEADS = 12  # so that rows are as far apart as in BERT
 RELATIONS = ((26, 64), (32, 32), (64, 64), (128, 128))  # widths of student's and teacher's heads
 WIDENED = (1200, 3072)  # columns of TinyBERT-4's and BERT-base's wide layers
+INNER = ((312, 1200), (768, 3072))  # products before those
 COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
 WORDS = 30522  # BERT's
 ROW_LOSSES = ("hidden_mse", "linear_cross_entropy", "scaled_gradient")
@@ -157,7 +159,8 @@ def compiling_for(
     from tinybert_fast.kernels import configs
 
     found: list[Compiled] = []
-    run, programs, active = JITFunction.run, configs.row_programs, driver._active
+    run, active = JITFunction.run, driver._active
+    device = configs.capability, configs.processors
 
     def compile_only(self, *args, grid, warmup, **constants):
         if only not in (None, self.__name__):
@@ -170,13 +173,15 @@ def compiling_for(
         return code
 
     JITFunction.run = compile_only
-    configs.row_programs = lambda device: 1  # an argument, which no code depends on
+    configs.capability = lambda device: arch
+    configs.processors = lambda device: 1  # an argument, which no code depends on
     driver.set_active(_Target(arch))
     try:
         with configs.forced(configs.FAMILIES[arch] if table is None else table):
             yield found
     finally:
-        JITFunction.run, configs.row_programs = run, programs
+        JITFunction.run = run
+        configs.capability, configs.processors = device
         driver._active = active  # reset_active() would look for a GPU
 
 
@@ -301,6 +306,17 @@ def bias_gelu_kernels(arch: int, columns: int, dtype: torch.dtype) -> list[Compi
     x, bias = torch.zeros(ROWS, columns, dtype=dtype), torch.zeros(columns)  # as under autocast
     with compiling_for(arch) as found:
         bias_gelu.backward(bias_gelu.forward(x, bias), x, bias)
+    return found
+
+
+def linear_gelu_kernels(arch: int, inputs: int, columns: int, dtype: torch.dtype) -> list[Compiled]:
+    """The kernel of a product and its GELU, where an architecture has one."""
+    from tinybert_fast.kernels import configs, linear_gelu
+
+    x, weight = torch.zeros(ROWS, inputs, dtype=dtype), torch.zeros(columns, inputs, dtype=dtype)
+    with compiling_for(arch) as found:
+        if configs.linear_gelu(x, columns) is not None:
+            linear_gelu.forward(x, weight, torch.zeros(columns))
     return found
 
 
@@ -435,6 +451,9 @@ def report(
         if op in (None, "bias_gelu") and not dropout_p:
             for columns in WIDENED:
                 found += bias_gelu_kernels(arch, columns, dtype)
+        if op in (None, "linear_gelu") and not dropout_p:
+            for inputs, columns in INNER:
+                found += linear_gelu_kernels(arch, inputs, columns, dtype)
         for compiled in found:
             if op in (None, compiled.op):
                 new = row(compiled, arch, dtype)

@@ -25,22 +25,35 @@ PEAK = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))  # phi(0)
 
 
 @triton.jit
+def gelu(u, HALF: tl.constexpr):
+    """u Phi(u); in half precision max(u, 0) - |u| Phi(-|u|), which chooses no side of 0."""
+    if not HALF:
+        return u * _normal_distribution(u, HALF)
+    return tl.maximum(u, 0.0) - tl.abs(u) * _lower_tail(tl.abs(u))
+
+
+@triton.jit
 def _normal_distribution(u, HALF: tl.constexpr):
-    """Phi(u). For operands in half precision by log2 Phi(-z), which is nearly a parabola: a
+    """Phi(u)."""
+    if not HALF:
+        return 0.5 + 0.5 * tl.erf(u * SQRT_HALF)
+    below = _lower_tail(tl.abs(u))
+    return tl.where(u > 0.0, 1.0 - below, below)
+
+
+@triton.jit
+def _lower_tail(z):
+    """Phi(-z) of z >= 0, for operands in half precision, by its log2, which is nearly a parabola: a
     polynomial fitted on 0 <= z <= 6 gives Phi(-z) to 8e-6 of itself, a hundredth of their rounding,
     in a third of erf's instructions. Beyond it falls to 0 faster than Phi(-z), which is below 1e-9.
     """
-    if not HALF:
-        return 0.5 + 0.5 * tl.erf(u * SQRT_HALF)
-    z = tl.abs(u)
     log = 6.159835e-5 + z * -1.8348145e-6
     log = -9.305253e-4 + z * log
     log = 8.507892e-3 + z * log
     log = -5.3960074e-2 + z * log
     log = -4.5846438e-1 + z * log
     log = -1.1512511 + z * log
-    below = tl.exp2(-0.9999953 + z * log)
-    return tl.where(u > 0.0, 1.0 - below, below)
+    return tl.exp2(-0.9999953 + z * log)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,7 +68,7 @@ def _forward_kernel(
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32)[None, :]
     u = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias
     HALF: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    tl.store(y_ptr + at, u * _normal_distribution(u, HALF), mask=live)
+    tl.store(y_ptr + at, gelu(u, HALF), mask=live)
 
 
 @triton.jit(do_not_specialize=["rows"])

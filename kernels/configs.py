@@ -1,11 +1,11 @@
 """Launch settings: tile sizes, warps and pipeline stages of every kernel.
 
 Chosen by what ptxas says for sm_80, sm_90 and sm_100 (no spill in fp16 and bf16): compiled, and
-timed on no GPU, but for those that FAMILIES[90] gets last. A file of one's own, which
-`tinybert-fast bench --tune` writes, goes before these.
+timed on no GPU, but for those that FAMILIES[90] gets last and that of linear_gelu. A file
+of one's own, which `tinybert-fast bench --tune` writes, goes before these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -221,9 +221,18 @@ def _table(device: torch.device) -> Table:
     """One's own, then those of the newest family that the device can run."""
     if INTERPRETED:
         return INTERPRETED_TABLE
+    return {**FAMILIES[newest(FAMILIES, device)], **own(torch.cuda.get_device_name(device))}
+
+
+def newest(families: Iterable[int], device: torch.device) -> int:
+    """The family that a device takes: the last that it can run."""
+    return max((f for f in families if f <= capability(device)), default=min(families))
+
+
+def capability(device: torch.device) -> int:
+    """90 of an sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
-    newest = max((f for f in FAMILIES if f <= 10 * major + minor), default=min(FAMILIES))
-    return {**FAMILIES[newest], **own(torch.cuda.get_device_name(device))}
+    return 10 * major + minor
 
 
 # Triton's own take 10 microseconds on the host: its compiler can call them too.
@@ -338,6 +347,49 @@ ELEMENTWISE = RowSetting(4, 64, 1) if INTERPRETED else RowSetting(8, WARP, 4)
 L2_BYTES = 32 << 20  # of what two products share: it stays in the L2 cache of an A100 or H100
 
 
+class Product(NamedTuple):
+    """Tiles (BLOCK_M, BLOCK_N) of a product, summed in steps of BLOCK_K, stored in PARTS of their
+    columns; an SM holds so many programs.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    parts: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+    def launch(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "PARTS": self.parts,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# Of linear_gelu, timed on an H100 at K = 768, C = 3,072. It loads by TMA, which began with sm_90;
+# an SM of sm_120 has too little shared memory for these tiles.
+SQUARE = Product(128, 128, 64, parts=2, num_warps=4, num_stages=3, programs=2)
+PRODUCTS: dict[int, Product | None] = {80: None, 90: SQUARE, 100: SQUARE, 120: None}
+PRODUCT_INTERPRETED = Product(32, 32, 32, parts=2, num_warps=1, num_stages=1, programs=2)
+TMA_BYTES = 16  # that divide the address of a tensor and the bytes of a row
+
+
+def linear_gelu(x: torch.Tensor, columns: int) -> Product | None:
+    """The setting of linear_gelu for x (rows, K) times (K, columns); None where it doesn't serve:
+    fp32, rows that TMA cannot load, older GPUs, an empty operand.
+    """
+    unit = TMA_BYTES // x.element_size()
+    if x.dtype not in HALF or x.shape[1] % unit or columns % unit or not x.numel() * columns:
+        return None
+    return PRODUCT_INTERPRETED if INTERPRETED else PRODUCTS[newest(PRODUCTS, x.device)]
+
+
 def vocabulary() -> dict[str, int]:
     """Keyword arguments of the kernel over a row of logits."""
     if INTERPRETED:  # so that few words have several blocks
@@ -346,9 +398,12 @@ def vocabulary() -> dict[str, int]:
     return {"BLOCK_N": warps * WARP, "num_warps": warps}
 
 
-@cache
 def row_programs(device: torch.device) -> int:
     """Programs of a kernel that sums over all rows; also how many partial sums there are."""
-    if INTERPRETED:
-        return PROGRAMS_INTERPRETED
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_INTERPRETED if INTERPRETED else PROGRAMS_PER_SM * processors(device)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """SMs of a GPU."""
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

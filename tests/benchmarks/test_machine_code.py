@@ -71,6 +71,19 @@ def test_a_relation_compiles_well():
         assert one["tensor_core_kind"] == "HGMMA", one
 
 
+@pytest.mark.parametrize(("inputs", "columns"), machine_code.INNER)
+def test_a_product_and_its_gelu_compile_well(inputs, columns):
+    """Tensor cores, TMA, and two programs on an SM; nothing on an sm_80."""
+    (compiled,) = machine_code.linear_gelu_kernels(90, inputs, columns, torch.bfloat16)
+    one = machine_code.row(compiled, 90, torch.bfloat16)
+    assert (one["op"], one["pass"], one["columns"]) == ("linear_gelu", "forward", columns)
+    assert one["stack_bytes"] == one["spill_bytes"] == 0, one
+    assert one["tensor_core_kind"] == "HGMMA", one
+    assert one["warps"] == 2 * one["num_warps"], one
+    assert "cp.async.bulk.tensor" in compiled.code.asm["ptx"]
+    assert not machine_code.linear_gelu_kernels(80, inputs, columns, torch.bfloat16)
+
+
 def test_a_relations_statistics_in_fp32():
     """Of a student's and a teacher's heads of 32, as MiniLM's: nothing in the stack."""
     found = [
@@ -121,6 +134,7 @@ def test_every_default_is_reported(committed):
     }
     assert passes >= {("attention_relation_kl", which) for which in RELATION_PASSES}
     assert passes >= {("hidden_mse", "errors"), ("linear_cross_entropy", LOGITS)}
+    assert ("linear_gelu", "forward") in passes
     assert ("scaled_gradient", "gradient, scaled") in passes
     forms = {(one["pass"], one["head_dim"], one["mask_side"]) for one in of_the_loss(committed)}
     for heads in ("26/64", "64/64"):
@@ -171,7 +185,8 @@ def test_few_instructions_for_a_score(committed):
 
 def test_layer_norms_load_16_bytes(committed):
     for one in committed:
-        assert not one["columns"] or one["load_bytes"] == "16", one
+        by_threads = one["columns"] and one["op"] != "linear_gelu"  # which loads by TMA
+        assert not by_threads or one["load_bytes"] == "16", one
 
 
 def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):

@@ -42,7 +42,11 @@ def test_calls_differ_and_some_have_no_element(op):
     cases = [make(dtype=torch.float16) for make in validation.CALLS[op]().values()]
     seen = [
         (
-            *((tuple(x.shape), x.dtype) for x in case.operands if isinstance(x, torch.Tensor)),
+            *(
+                (tuple(x.shape), x.dtype, x.requires_grad)
+                for x in case.operands
+                if isinstance(x, torch.Tensor)
+            ),
             *((name, str(getattr(x, "lengths", x))) for name, x in case.options.items()),
         )
         for case in cases

@@ -121,6 +121,20 @@ def test_an_entry_that_would_be_wrong_is_refused(key, by_length, file):
         settings.own("H100")
 
 
+@pytest.mark.parametrize(
+    ("capability", "served"),
+    [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)],
+)
+def test_which_gpus_take_a_product_with_its_gelu(capability, served, monkeypatch):
+    """Those that load by TMA and have the shared memory."""
+    monkeypatch.setattr(configs, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = torch.empty(4, 768, dtype=torch.bfloat16)
+    assert (configs.linear_gelu(x, 3072) is not None) is served
+    for other, columns in ((x.float(), 3072), (x[:, :764], 3072), (x, 3070), (x[:0], 3072)):
+        assert configs.linear_gelu(other, columns) is None
+
+
 def test_the_tables_are_such():
     for family in (*configs.FAMILIES.values(), configs.INTERPRETED_TABLE):
         assert settings.table_of(settings.entries_of(family)) == family

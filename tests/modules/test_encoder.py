@@ -87,6 +87,7 @@ def textbook(bert, ids, columns):
 def test_equals_the_textbook_in_fp64(padded, together, monkeypatch):
     monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
     monkeypatch.setattr(weights, "pays_to_prepare_together", lambda hidden: together)
+    monkeypatch.setattr(encoder, "ops_add_bias", lambda hidden: together)  # both on a GPU
     bert = stand_in().double()
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     ids = torch.randint(1, 17, mask.shape)

@@ -135,7 +135,10 @@ def test_any_strides(op, impl, device):
 
 
 SMALL = {
-    "bias_gelu": [partial(operands.bias_gelu, (2, 3, 24))],
+    "bias_gelu": [
+        partial(operands.bias_gelu, (2, 3, 24)),
+        partial(operands.bias_gelu, (2, 3, 24), 16),
+    ],
     "dropout_add_layer_norm": [partial(operands.dropout_add_layer_norm, (1, 16, 12))],
     "hidden_mse": [
         partial(operands.hidden_mse, (5,), 12, 24),

@@ -245,11 +245,10 @@ def encode_layer(
     hidden = _output(attention.output, context, hidden, site=site + ATTENTION_OUTPUT, **common)
     del context
     fused = ops_add_bias(hidden) and inner.dense in plain and is_erf_gelu(inner.intermediate_act_fn)
-    expanded = _product(inner.dense, hidden, taken, plain, bias=not fused)
     if fused:
-        expanded = ops.bias_gelu(expanded, inner.dense.bias, impl=impl)
+        expanded = ops.bias_gelu(hidden, inner.dense.bias, taken(inner.dense.weight), impl=impl)
     else:
-        expanded = inner.intermediate_act_fn(expanded)
+        expanded = inner.intermediate_act_fn(_product(inner.dense, hidden, taken, plain))
     hidden = _output(layer.output, expanded, hidden, site=site + FFN_OUTPUT, **common)
     return (hidden, *given) if give else hidden
 

@@ -119,7 +119,7 @@ class Case:
         value = wrap(self.function(impl))(*leaves)
         upstream = normal(value.shape, 99, torch.float64, value.device)
         upstream = upstream.to(upstream_dtype or self.dtype).to(value.dtype)
-        gradients = torch.autograd.grad(value, leaves, upstream)
+        gradients = torch.autograd.grad(value, leaves, upstream) if leaves else ()
         named = zip(self.trained(), gradients, strict=True)
         found = {f"d{name}": gradient for name, gradient in named}
         return {"value": value.detach(), **found}
@@ -318,12 +318,23 @@ def embedding_layer_norm(
 
 def bias_gelu(
     shape: tuple[int, ...] = (3, 1200),
+    inputs: int | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """x (..., C) and bias (C,)."""
-    return Case(ops.bias_gelu, leaves(shape, shape[-1:], dtype=dtype, device=device))
+    """x (..., C) and bias (C,); with ``inputs`` x (..., inputs), bias and a weight (C, inputs)."""
+    if inputs is None:
+        return Case(ops.bias_gelu, leaves(shape, shape[-1:], dtype=dtype, device=device))
+    shapes = (*shape[:-1], inputs), shape[-1:], (shape[-1], inputs)
+    x, bias, weight = leaves(*shapes, dtype=dtype, device=device)
+    weight = (weight.detach() * inputs**-0.5).requires_grad_()  # products of order 1
+    return Case(ops.bias_gelu, (x, bias, weight))
+
+
+def frozen_bias_gelu(shape: tuple[int, ...], inputs: int, **like: Any) -> Case:
+    """The product and the GELU where nobody wants a gradient."""
+    return bias_gelu(shape, inputs, **like).freeze("x", "bias", "weight")
 
 
 def hidden_mse(

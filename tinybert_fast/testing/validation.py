@@ -333,10 +333,24 @@ CALLS: dict[str, Callable[[], Calls]] = {
     "attention": _attention,
     "attention_relation_kl": _attention_relation_kl,
     "attention_score_mse": _attention_score_mse,
-    "bias_gelu": lambda: {
-        f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))
-        for rows, columns in ((0, 1200), (131, 1200), (131, 3072))  # of TinyBERT-4 and BERT-base
-    },
+    "bias_gelu": lambda: (
+        {
+            f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))
+            for rows, columns in (
+                (0, 1200),
+                (131, 1200),
+                (131, 3072),
+            )  # of TinyBERT-4 and BERT-base
+        }
+        | {
+            f"131 x {inputs} to {columns}, {which}": partial(factory, (131, columns), inputs)
+            for inputs, columns in ((312, 1200), (768, 3072))
+            for which, factory in (
+                ("trained", operands.bias_gelu),
+                ("frozen", operands.frozen_bias_gelu),
+            )
+        }
+    ),
     "dropout_add_layer_norm": _dropout_add_layer_norm,
     "embedding_layer_norm": _embedding_layer_norm,
     "hidden_mse": lambda: {
