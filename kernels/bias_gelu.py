@@ -22,6 +22,7 @@ from tinybert_fast.kernels.rows import STAGES, add_partials
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 MINUS_HALF_LOG2_E = tl.constexpr(-0.5 * LOG2_E)
 PEAK = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))  # phi(0)
+FAR = tl.constexpr(64.0)  # z whose Phi(-z) is 0
 
 
 @triton.jit
@@ -29,7 +30,8 @@ def gelu(u, HALF: tl.constexpr):
     """u Phi(u); in half precision max(u, 0) - |u| Phi(-|u|), which chooses no side of 0."""
     if not HALF:
         return u * _normal_distribution(u, HALF)
-    return tl.maximum(u, 0.0) - tl.abs(u) * _lower_tail(tl.abs(u))
+    z = tl.minimum(tl.abs(u), FAR, propagate_nan=tl.PropagateNan.ALL)  # inf * 0 would be NaN
+    return tl.maximum(u, 0.0) - z * _lower_tail(z)
 
 
 @triton.jit

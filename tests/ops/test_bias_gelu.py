@@ -77,6 +77,13 @@ def test_tails(impl, device):
     assert x.grad.tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
+def test_infinity_and_nan(counted, device):
+    """Of a product that overflowed: PyTorch makes NaN of the infinite too."""
+    x = torch.tensor([[torch.inf, -torch.inf, torch.nan, 1.0]], dtype=torch.float16, device=device)
+    y = ops.bias_gelu(x, torch.zeros(4, device=device), impl=counted)
+    torch.testing.assert_close(y[0, :3], x[0, :3].clamp(min=0.0), equal_nan=True)
+
+
 def test_gradients(exact, device):
     proofs.prove_gradient(bias_gelu((3, 5), device=device), exact)
 
