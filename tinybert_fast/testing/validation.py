@@ -304,6 +304,19 @@ def _with_itself(make: Callable[..., Case], **like) -> Case:
     return operands.with_itself(make(**like))
 
 
+def _bias_gelu() -> Calls:
+    calls: Calls = {  # of TinyBERT-4 and BERT-base
+        f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))
+        for rows, columns in ((0, 1200), (131, 1200), (131, 3072))
+    }
+    for inputs, columns in ((312, 1200), (768, 3072)):
+        shape = (131, columns), inputs
+        label = f"131 x {inputs} to {columns}"
+        calls[f"{label}, trained"] = partial(operands.bias_gelu, *shape)
+        calls[f"{label}, frozen"] = partial(operands.frozen_bias_gelu, *shape)
+    return calls
+
+
 def _linear_cross_entropy() -> Calls:
     calls: Calls = {
         f"{labelled} of 131 rows of {columns}, 1,009 words": partial(
@@ -333,24 +346,7 @@ CALLS: dict[str, Callable[[], Calls]] = {
     "attention": _attention,
     "attention_relation_kl": _attention_relation_kl,
     "attention_score_mse": _attention_score_mse,
-    "bias_gelu": lambda: (
-        {
-            f"{rows} x {columns}": partial(operands.bias_gelu, (rows, columns))
-            for rows, columns in (
-                (0, 1200),
-                (131, 1200),
-                (131, 3072),
-            )  # of TinyBERT-4 and BERT-base
-        }
-        | {
-            f"131 x {inputs} to {columns}, {which}": partial(factory, (131, columns), inputs)
-            for inputs, columns in ((312, 1200), (768, 3072))
-            for which, factory in (
-                ("trained", operands.bias_gelu),
-                ("frozen", operands.frozen_bias_gelu),
-            )
-        }
-    ),
+    "bias_gelu": _bias_gelu,
     "dropout_add_layer_norm": _dropout_add_layer_norm,
     "embedding_layer_norm": _embedding_layer_norm,
     "hidden_mse": lambda: {
