@@ -156,7 +156,8 @@ def compiling_for(
     from tinybert_fast.kernels import configs
 
     found: list[Compiled] = []
-    run, programs, active = JITFunction.run, configs.row_programs, driver._active
+    run, active = JITFunction.run, driver._active
+    programs, processors = configs.row_programs, configs.processors
 
     def compile_only(self, *args, grid, warmup, **constants):
         if only not in (None, self.__name__):
@@ -170,12 +171,14 @@ def compiling_for(
 
     JITFunction.run = compile_only
     configs.row_programs = lambda device: 1  # an argument, which no code depends on
+    configs.processors = lambda device: 0  # which any grid fills
     driver.set_active(_Target(arch))
     try:
         with configs.forced(configs.FAMILIES[arch] if table is None else table):
             yield found
     finally:
-        JITFunction.run, configs.row_programs = run, programs
+        JITFunction.run = run
+        configs.row_programs, configs.processors = programs, processors
         driver._active = active  # reset_active() would look for a GPU
 
 
