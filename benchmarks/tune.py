@@ -83,9 +83,10 @@ CANDIDATES: dict[str, list[Setting]] = {
         (128, 64, 4, (1,)), (128, 64, 8, (1,)),
     ),
 }  # fmt: skip
+WALKS = [(1, 1), (3, 2), (3, 3)]  # stages, heads of a program
 ONE_TILE = {
-    64: [Setting(64, 64, warps, 1) for warps in (4, 8)],
-    128: [Setting(128, 128, warps, 1) for warps in (4, 8, 16)],
+    64: [Setting(64, 64, warps, *walk) for warps in (4, 8) for walk in WALKS],
+    128: [Setting(128, 128, warps, *walk) for warps in (4, 8) for walk in WALKS],
 }
 SCREEN = (1, 3)  # readings of the clock, launches between two: whoever may be the fastest
 CAREFUL = (5, 20)
@@ -396,9 +397,9 @@ def _row(
     one_tile = found[group.key("one_tile")].get(LONGEST[length])
     kernels = ("dq", "dkdv") if one_tile is None else ("one_tile",)
     row["settings"] = ", ".join(
-        f"{kernel} {m} x {n}, {warps} warps, {stages} stages"
+        f"{kernel} {m} x {n}, {warps} warps, {stages} stages" + (f", {each} heads" * (each > 1))
         for kernel in (("forward",) if which == "forward" else kernels)
-        for m, n, warps, stages in [found[group.key(kernel)][LONGEST[length]]]
+        for m, n, warps, stages, each in [found[group.key(kernel)][LONGEST[length]]]
     )
     return row
 

@@ -5,6 +5,7 @@ timed on no GPU, but for those that FAMILIES[90] gets last and that of linear_ge
 of one's own, which `tinybert-fast bench --tune` writes, goes before these.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -183,7 +184,10 @@ DTYPES_INTERPRETED = (torch.float16, torch.float32)
 INTERPRETED_TABLE = {
     **_spread(_everywhere(SEVERAL, *KERNELS), DTYPES_INTERPRETED, "all", "direction"),
     **_spread(
-        _everywhere({32: SMALL}, *IN_ONE_TILE),
+        {
+            **_everywhere({32: SMALL}, *IN_ONE_TILE),
+            **_everywhere({32: SMALL._replace(heads_each=2)}, "one_tile"),
+        },
         DTYPES_INTERPRETED,
         "all",
         "direction",
@@ -292,8 +296,21 @@ def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
     by_length = table(scores.device).get(key, {})
     setting = next((by_length[n] for n in sorted(by_length) if scores.longest <= n), None)
     if setting is not None and scores.load_bytes < NARROWEST_PIPELINE:
-        setting = setting._replace(num_stages=1)
+        setting = setting._replace(num_stages=1, heads_each=1)
     return setting
+
+
+WAVES = 4  # programs for an SM, of which the last may find it idle
+
+
+def filling(setting: Setting, sequences: int, heads: int, device: torch.device) -> Setting:
+    """With as many heads to a program as divide ``heads``; one, and no pipeline over them, where
+    programs would be too few to fill the GPU.
+    """
+    each = math.gcd(setting.heads_each, heads)
+    if each > 1 and sequences * heads // each >= (0 if INTERPRETED else WAVES * processors(device)):
+        return setting._replace(heads_each=each)
+    return setting._replace(num_stages=1, heads_each=1)
 
 
 class RowSetting(NamedTuple):

@@ -21,6 +21,7 @@ class Setting(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    heads_each: int = 1  # that a program of the one-tile kernel walks, where they are many enough
 
     def launch(self) -> dict[str, int]:
         """As a kernel's keyword arguments."""
@@ -113,6 +114,8 @@ def _check(key: Key, by_length: dict[int, Setting]) -> None:
         largest = 64 if key.pattern == "blocks" else 128  # the smallest block of a mask; a tile
         if any(n not in (16, 32, 64, 128) or not smallest <= n <= largest for n in sizes):
             raise ValueError(f"{key}: tile {sizes} must be powers of 2 in {smallest}..{largest}")
+        if setting.heads_each < 1 or (setting.heads_each > 1 and key.kernel != "one_tile"):
+            raise ValueError(f"{key}: one program cannot walk {setting.heads_each} heads")
         if one_tile and (key.pattern == "blocks" or longest > min(sizes)):
             raise ValueError(f"{key}: one tile of {sizes} cannot hold a mask, or {longest} tokens")
 

@@ -1,8 +1,10 @@
 """Gradients of attention; every kernel recomputes the scores and adds to no other program's sums.
 
 Where all scores of a head fit one tile (configs.py), one program finishes dQ, dK and dV: 5
-products and one exponential a score, delta = rowsum(P * dP * M) from registers. Longer sequences
-and block masks take two kernels, one over blocks of queries for dQ and delta, one over blocks of
+products and one exponential a score, delta = rowsum(P * dP * M) from registers. It may walk several
+heads, which changes no bit: operands of the next but one are copied to shared memory, at 3 stages,
+while a head is computed (at 2 Triton waits for what it has just asked for). Longer sequences and
+block masks take two kernels, one over blocks of queries for dQ and delta, one over blocks of
 keys for dK and dV: 7 products and two exponentials.
 
 What others found of the same gradient, ``more``, is added in fp32 to a tile before it is stored.
@@ -92,40 +94,67 @@ def _one_tile_kernel(
     q, k, v, grad, dq, dk, dv, more_q, more_k, more_v, lse, work, scale, factor, dropout, site,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, D_MORE: tl.constexpr, ALIGN_MORE: tl.constexpr,
-    DIRECTION: tl.constexpr, DROPOUT: tl.constexpr,
+    DIRECTION: tl.constexpr, DROPOUT: tl.constexpr, HEADS_EACH: tl.constexpr,
 ):  # fmt: skip
     task = task_of(work, tl.program_id(0))
-    sequence, length, head = tl.load(task), tl.load(task + 1), tl.program_id(1)
+    sequence, length, first = tl.load(task), tl.load(task + 1), tl.program_id(1) * HEADS_EACH
     if length == 0:
         return
-    q_ptr = head_of(q, task, head, ALIGN)
-    k_ptr = head_of(k, task, head, ALIGN)
-    v_ptr = head_of(v, task, head, ALIGN)
-    grad_ptr = head_of(grad, task, head, ALIGN)
-    q_tile = load_tile(q_ptr, q.row, 0, length, D, BLOCK_M, BLOCK_D, ALIGN)
-    k_tile = load_tile(k_ptr, k.row, 0, length, D, BLOCK_N, BLOCK_D, ALIGN)
-    v_tile = load_tile(v_ptr, v.row, 0, length, D, BLOCK_N, BLOCK_D, ALIGN)
-    do = load_tile(grad_ptr, grad.row, 0, length, D, BLOCK_M, BLOCK_D, ALIGN)
-    lse_ptr = head_of(lse, task, head, 1)
-    lse_tile = _load_lse(lse_ptr, lse.row, 0, length, BLOCK_M)
+    # Not in the loop: what is fetched ahead would wait for the task.
+    q_ptr = head_of(q, task, first, ALIGN)
+    k_ptr = head_of(k, task, first, ALIGN)
+    v_ptr = head_of(v, task, first, ALIGN)
+    grad_ptr = head_of(grad, task, first, ALIGN)
+    lse_ptr = head_of(lse, task, first, 1)
     key = site_key(dropout.seed, site) if DROPOUT else 0
-    p, kept, dp = _probabilities(
-        q_tile, k_tile, v_tile, do, lse_tile, 0, 0, length, scale, 0, 0,
-        key, sequence, head, dropout, BLOCK_M, BLOCK_N, DIRECTION, DROPOUT, "edges", 0,
-    )  # fmt: skip
-    dv_tile = tl.dot(tl.trans(kept.to(do.dtype)), do, input_precision="ieee") * dropout.scale
-    dv_tile = _plus(dv_tile, more_v, task, head, 0, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE)
-    dv_ptr = head_of(dv, task, head, ALIGN)
-    store_tile(dv_ptr, dv.row, 0, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(do.dtype)
-    dk_tile = tl.dot(tl.trans(ds), q_tile, input_precision="ieee") * factor
-    dk_tile = _plus(dk_tile, more_k, task, head, 0, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE)
-    dk_ptr = head_of(dk, task, head, ALIGN)
-    store_tile(dk_ptr, dk.row, 0, length, dk_tile, D, BLOCK_N, BLOCK_D, ALIGN)
-    dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * factor
-    dq_tile = _plus(dq_tile, more_q, task, head, 0, length, D_MORE, BLOCK_M, BLOCK_D, ALIGN_MORE)
-    dq_ptr = head_of(dq, task, head, ALIGN)
-    store_tile(dq_ptr, dq.row, 0, length, dq_tile, D, BLOCK_M, BLOCK_D, ALIGN)
+    # Addresses and masks kept from one head to the next would cost more registers than there are.
+    for step in tl.range(HEADS_EACH, disable_licm=True):
+        head = first + step
+        q_tile = load_tile(q_ptr, q.row, 0, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        k_tile = load_tile(k_ptr, k.row, 0, length, D, BLOCK_N, BLOCK_D, ALIGN)
+        v_tile = load_tile(v_ptr, v.row, 0, length, D, BLOCK_N, BLOCK_D, ALIGN)
+        do = load_tile(grad_ptr, grad.row, 0, length, D, BLOCK_M, BLOCK_D, ALIGN)
+        lse_tile = _load_lse(lse_ptr, lse.row, 0, length, BLOCK_M)
+        q_ptr += q.head * ALIGN
+        k_ptr += k.head * ALIGN
+        v_ptr += v.head * ALIGN
+        grad_ptr += grad.head * ALIGN
+        lse_ptr += lse.head
+        p = tl.exp2(
+            tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale - lse_tile[:, None]
+        )
+        if DIRECTION == "both":  # a dead query's lse has made P zero
+            live = (tl.arange(0, BLOCK_N) < length)[None, :]
+        else:
+            live = live_scores(0, 0, length, BLOCK_M, BLOCK_N, DIRECTION)
+        p = tl.where(live, p, 0.0)
+        if DROPOUT:  # the mask is P's sign from here on, which costs no register
+            keep = attention_keep(key, sequence, head, 0, 0, dropout.threshold, BLOCK_M, BLOCK_N)
+            p = tl.where(keep, p, -p)
+        kept = tl.maximum(p, 0.0).to(do.dtype)
+        dv_tile = tl.dot(tl.trans(kept), do, input_precision="ieee") * dropout.scale
+        dv_tile = _plus(
+            dv_tile, more_v, task, head, 0, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE
+        )
+        dv_ptr = head_of(dv, task, head, ALIGN)
+        store_tile(dv_ptr, dv.row, 0, length, dv_tile, D, BLOCK_N, BLOCK_D, ALIGN)
+        dp = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+        if DROPOUT:
+            dp = tl.where(p > 0.0, dp * dropout.scale, 0.0)
+            p = tl.abs(p)
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(do.dtype)
+        dk_tile = tl.dot(tl.trans(ds), q_tile, input_precision="ieee") * factor
+        dk_tile = _plus(
+            dk_tile, more_k, task, head, 0, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE
+        )
+        dk_ptr = head_of(dk, task, head, ALIGN)
+        store_tile(dk_ptr, dk.row, 0, length, dk_tile, D, BLOCK_N, BLOCK_D, ALIGN)
+        dq_tile = tl.dot(ds, k_tile, input_precision="ieee") * factor
+        dq_tile = _plus(
+            dq_tile, more_q, task, head, 0, length, D_MORE, BLOCK_M, BLOCK_D, ALIGN_MORE
+        )
+        dq_ptr = head_of(dq, task, head, ALIGN)
+        store_tile(dq_ptr, dq.row, 0, length, dq_tile, D, BLOCK_M, BLOCK_D, ALIGN)
 
 
 @triton.jit
@@ -358,9 +387,10 @@ def _run(
     scores = configs.Scores.of(q, align, max_length, dropout_p, direction, block_mask)
     setting = configs.attention_if_served("one_tile", scores)
     if setting is not None and not block_mask:
-        _one_tile_kernel[len(work), heads](
+        setting = configs.filling(setting, len(work), heads, q.device)
+        _one_tile_kernel[len(work), heads // setting.heads_each](
             q_, k_, v_, grad_, dq_, dk_, dv_, more_q, more_k, more_v, lse_, work, *call[1:],
-            **same, **setting.launch(),
+            HEADS_EACH=setting.heads_each, **same, **setting.launch(),
         )  # fmt: skip
         return
     delta = statistics(q)
