@@ -67,6 +67,23 @@ def test_narrow_loads_have_no_pipeline():
         assert configs.attention("forward", scores(load_bytes=4)).num_stages == 1
 
 
+@pytest.mark.parametrize(
+    ("each", "sequences", "heads", "walked"),
+    [
+        (3, 100, 12, 3),
+        (3, 99, 12, 1),  # fewer programs than fill 100 SMs 4 times
+        (3, 100, 16, 1),
+        (6, 1000, 16, 2),  # what divides both
+        (1, 1000, 12, 1),
+    ],
+)
+def test_a_program_walks_heads_where_programs_are_many(each, sequences, heads, walked, monkeypatch):
+    monkeypatch.setattr(configs, "processors", lambda device: 100)
+    setting = configs.filling(CHOSEN._replace(heads_each=each), sequences, heads, DEVICE)
+    stages = CHOSEN.num_stages if walked > 1 else 1  # one head has nothing to fetch ahead
+    assert setting == CHOSEN._replace(heads_each=walked, num_stages=stages)
+
+
 def test_a_tile_divides_every_block_of_a_mask():
     for family in (*configs.FAMILIES.values(), configs.INTERPRETED_TABLE):
         found = [by for key, by in family.items() if key.pattern == "blocks"]
@@ -113,6 +130,8 @@ def test_a_device_has_ones_own_before_its_familys(file, monkeypatch):
         (Key("dq", 32, torch.float16, True, "blocks"), {ANY: Setting(128, 64, 8, 1)}),
         (Key("one_tile", 32, torch.float16, True), {128: Setting(64, 64, 4, 1)}),
         (Key("one_tile", 32, torch.float16, True, "blocks"), {64: Setting(64, 64, 4, 1)}),
+        (Key("one_tile", 32, torch.float16, True), {64: Setting(64, 64, 4, 1, 0)}),
+        (Key("dq", 32, torch.float16, True), {ANY: Setting(64, 64, 4, 1, 2)}),
     ],
 )
 def test_an_entry_that_would_be_wrong_is_refused(key, by_length, file):

@@ -287,6 +287,25 @@ def test_two_runs_give_the_same_bits(counted, device):
     torch.testing.assert_close(case.run(counted), case.run(counted), rtol=0.0, atol=0.0)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="forces a setting of the interpreter's table")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_heads_of_a_program_change_no_bit(direction, counted, device):
+    from tinybert_fast.kernels import configs
+    from tinybert_fast.kernels.settings import Key
+
+    options = {"direction": direction, "dropout_p": 0.1, "device": device}
+    case = attention((5, 32, 0, 9), heads=4, width=32, **options)  # loads of 16 bytes
+    pattern = "all" if direction == "both" else "direction"
+    key = Key("one_tile", 32, torch.float32, True, pattern)
+    found = []
+    for each in (1, 2, 3, 4):  # 3 does not divide 4
+        setting = configs.SMALL._replace(heads_each=each)
+        with configs.forced({**configs.INTERPRETED_TABLE, key: {32: setting}}):
+            found.append(case.run(counted))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0.0, atol=0.0)
+
+
 @pytest.mark.parametrize("scratch", [1, 30, 80], ids=["a_head", "a_head_of_5", "a_sequence"])
 def test_blocks_of_scores(scratch, device, monkeypatch):
     """However the heads and sequences are split, nothing is lost or counted twice."""
