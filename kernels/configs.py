@@ -5,7 +5,6 @@ timed on no GPU, but for those that FAMILIES[90] gets last and that of linear_ge
 of one's own, which `tinybert-fast bench --tune` writes, goes before these.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -72,7 +71,7 @@ class Family(NamedTuple):
 LOSSES: Settings = {
     "gram": _any({32: PIPELINED, 64: PIPELINED}),
     "direct": _any({32: PLAIN, 64: PLAIN}),
-    "gram_one_tile": {32: ONE_TILE, 64: ONE_TILE},
+    "gram_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
     "relation_one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "relation_statistics": _any(dict.fromkeys(HEADS, PLAIN)),
     "relation_gradient": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
@@ -109,6 +108,7 @@ SM_80 = Family(
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         **LOSSES,
         "direct": _any(dict.fromkeys((32, 64), NARROW._replace(num_warps=8))),
+        "gram_one_tile": {},
         "relation_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
         "relation_statistics": _any({32: PLAIN, 64: PLAIN, 128: Setting(32, 32, 4, 1)}),
         "relation_gradient": _any({32: PLAIN, 64: NARROW, 128: EIGHT}),
@@ -161,8 +161,10 @@ FAMILIES: dict[int, Table] = {
 }
 # Attention as `bench --tune` found it on an H200, at 65,536 tokens in sequences of 64, 128 and 512
 # (benchmarks/results/tune-nvidia-h200.json; 64 without dropout takes what longer ones do). The Gram
-# form was tried on that GPU under several settings, of which no rows are kept.
+# form was tried on that GPU under several settings, of which no rows are kept; so were, on an H100,
+# programs that walk heads and the Gram form in one tile, which at 128 tokens was half as fast.
 DEEP = PIPELINED._replace(num_stages=3)
+WALKING, WALKING_3 = Setting(128, 128, 8, 3, 12), Setting(64, 64, 4, 3, 3)
 FAMILIES[90] |= {
     **_spread(
         _everywhere({ANY: DEEP}, "forward", "dq", "dkdv", heads=(32, 64)),
@@ -176,6 +178,8 @@ FAMILIES[90] |= {
         HALF, "all", dropout=(True,),
     ),
     **_spread(_everywhere({128: PLAIN, ANY: DEEP}, "gram", heads=(32, 64)), HALF, "all"),
+    **_spread({"one_tile": {32: {64: PLAIN, 128: WALKING}}}, HALF, "all"),
+    **_spread({"one_tile": {64: {64: WALKING_3, 128: WALKING}}}, HALF, "all", dropout=(False,)),
 }  # fmt: skip
 # Small, so that short sequences have several blocks.
 SMALL = Setting(32, 32, 1, 1)
@@ -300,17 +304,21 @@ def attention_if_served(kernel: str, scores: Scores) -> Setting | None:
     return setting
 
 
-WAVES = 4  # programs for an SM, of which the last may find it idle
+FILLING = 0.35  # heads that a program could have done while it waits for its first one's operands
 
 
 def filling(setting: Setting, sequences: int, heads: int, device: torch.device) -> Setting:
-    """With as many heads to a program as divide ``heads``; one, and no pipeline over them, where
-    programs would be too few to fill the GPU.
+    """With as many heads to a program, up to the setting's, as end soonest: few programs wait less
+    and leave more SMs idle at the end. One head has no pipeline over them.
     """
-    each = math.gcd(setting.heads_each, heads)
-    if each > 1 and sequences * heads // each >= (0 if INTERPRETED else WAVES * processors(device)):
-        return setting._replace(heads_each=each)
-    return setting._replace(num_stages=1, heads_each=1)
+
+    def time(each: int) -> float:
+        waves = cdiv(sequences * heads // each, processors(device))
+        return waves * (each + FILLING)
+
+    divisors = [n for n in range(setting.heads_each, 1, -1) if heads % n == 0]
+    each = min([*divisors, 1], key=time)
+    return setting._replace(heads_each=each, num_stages=setting.num_stages if each > 1 else 1)
 
 
 class RowSetting(NamedTuple):

@@ -36,6 +36,7 @@ def test_default_settings_compile_well(head, longest):
     passes = {128: {"forward", "backward, one tile"}}.get(
         longest, {"forward", "backward, dq", "backward, dk and dv"}
     )
+    passes |= {f"{name} and what others add" for name in passes if name != "forward"}  # of a stack
     found = rows(head, 0.1, longest)
     assert found.keys() == passes
     for one in found.values():

@@ -70,14 +70,14 @@ def test_narrow_loads_have_no_pipeline():
 @pytest.mark.parametrize(
     ("each", "sequences", "heads", "walked"),
     [
-        (3, 100, 12, 3),
-        (3, 99, 12, 1),  # fewer programs than fill 100 SMs 4 times
-        (3, 100, 16, 1),
-        (6, 1000, 16, 2),  # what divides both
+        (12, 200, 12, 12),  # 2 programs to an SM
+        (12, 101, 12, 2),  # 12 heads each would keep one SM of 100 busy for twice as long
+        (12, 8, 12, 1),  # every head has an SM
+        (3, 1000, 16, 2),  # what divides them
         (1, 1000, 12, 1),
     ],
 )
-def test_a_program_walks_heads_where_programs_are_many(each, sequences, heads, walked, monkeypatch):
+def test_a_program_walks_as_many_heads_as_end_soonest(each, sequences, heads, walked, monkeypatch):
     monkeypatch.setattr(configs, "processors", lambda device: 100)
     setting = configs.filling(CHOSEN._replace(heads_each=each), sequences, heads, DEVICE)
     stages = CHOSEN.num_stages if walked > 1 else 1  # one head has nothing to fetch ahead

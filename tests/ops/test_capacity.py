@@ -5,7 +5,7 @@ import torch
 
 from tinybert_fast import ops
 from tinybert_fast.ops import SequenceLayout
-from tinybert_fast.testing.proofs import implementations
+from tinybert_fast.testing.proofs import implementations, serves
 
 LENGTHS, WIDTH, SPARE = (5, 0, 7, 1), 7, 8
 FILLINGS = [(7, 1), (0, 0), (2, 6)]  # of dummies: full and short, none, as many as may be
@@ -53,10 +53,12 @@ LOSSES = {
     "hidden": (hidden_mse, "hidden_mse", [(C,)], [(CT,)], [(CT, C), (CT,)]),
     "alone": (hidden_mse_alone, "hidden_mse", [(C,)], [(C,)], []),
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CALLS = [
     (name, impl)
     for name, (_, op, *_) in LOSSES.items()
     for one in (*implementations(op), "reference")
+    if serves(op, one, torch.float32, DEVICE)
     for impl in ((one,) if one == "reference" else (one, (one, "reference")))
 ]
 
