@@ -192,11 +192,15 @@ def ops(run: Run, seconds: float) -> Iterator[Command]:
             yield run.bench("ops", left, *words, number=number)
 
 
+def workers(run: Run) -> int:
+    """Processes that share the GPU, while each compiles most of the time."""
+    return max(1, min(run.cores - 2, MAXIMAL_WORKERS))
+
+
 def tests(run: Run, seconds: float) -> list[Command]:
-    workers = max(1, min(run.cores - 2, MAXIMAL_WORKERS))  # mostly they compile
-    parallel = (
-        f"-n {workers} --dist loadfile" if importlib.util.find_spec("xdist") and workers > 1 else ""
-    )
+    parallel = ""
+    if importlib.util.find_spec("xdist") and workers(run) > 1:
+        parallel = f"-n {workers(run)} --dist worksteal"
     return [
         [
             sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider",
@@ -235,11 +239,7 @@ def test_results(file: Path) -> dict[str, Any]:
 
 
 def validate(run: Run, seconds: float) -> list[Command]:
-    how = (
-        "--op layer_norm --dtype fp32 --jobs 2"
-        if run.dry
-        else f"--jobs {max(1, min(run.cores // 2, MAXIMAL_WORKERS))}"
-    )
+    how = "--op layer_norm --dtype fp32 --jobs 2" if run.dry else f"--jobs {workers(run)}"
     minutes = f"{INSIDE * seconds / 60:.3f}"
     target = str(run.work / "validate.json")
     return [[*PROGRAM, "validate", *how.split(), "--minutes", minutes, "--json", target]]

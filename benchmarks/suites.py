@@ -62,7 +62,7 @@ def load_cases(suite: str, *, on_gpu: bool = False) -> Cases:
         pretrain_step,
     )
 
-    steps = mlm_step, distill_step, pretrain_step, finetune_step
+    steps = distill_step, mlm_step, pretrain_step, finetune_step  # as above
     return {
         name: build
         for step in steps

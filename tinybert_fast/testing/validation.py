@@ -162,18 +162,24 @@ def _findings(job: Job, device: torch.device | str) -> Iterator[Finding]:
 def _shared_out(plan: list[Job], device: torch.device | str, jobs: int) -> Iterator[Finding]:
     """The findings of processes, each with its own CUDA context, which fork could not give."""
     spawn = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,))
+    left = len(plan)
     try:
         made = [pool.submit(_listed, job, device) for job in plan]
         for (op, impl, dtype, label), answer in zip(plan, made, strict=True):
+            left -= 1
             try:
                 yield from answer.result()
             except BrokenProcessPool:  # which names no job: it may have been another's call
                 name = str(dtype).removeprefix("torch.")
                 problem = "not held: a process died, of a crash in a kernel or for lack of memory"
                 yield Finding(op, impl, name, label or "all claims", problem=problem)
-    finally:  # also where the caller wants no more of them
-        pool.shutdown(cancel_futures=True)
+    finally:
+        pool.shutdown(wait=not left, cancel_futures=True)
+        if left:  # the caller wants no more of them, and a kernel may be compiled for minutes
+            for process in set(multiprocessing.active_children()).difference(others):
+                process.terminate()
 
 
 def _listed(job: Job, device: torch.device | str) -> list[Finding]:
