@@ -38,7 +38,7 @@ PAGES = (
 )
 TERA = 1e4  # GFLOP/s from which they are said as TFLOP/s
 BLOCK = re.compile(r"<!-- results: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
-CPU, GPU = "epyc-avx512", "nvidia-h200"
+CPU, GPUS = "epyc-avx512", ("nvidia-h100-80gb-hbm3", "nvidia-h200")
 CASES = {
     "mlm_step": "masked LM, TinyBERT-4L-312",
     "distill_step": "distillation, 12L-768 to 4L-312",
@@ -240,6 +240,14 @@ def table_of(
         raise NoRows(f"there is no {file.name} yet")
     rows = newest(row for row in read(file) if allocator in (None, row["allocator"] or "system"))
     return f"{body(rows)}\n\n{caption(rows, file, page)}"
+
+
+def of_gpus(suite: str, body: Callable[[list[Row]], str], page: Path) -> str:
+    """A table for each GPU that has rows."""
+    there = [gpu for gpu in GPUS if (RESULTS / f"{suite}-{gpu}.csv").exists()]
+    if not there:
+        raise NoRows(f"no GPU has rows of {suite} yet")
+    return "\n\n".join(table_of(suite, gpu, body, page) for gpu in there)
 
 
 def cpu_steps(rows: list[Row]) -> str:
@@ -520,7 +528,11 @@ def curves(page: Path) -> str:
 
 def waiting(page: Path) -> str:
     """How long the GPU had nothing to do, in steps as they are launched."""
-    file = RESULTS / f"profile-{GPU}.json"
+    files = [RESULTS / f"profile-{gpu}.json" for gpu in GPUS]
+    return "\n\n".join(waiting_of(file, page) for file in files if file.exists())
+
+
+def waiting_of(file: Path, page: Path) -> str:
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = [
         [
@@ -540,9 +552,15 @@ def waiting(page: Path) -> str:
 
 
 def projection(page: Path) -> str:
-    """GPU hours of TinyBERT's general distillation, from the tokens per second of a step."""
-    file = RESULTS / f"step-{GPU}.csv"
-    rows = [row for row in newest(read(file)) if row["case"] == PROJECTED]
+    """GPU hours of TinyBERT's general distillation, from the tokens per second of a step on the
+    first GPU that has rows of it."""
+    files = [RESULTS / f"step-{gpu}.csv" for gpu in GPUS]
+    by_file = {
+        file: [row for row in newest(read(file)) if row["case"] == PROJECTED]
+        for file in files
+        if file.exists()
+    }
+    file, rows = next((file, rows) for file, rows in by_file.items() if rows)
     tokens = EPOCHS * WORDS * TOKENS_OF_A_WORD
     lines = [
         [
@@ -564,7 +582,7 @@ def projection(page: Path) -> str:
 def slower(page: Path) -> str:
     """Every case of the newest rows in which somebody is faster than ours."""
     lines, files = [], []
-    for machine in (CPU, GPU):
+    for machine in (CPU, *GPUS):
         for file in sorted(RESULTS.glob(f"*-{machine}.csv")):
             files.append(file)
             for group in groups(newest(read(file))):
@@ -593,9 +611,12 @@ def slower(page: Path) -> str:
 def baselines(page: Path) -> str:
     """Whoever is neither ours nor (a), with the settings that it chose from."""
     lines, files = [], []
-    for machine in (CPU, GPU):
+    for machine in (CPU, *GPUS):
         for suite in ("step", "ops"):
-            files.append(RESULTS / f"{suite}-{machine}.csv")
+            file = RESULTS / f"{suite}-{machine}.csv"
+            if not file.exists():
+                continue
+            files.append(file)
             others = tried(RESULTS.glob(f"{suite}*-{machine}.json"))
             for group in groups(newest(read(files[-1]))):
                 for row in everyone(group):
@@ -755,9 +776,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cpu-pretraining": pretraining,
     "cpu-shards": shards,
     "cpu-curves": curves,
-    "gpu-steps": partial(table_of, "step", GPU, gpu_steps),
-    "gpu-steps-all": partial(table_of, "step", GPU, partial(providers, graphs=False)),
-    "gpu-ops": partial(table_of, "ops", GPU, partial(providers, graphs=True)),
+    "gpu-steps": partial(of_gpus, "step", gpu_steps),
+    "gpu-steps-all": partial(of_gpus, "step", partial(providers, graphs=False)),
+    "gpu-ops": partial(of_gpus, "ops", partial(providers, graphs=True)),
     "gpu-waiting": waiting,
     "gpu-projection": projection,
     "slower": slower,
