@@ -2,9 +2,8 @@
 gradients of Q and K: TinyBERT's attention loss (Jiao et al. 2020, arXiv:1909.10351, equation 7).
 
 Gram form, one program for dQ of a (sequence, head), one for dK, which is the same with the operands
-exchanged, and one for the teacher's own term; one program for all three where a tile holds all rows
-of a head, which is then loaded once. Each sums Gram matrices over the rows of one side, then goes
-over those of the other:
+exchanged, and one for the teacher's own term. Each sums Gram matrices over the rows of one side,
+then goes over those of the other:
 
     dQ = 2wa (a Q (K^T K) - b P (R^T K))
     sum = <a Q, a Q (K^T K) - 2b P (R^T K)> + <b P, b P (R^T R)>
@@ -142,22 +141,6 @@ def _times_gram(x, high, low):
 
 
 @triton.jit
-def _scaled_grams(uu, vu, a, b, like):
-    """(hi, lo) of a U^T U and of -b V^T U, and what both are to be multiplied by."""
-    # Divided by the largest, so that fp16 holds them; it comes back with the factor.
-    largest = _largest(a * uu, b * vu)
-    return _split_gram(uu, a / largest, like), _split_gram(vu, -b / largest, like), largest
-
-
-@triton.jit
-def _rows_of_gradient(x, y, uu, vu):
-    """Rows of X (U^T U) and of Y (V^T U), and their terms of the sum (BLOCK_M,)."""
-    of_teacher = _times_gram(_tall(y), vu[0], vu[1])
-    grad = _times_gram(_tall(x), uu[0], uu[1]) + of_teacher
-    return grad, tl.sum(x.to(tl.float32) * (grad + of_teacher), 1)
-
-
-@triton.jit
 def _student_part(
     x, y, u, v, dx, start, length, head, cu_seqlens, lengths, sequences, a, b,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
@@ -177,15 +160,19 @@ def _student_part(
         uu = _product(tl.trans(_tall(u_tile)), u_tile, uu)
         vu = _product(tl.trans(_tall(v_tile)), u_tile, vu)
     weight = _weight(cu_seqlens, lengths, None, sequences, HEADS)
-    uu, vu, largest = _scaled_grams(uu, vu, a, b, x.ptr)
+    # Divided by the largest, so that fp16 holds them; it comes back with the factor.
+    largest = _largest(a * uu, b * vu)
+    uu, uu_low = _split_gram(uu, a / largest, x.ptr)
+    vu, vu_low = _split_gram(vu, -b / largest, x.ptr)
     factor = weight * a * largest
     dx_ptr = _head(dx, start, head, ALIGN_G)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, length, BLOCK_M):
         x_tile = _load_head(x_ptr, x.row, first, length, D, WIDE, BLOCK_D, BLOCK_M, ALIGN)
         y_tile = _load_head(y_ptr, y.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
-        grad, terms = _rows_of_gradient(x_tile, y_tile, uu, vu)
-        sums += terms
+        of_teacher = _times_gram(_tall(y_tile), vu, vu_low)
+        grad = _times_gram(_tall(x_tile), uu, uu_low) + of_teacher
+        sums += tl.sum(x_tile.to(tl.float32) * (grad + of_teacher), 1)
         store_tile(
             dx_ptr, dx.row, first, length, grad * (2.0 * factor), D, BLOCK_M, BLOCK_D, ALIGN_G
         )
@@ -207,72 +194,12 @@ def _teacher_part(
         vv = _product(tl.trans(_tall(v_tile)), v_tile, vv)
     weight = _weight(cu_seqlens, lengths, None, sequences, HEADS)
     largest = _largest(vv, vv)
-    vv = _split_gram(vv, 1.0 / largest, y.ptr)
+    vv, vv_low = _split_gram(vv, 1.0 / largest, y.ptr)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, length, BLOCK_M):
         y_tile = _load_head(y_ptr, y.row, first, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
-        sums += tl.sum(y_tile.to(tl.float32) * _times_gram(_tall(y_tile), vv[0], vv[1]), 1)
+        sums += tl.sum(y_tile.to(tl.float32) * _times_gram(_tall(y_tile), vv, vv_low), 1)
     return tl.sum(sums) * (weight * b * b * largest)
-
-
-@triton.jit
-def _student_part_of_tiles(
-    x, y, u, v, dx_ptr, row, length, weight, a, b, like, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, ALIGN_G: tl.constexpr,
-):  # fmt: skip
-    """As `_student_part`, of tiles that hold all rows."""
-    uu = _gram(u, u)
-    vu = _gram(v, u)
-    uu, vu, largest = _scaled_grams(uu, vu, a, b, like)
-    grad, terms = _rows_of_gradient(x, y, uu, vu)
-    factor = weight * a * largest
-    store_tile(dx_ptr, row, 0, length, grad * (2.0 * factor), D, BLOCK_M, BLOCK_D, ALIGN_G)
-    return tl.sum(terms) * factor
-
-
-@triton.jit
-def _gram(a, b):
-    """A^T B; of heads of 32 with as many rows of zeros."""
-    a = tl.trans(_tall(a))
-    return _product(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32))
-
-
-@triton.jit(do_not_specialize=["sequences"])
-def _gram_one_tile_kernel(
-    q, k, p, r, dq, dk, cu_seqlens, loss_ptr, sequences, a, b,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DT: tl.constexpr, BLOCK_DT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, ALIGN_T: tl.constexpr,
-    ALIGN_G: tl.constexpr, WIDE: tl.constexpr, WIDE_T: tl.constexpr, HEADS: tl.constexpr,
-    LOSS: tl.constexpr,
-):  # fmt: skip
-    sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    start = tl.load(cu_seqlens + sequence)
-    length = tl.load(cu_seqlens + sequence + 1) - start
-    lengths = _lengths(cu_seqlens, 0, sequences)
-    q_ptr, k_ptr = _head(q, start, head, ALIGN), _head(k, start, head, ALIGN)
-    p_ptr, r_ptr = _head(p, start, head, ALIGN_T), _head(r, start, head, ALIGN_T)
-    q_tile = _load_head(q_ptr, q.row, 0, length, D, WIDE, BLOCK_D, BLOCK_M, ALIGN)
-    k_tile = _load_head(k_ptr, k.row, 0, length, D, WIDE, BLOCK_D, BLOCK_M, ALIGN)
-    p_tile = _load_head(p_ptr, p.row, 0, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
-    r_tile = _load_head(r_ptr, r.row, 0, length, DT, WIDE_T, BLOCK_DT, BLOCK_M, ALIGN_T)
-    weight = _weight(cu_seqlens, lengths, None, sequences, HEADS)
-    dq_ptr, dk_ptr = _head(dq, start, head, ALIGN_G), _head(dk, start, head, ALIGN_G)
-    # Both of the student's parts find the same sum, from other roundings.
-    total = 0.5 * _student_part_of_tiles(
-        q_tile, p_tile, k_tile, r_tile, dq_ptr, dq.row, length, weight, a, b, q.ptr, D, BLOCK_M,
-        BLOCK_D, ALIGN_G,
-    )  # fmt: skip
-    total += 0.5 * _student_part_of_tiles(
-        k_tile, r_tile, q_tile, p_tile, dk_ptr, dk.row, length, weight, a, b, q.ptr, D, BLOCK_M,
-        BLOCK_D, ALIGN_G,
-    )  # fmt: skip
-    if LOSS == "full":
-        rr = _gram(r_tile, r_tile)
-        largest = _largest(rr, rr)
-        rr = _split_gram(rr, 1.0 / largest, p.ptr)
-        terms = tl.sum(p_tile.to(tl.float32) * _times_gram(_tall(p_tile), rr[0], rr[1]), 1)
-        total += tl.sum(terms) * (weight * b * b * largest)
-    tl.store(loss_ptr + tl.program_id(0), total)
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -455,18 +382,12 @@ def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
         "ALIGN_T": align_t,
     }
     if form == "gram":
-        kernel, setting = (
-            _gram_one_tile_kernel,
-            configs.attention_if_served("gram_one_tile", scores),
-        )
-        parts = 1
-        if setting is None:
-            kernel, setting = _gram_kernel, configs.attention("gram", scores)
-            parts = 3 if loss == "full" else 2  # dq, dk, and the teacher's own term
+        setting = configs.attention("gram", scores)
+        parts = 3 if loss == "full" else 2  # dq, dk, and the teacher's own term
         losses = torch.empty(sequences * heads * parts, dtype=torch.float32, device=dq.device)
         align_g = alignment(dq, dk)
         of_gradients = [Rows.of(x, align_g) for x in (dq, dk)]
-        kernel[len(losses),](
+        _gram_kernel[len(losses),](
             q, k, p, r, *of_gradients, cu_seqlens, losses, sequences, *scales, LOSS=loss,
             HEADS=heads, ALIGN_G=align_g, **loaded, **constants, **setting.launch(),
         )  # fmt: skip
