@@ -78,7 +78,6 @@ PASSES = {
     "_statistics_kernel": "statistics",
     "_gradient_kernel": "gradient",
     "_gram_kernel": "gram",
-    "_gram_one_tile_kernel": "gram, one tile",
     "_direct_kernel": "direct, dq",
     "_pairs_kernel": "direct, pairs of a mask",
     "_error_kernel": "errors",

@@ -71,7 +71,6 @@ class Family(NamedTuple):
 LOSSES: Settings = {
     "gram": _any({32: PIPELINED, 64: PIPELINED}),
     "direct": _any({32: PLAIN, 64: PLAIN}),
-    "gram_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
     "relation_one_tile": {32: ONE_TILE, 64: ONE_TILE},
     "relation_statistics": _any(dict.fromkeys(HEADS, PLAIN)),
     "relation_gradient": _any({32: PLAIN, 64: PLAIN, 128: NARROW}),
@@ -108,7 +107,6 @@ SM_80 = Family(
         "dkdv": _any({32: PIPELINED, 64: NARROW_PIPELINED, 128: EIGHT._replace(num_stages=2)}),
         **LOSSES,
         "direct": _any(dict.fromkeys((32, 64), NARROW._replace(num_warps=8))),
-        "gram_one_tile": {},
         "relation_one_tile": {32: {64: PLAIN}, 64: {64: PLAIN}},
         "relation_statistics": _any({32: PLAIN, 64: PLAIN, 128: Setting(32, 32, 4, 1)}),
         "relation_gradient": _any({32: PLAIN, 64: NARROW, 128: EIGHT}),
@@ -162,7 +160,8 @@ FAMILIES: dict[int, Table] = {
 # Attention as `bench --tune` found it on an H200, at 65,536 tokens in sequences of 64, 128 and 512
 # (benchmarks/results/tune-nvidia-h200.json; 64 without dropout takes what longer ones do). The Gram
 # form was tried on that GPU under several settings, of which no rows are kept; so were, on an H100,
-# programs that walk heads and the Gram form in one tile, which at 128 tokens was half as fast.
+# programs that walk heads, and the Gram form with a program for all of a head, which took twice as
+# long at 128 tokens.
 DEEP = PIPELINED._replace(num_stages=3)
 WALKING, WALKING_3 = Setting(128, 128, 8, 3, 12), Setting(64, 64, 4, 3, 3)
 FAMILIES[90] |= {

@@ -36,11 +36,7 @@ class Setting(NamedTuple):
 KERNELS = (  # for every length
     "forward", "dq", "dkdv", "gram", "direct", "relation_statistics", "relation_gradient",
 )  # fmt: skip
-IN_ONE_TILE = (
-    "one_tile",
-    "relation_one_tile",
-    "gram_one_tile",
-)  # where that holds all scores of a head
+IN_ONE_TILE = ("one_tile", "relation_one_tile")  # where that holds all scores of a head
 
 
 class Key(NamedTuple):
