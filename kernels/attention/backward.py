@@ -131,8 +131,8 @@ def _one_tile_kernel(
         if DROPOUT:  # the mask is P's sign from here on, which costs no register
             keep = attention_keep(key, sequence, head, 0, 0, dropout.threshold, BLOCK_M, BLOCK_N)
             p = tl.where(keep, p, -p)
-        kept = tl.maximum(p, 0.0).to(do.dtype)
-        dv_tile = tl.dot(tl.trans(kept), do, input_precision="ieee") * dropout.scale
+        kept = tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL) if DROPOUT else p
+        dv_tile = tl.dot(tl.trans(kept.to(do.dtype)), do, input_precision="ieee") * dropout.scale
         dv_tile = _plus(
             dv_tile, more_v, task, head, 0, length, D_MORE, BLOCK_N, BLOCK_D, ALIGN_MORE
         )
