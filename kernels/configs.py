@@ -160,7 +160,7 @@ FAMILIES: dict[int, Table] = {
 # Attention as `bench --tune` found it on an H200, at 65,536 tokens in sequences of 64, 128 and 512
 # (benchmarks/results/tune-nvidia-h200.json; 64 without dropout takes what longer ones do). The Gram
 # form was tried on that GPU under several settings, of which no rows are kept. Programs that walk
-# heads were timed on an H100 (results/one-tile-nvidia-h100-80gb-hbm3.json).
+# heads were timed on an H100 (benchmarks/results/one-tile-nvidia-h100-80gb-hbm3.json).
 DEEP = PIPELINED._replace(num_stages=3)
 WALKING, WALKING_3 = Setting(128, 128, 8, 3, 12), Setting(64, 64, 4, 3, 3)
 FAMILIES[90] |= {
@@ -395,8 +395,8 @@ class Product(NamedTuple):
         }
 
 
-# Of linear_gelu, timed on an H100 (results/linear-gelu-nvidia-h100-80gb-hbm3.json). It loads by TMA, which began with sm_90;
-# an SM of sm_120 has too little shared memory for these tiles.
+# Of linear_gelu, timed on an H100 (benchmarks/results/linear-gelu-nvidia-h100-80gb-hbm3.json). It
+# loads by TMA, which began with sm_90; an SM of sm_120 has too little shared memory for such tiles.
 SQUARE = Product(128, 128, 64, parts=2, num_warps=4, num_stages=3, programs=2)
 PRODUCTS: dict[int, Product | None] = {80: None, 90: SQUARE, 100: SQUARE, 120: None}
 PRODUCT_INTERPRETED = Product(32, 32, 32, parts=2, num_warps=1, num_stages=1, programs=2)
