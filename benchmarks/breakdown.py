@@ -47,7 +47,8 @@ def breakdown(call: Callable[[], Any], device: torch.device) -> Breakdown:
     time too: the sum is above a run that nobody watches. On a GPU the times are those of kernels,
     and there are "kernels" like "operators", their sum "busy_ms", and "wall_ms" of a run that
     nobody watches: what it has beyond busy_ms are gaps, in which the GPU waits for launches. The
-    products are those of MATRIX_PRODUCTS: fused attention is not among them.
+    products are those of MATRIX_PRODUCTS: fused attention is not among them, nor is the product
+    that linear_gelu fuses with what follows it.
     """
     os.environ.setdefault(*QUIET)
     cuda = device.type == "cuda"

@@ -83,7 +83,7 @@ CANDIDATES: dict[str, list[Setting]] = {
         (128, 64, 4, (1,)), (128, 64, 8, (1,)),
     ),
 }  # fmt: skip
-WALKS = [(1, 1), (3, 2), (3, 3)]  # stages, heads of a program
+WALKS = [(1, 1), (3, 3), (3, 12)]  # stages, heads of a program
 ONE_TILE = {
     64: [Setting(64, 64, warps, *walk) for warps in (4, 8) for walk in WALKS],
     128: [Setting(128, 128, warps, *walk) for warps in (4, 8) for walk in WALKS],

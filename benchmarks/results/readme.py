@@ -529,7 +529,10 @@ def curves(page: Path) -> str:
 def waiting(page: Path) -> str:
     """How long the GPU had nothing to do, in steps as they are launched."""
     files = [RESULTS / f"profile-{gpu}.json" for gpu in GPUS]
-    return "\n\n".join(waiting_of(file, page) for file in files if file.exists())
+    there = [file for file in files if file.exists()]
+    if not there:
+        raise NoRows("no GPU has a profile yet")
+    return "\n\n".join(waiting_of(file, page) for file in there)
 
 
 def waiting_of(file: Path, page: Path) -> str:
@@ -555,12 +558,13 @@ def projection(page: Path) -> str:
     """GPU hours of TinyBERT's general distillation, from the tokens per second of a step on the
     first GPU that has rows of it."""
     files = [RESULTS / f"step-{gpu}.csv" for gpu in GPUS]
-    by_file = {
-        file: [row for row in newest(read(file)) if row["case"] == PROJECTED]
-        for file in files
-        if file.exists()
-    }
-    file, rows = next((file, rows) for file, rows in by_file.items() if rows)
+    rows: list[Row] = []
+    for file in filter(Path.exists, files):
+        rows = [row for row in newest(read(file)) if row["case"] == PROJECTED]
+        if rows:
+            break
+    else:
+        raise NoRows(f"no GPU has rows of {PROJECTED} yet")
     tokens = EPOCHS * WORDS * TOKENS_OF_A_WORD
     lines = [
         [

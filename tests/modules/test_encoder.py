@@ -138,6 +138,34 @@ def test_matrices_rounded_together_are_those_of_autocast(padded, monkeypatch):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["heads_of_4", "padded_to_8"])
+def test_one_product_for_queries_keys_and_values(padded, monkeypatch):
+    """That of autocast but for roundings; where nothing is rounded or padded, there are three."""
+    layout = tbf.SequenceLayout.from_lengths([5, 2, 0, 5], 6)
+    ids = torch.randint(1, 17, (4, 6))
+    monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)
+    monkeypatch.setattr(weights, "pays_to_prepare_together", lambda hidden: True)
+    stacks, prepared = [], weights.prepare
+
+    def noted(*call):
+        stacks.append((found := prepared(*call)).stack is not None)
+        return found
+
+    monkeypatch.setattr(encoder, "prepare", noted)
+    found = []
+    for mixed in (False, True):
+        bert, stacks[:] = stand_in(), []
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            hidden = encode(bert, layout, input_ids=ids)
+        assert stacks == [mixed or padded] * 2
+        hidden.sin().sum().backward()
+        found.append(
+            [hidden, *(p.grad for name, p in bert.named_parameters() if "key.b" not in name)]
+        )
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["heads_of_4", "padded_to_8"])
 def test_no_product_for_a_frozen_matrix(padded, monkeypatch):
     """Rounded and padded together with trained ones, which want gradients."""
     monkeypatch.setattr(encoder, "pays_to_pad", lambda hidden: padded)

@@ -9,6 +9,7 @@ from transformers import BertForSequenceClassification
 
 import tinybert_fast as tbf
 from tinybert_fast.testing.tiny_models import tiny_config
+from tinybert_fast.training import teacher as teacher_module
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.teacher import (
     Int8Linear,
@@ -17,6 +18,7 @@ from tinybert_fast.training.teacher import (
     check_teacher_dtype,
     classify,
     int8_linears,
+    join_projections,
     record,
 )
 
@@ -91,6 +93,26 @@ def test_refusals():
         check_teacher_dtype("int8", torch.device("cuda"))
     with pytest.raises(ValueError, match="runs on a CPU, and this one is on meta"):
         int8_linears(model().to("meta"))
+
+
+def test_projections_are_joined_of_what_is_taken_as_it_is(monkeypatch):
+    """An accelerated teacher in bf16 on a GPU, for which the CPU stands in; the user's is left."""
+    monkeypatch.setattr(teacher_module, "pays_to_prepare_together", lambda weight: True)
+
+    def places(model):
+        return [p.data_ptr() for p in model.parameters()]
+
+    plain = model()
+    fast = tbf.accelerate(copy.deepcopy(plain))
+    for left in (bf16_linears(copy.deepcopy(plain)), fast):
+        before = places(left)
+        assert places(join_projections(left)) == before
+    joined = join_projections(bf16_linears(fast))
+    heads = joined.bert.encoder.layer[1].attention.self
+    size = heads.query.weight.nbytes
+    assert heads.value.weight.data_ptr() == heads.query.weight.data_ptr() + 2 * size
+    before = places(joined)
+    assert places(join_projections(joined)) == before
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def encode_layer(
         context, *given = attention_of_stack(
             stack, give=[HEADS.index(name) for name in give], width=size, **of_attention
         )
-        del stack  # without a graph its memory serves the rest of the layer
+        del stack  # without a graph, nothing given, its memory serves the rest of the layer
     else:
         queries, keys, values = (
             _product(x, hidden, taken, plain).unflatten(1, (-1, size + padding))

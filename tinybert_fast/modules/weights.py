@@ -58,13 +58,14 @@ def prepare(
     stack = None
     if stacks and not padding:
         stack = _stack_in_place([p for p, _ in heads], hidden.dtype)
-    copied = [*heads, *readers] if padding else heads if stacks and stack is None else []
-    seen = {id(p) for p, _ in copied}
     every = [p for p, _ in (*heads, *readers)]
     every += [dense.weight for dense in (inner, outer) if dense in plain]
-    rounded = [p for p in every if id(p) not in seen and p.dtype == torch.float32 != hidden.dtype]
-    if not (copied or rounded):
+    rounded = [p for p in every if p.dtype == torch.float32 != hidden.dtype]
+    if not (padding or rounded):  # three products take less than a copy for one
         return Prepared({}, stack)
+    copied = [*heads, *readers] if padding else heads if stacks and stack is None else []
+    seen = {id(p) for p, _ in copied}
+    rounded = [p for p in rounded if id(p) not in seen]
     stacks = stacks and bool(copied)
     parameters = [*(p for p, _ in copied), *rounded]
     axes = tuple(axis for _, axis in copied)
@@ -76,9 +77,11 @@ def prepare(
 
 def lay_side_by_side(projections: Sequence[nn.Linear]) -> None:
     """Move the frozen weights and biases of queries, keys and values, all in one dtype and place,
-    to where `prepare` takes them as one without a copy.
+    to where `prepare` takes them as one without a copy; where they lie so already, they stay.
     """
     parameters = [getattr(dense, name) for name in ("weight", "bias") for dense in projections]
+    if _stack_in_place(parameters, parameters[0].dtype) is not None:
+        return
     room = torch.cat([p.detach().flatten() for p in parameters])
     for p, piece in zip(parameters, room.split([p.numel() for p in parameters]), strict=True):
         p.data = piece.view(p.shape)
@@ -150,16 +153,7 @@ class _Prepare(torch.autograd.Function):
             for x, axis, piece in zip(copied, axes, room.split(numbers), strict=True)
         ]
         rounded = [torch.empty_like(x, dtype=dtype) for x in others]
-        _copy(
-            [
-                _heads(y, axis, size + padding)[:, :, :size]
-                for y, axis in zip(pieces, axes, strict=True)
-            ],
-            [_heads(x, axis, size) for x, axis in zip(copied, axes, strict=True)],
-            rounded,
-            others,
-            apart=padding > 0,
-        )
+        _copy(list(zip(pieces, copied, axes, strict=True)), (size + padding, size), rounded, others)
         needs = list(ctx.needs_input_grad[5:])
         if stacks:
             weights, biases = sum(numbers[:STACKED]), sum(numbers[: 2 * STACKED])
@@ -182,33 +176,28 @@ class _Prepare(torch.autograd.Function):
             None if x is None else x.new_empty(shape, dtype=dtype)
             for x, (shape, dtype) in zip(narrow, ctx.like, strict=True)
         ]
-        size, whole = ctx.heads
         n = len(ctx.axes)
-        there = [
-            triple for triple in zip(wide, narrow, ctx.axes, strict=False) if triple[1] is not None
-        ]
+        there = [cut for cut in zip(wide, narrow, ctx.axes, strict=False) if cut[1] is not None]
         others = [pair for pair in zip(wide[n:], narrow[n:], strict=True) if pair[1] is not None]
-        _copy(
-            [_heads(y, axis, size) for y, _, axis in there],  # type: ignore[arg-type]
-            [_heads(x, axis, whole)[:, :, :size] for _, x, axis in there],
-            [y for y, _ in others],
-            [x for _, x in others],
-            apart=whole > size,
-        )
+        _copy(there, ctx.heads, [y for y, _ in others], [x for _, x in others])
         return (*(None,) * 5, *wide)
 
 
-def _copy(
-    heads: Any, from_heads: Any, others: Any, from_others: Any, apart: bool
-) -> None:  # fmt: skip
-    """The second into the first, the fourth into the third, in one launch; ``apart``: one for each
-    of the heads, which have gaps, as PyTorch would otherwise copy all of them one by one.
+def _copy(cut: Any, sizes: tuple[int, int], others: Any, from_others: Any) -> None:
+    """Of ``cut`` (target, source, axis) the second into the first, where heads have ``sizes``
+    numbers, the lesser of which are copied; ``from_others`` into ``others``. One launch; one for
+    each of ``cut`` where there are gaps, as PyTorch would otherwise copy all of them one by one.
     """
-    if apart and heads:
-        torch._foreach_copy_(heads, from_heads)
-        heads = from_heads = ()
-    if heads or others:
-        torch._foreach_copy_([*heads, *others], [*from_heads, *from_others])
+    ours, theirs = [y for y, _, _ in cut], [x for _, x, _ in cut]
+    if sizes[0] != sizes[1]:
+        least = min(sizes)
+        ours = [_heads(y, axis, sizes[0])[:, :, :least] for y, _, axis in cut]
+        theirs = [_heads(x, axis, sizes[1])[:, :, :least] for _, x, axis in cut]
+        if cut:
+            torch._foreach_copy_(ours, theirs)
+        ours = theirs = []
+    if ours or others:
+        torch._foreach_copy_([*ours, *others], [*theirs, *from_others])
 
 
 def is_plain(dense: nn.Module) -> bool:

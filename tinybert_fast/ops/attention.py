@@ -243,12 +243,14 @@ def attention_of_stack(
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``attention(*stack.unbind(1), ...)`` of packed (T, 3, H, D), and ``stack[:, i, :, :width]``
-    (T, H, width) for each i, or None if it is not in ``give``: 0 queries, 1 keys, 2 values. Triton
-    adds in fp32 what those are given as gradients to attention's own, in one (T, 3, H, D).
+    (T, H, width) for each i, or None if it is not in ``give``: 0 queries, 1 keys, 2 values; whoever
+    keeps one of these views keeps the stack. Triton adds in fp32 what those are given as gradients
+    to attention's own, in one (T, 3, H, D): 0 where nobody reads what depends on a number.
 
     Raises:
         ValueError: as ``attention`` does.
     """
+    stack = stack.contiguous()
     q, k, v = stack.unbind(1)
     width = q.shape[-1] if width is None else width
     dense = isinstance(block_mask, Tensor)

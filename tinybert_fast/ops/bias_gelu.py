@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ def bias_gelu(
 
     Where nobody wants a gradient, which needs the product, ``triton`` makes product and GELU in one
     kernel: in half precision, for K and C that are multiples of 8, on sm_90 and sm_100. The answer
-    is rounded once then; everywhere else F.linear makes the product, rounded as its answer is.
+    is rounded once then; everywhere else F.linear makes the product, rounded as its answer is. (So
+    is the second pass of re-entrant checkpointing, whose first one has no graph.)
 
     Args:
         x, bias: fp16, bf16, fp32 or fp64 (``triton``: not fp64); any strides.
@@ -103,7 +105,7 @@ def bias_gelu(
         _check_product(x, bias, weight)
         recorded = any(wanted_gradients(x, bias, weight)) or forward_ad._current_level >= 0
         if impls[0] == "triton" and not recorded:
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
             y = _forward_of_product(rows, weight, bias, "triton")
             return y.view(*x.shape[:-1], weight.shape[0])
         x = F.linear(x, weight)

@@ -164,9 +164,10 @@ def _shared_out(plan: list[Job], device: torch.device | str, jobs: int) -> Itera
     spawn = multiprocessing.get_context("spawn")
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,))
+    made = [pool.submit(_listed, job, device) for job in plan]
+    own = set(multiprocessing.active_children()).difference(others)  # spawned at the first submit
     left = len(plan)
     try:
-        made = [pool.submit(_listed, job, device) for job in plan]
         for (op, impl, dtype, label), answer in zip(plan, made, strict=True):
             left -= 1
             try:
@@ -178,7 +179,7 @@ def _shared_out(plan: list[Job], device: torch.device | str, jobs: int) -> Itera
     finally:
         pool.shutdown(wait=not left, cancel_futures=True)
         if left:  # the caller wants no more of them, and a kernel may be compiled for minutes
-            for process in set(multiprocessing.active_children()).difference(others):
+            for process in own:
                 process.terminate()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.capture import Capture, encoder_of, record_padded
-from tinybert_fast.modules.weights import is_plain, lay_side_by_side
+from tinybert_fast.modules.weights import is_plain, lay_side_by_side, pays_to_prepare_together
 from tinybert_fast.ops.layout import SequenceLayout
 
 TeacherDtype = Literal["fp32", "bf16", "int8"]
@@ -69,15 +69,25 @@ def bf16_linears(teacher: nn.Module) -> nn.Module:
 
 
 def join_projections(teacher: nn.Module) -> nn.Module:
-    """Lay the weights of queries, keys and values of each layer of a frozen teacher side by side,
-    where it stands: the encoder then takes them as one product. Moved, a teacher lies apart again.
+    """Lay the weights of queries, keys and values of each layer side by side, of a frozen teacher
+    that `bf16_linears` has made and that stands on a GPU: an accelerated encoder then takes them as
+    one product. Others are left alone. Moved, a teacher lies apart again.
+
+    The six share a storage then, which `safetensors.torch.save_model` takes for tied weights;
+    ``save_pretrained`` does not.
     """
+    if not is_accelerated(teacher):
+        return teacher
     for layer in encoder_of(teacher).encoder.layer:
         heads = layer.attention.self
         projections = heads.query, heads.key, heads.value
-        if all(map(is_plain, projections)):
+        if all(map(is_plain, projections)) and _is_taken_as_it_is(heads.query.weight):
             lay_side_by_side(projections)
     return teacher
+
+
+def _is_taken_as_it_is(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and pays_to_prepare_together(weight)
 
 
 class Int8Linear(nn.Module):
