@@ -62,7 +62,9 @@ def load_cases(suite: str, *, on_gpu: bool = False) -> Cases:
         pretrain_step,
     )
 
-    steps = distill_step, mlm_step, pretrain_step, finetune_step  # as above
+    steps = [mlm_step, distill_step, pretrain_step, finetune_step]
+    if on_gpu:  # where the clock cuts the end off, and masked LM compiles longest
+        steps = [distill_step, mlm_step, pretrain_step, finetune_step]
     return {
         name: build
         for step in steps

@@ -18,8 +18,8 @@ from tinybert_fast.kernels import configs
 
 STAGES = tl.constexpr(3)  # of a backward's loop: rows in flight while others are computed with
 # Partial sums that the second stage loads at a time, and how many columns of them: it waits for
-# each load, so few tall ones; 64 bytes of a row are whole sectors of memory.
-SUMMED_ROWS, SUMMED_COLUMNS, SUMMING_WARPS = 512, 16, 8
+# each load, so few tall ones; 32 bytes of a row are a whole sector of memory.
+SUMMED_ROWS, SUMMED_COLUMNS, SUMMING_WARPS = 512, 8, 8
 
 
 @triton.jit

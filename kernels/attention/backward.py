@@ -123,8 +123,8 @@ def _one_tile_kernel(
         p = tl.exp2(
             tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale - lse_tile[:, None]
         )
-        if DIRECTION == "both":  # a dead query's lse has made P zero
-            live = (tl.arange(0, BLOCK_N) < length)[None, :]
+        if DIRECTION == "both" and HEADS_EACH > 1:  # a dead query's lse has made P zero
+            live = (tl.arange(0, BLOCK_N) < length)[None, :]  # in fewer registers than below
         else:
             live = live_scores(0, 0, length, BLOCK_M, BLOCK_N, DIRECTION)
         p = tl.where(live, p, 0.0)
