@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 import tinybert_fast as tbf
@@ -184,6 +185,29 @@ def test_no_product_for_a_frozen_matrix(padded, monkeypatch):
         work.append(counter.get_total_flops())
     width = HEADS * (8 if padded else CHANNELS // HEADS)
     assert work[0] - work[1] == 2 * 2 * layout.total * CHANNELS * width
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["three", "a_stack"])
+@torch.no_grad()
+def test_heads_that_nobody_records_make_room_behind_attention(stacked, monkeypatch):
+    monkeypatch.setattr(weights, "pays_to_prepare_together", lambda hidden: stacked)
+    where, name = (encoder, "attention_of_stack") if stacked else (encoder.ops, "attention")
+    attention, output, heads, gone = getattr(where, name), encoder._output, [], []
+
+    def noted(x, *others, **options):
+        heads.append(StorageWeakRef(x.untyped_storage()))
+        return attention(x, *others, **options)
+
+    def behind(*call, **options):
+        gone.append(heads[-1].expired())
+        return output(*call, **options)
+
+    monkeypatch.setattr(where, name, noted)
+    monkeypatch.setattr(encoder, "_output", behind)
+    layout, ids = tbf.SequenceLayout.from_lengths([5, 2]), torch.randint(1, 17, (2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        encode(stand_in(), layout, input_ids=ids)
+    assert gone == [True] * 4  # two places in each of two layers
 
 
 def test_frozen_weights_side_by_side_are_one_without_a_copy(monkeypatch):

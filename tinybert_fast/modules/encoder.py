@@ -230,7 +230,7 @@ def encode_layer(
             for x in projections
         )
         context = ops.attention(queries, keys, values, **of_attention)
-        given = [x[..., :size] for x in (queries, keys, values)]
+        given = [x[..., :size] for x in (queries, keys, values)] if give else []
         del queries, keys, values  # likewise
     context = context.flatten(1)
     if read is not None:  # dropout keeps the cells of the whole
