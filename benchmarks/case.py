@@ -93,11 +93,13 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """On the inputs ``what``, ``others`` must agree with ``reference`` in loss and gradients."""
+    """On the inputs ``what``, ``others`` must agree with ``reference`` in loss and gradients, but
+    for what they round more coarsely than their dtype: ``rounding``, a relative difference."""
 
     what: str
     reference: str
     others: tuple[str, ...]
+    rounding: float = 0.0
 
 
 @dataclass(eq=False)

@@ -37,6 +37,7 @@ def check(
             own, _ = errors_between(exact, providers[one.reference].outcome(one.what, dtype))
             allowed = [tolerance + 2 * e for tolerance, e in zip(allowed, own, strict=True)]
             allowed[0] = max(allowed[0], LOSS_TOLERANCE_BF16)
+        allowed = [tolerance + one.rounding for tolerance in allowed]
         for name in one.others:
             if (name, dtype) in left_out:
                 continue

@@ -63,6 +63,8 @@ MODEL_HEADS = 12  # so that rows are as far apart as in BERT
 RELATIONS = ((26, 64), (32, 32), (64, 64), (128, 128))  # widths of student's and teacher's heads
 WIDENED = (1200, 3072)  # columns of TinyBERT-4's and BERT-base's wide layers
 INNER = ((312, 1200), (768, 3072))  # products before those
+E4M3, FP8_INNER = torch.float8_e4m3fn, ((768, 3072),)  # a teacher's
+FP8_FROM = torch.bfloat16, 0.0  # dtype of what it rounds, and dropout
 COLUMNS = (312, 384, 768, 1024)  # TinyBERT-4, MiniLM, BERT-base, BERT-large
 WORDS = 30522  # BERT's
 ROW_LOSSES = ("hidden_mse", "linear_cross_entropy", "scaled_gradient")
@@ -83,6 +85,7 @@ PASSES = {
     "_error_kernel": "errors",
     "_loss_kernel": "loss and gradient of logits",
     "_scale_kernel": "gradient, scaled",
+    "_round_kernel": "rounding of rows",
 }
 
 # Of one SM: NVIDIA's CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -319,6 +322,19 @@ def linear_gelu_kernels(arch: int, inputs: int, columns: int, dtype: torch.dtype
     return found
 
 
+def feed_forward_fp8_kernels(arch: int, inputs: int, columns: int) -> list[Compiled]:
+    """Of a block of 8-bit floats: the rounding of rows, and linear_gelu's kernel in e4m3."""
+    from tinybert_fast.kernels import configs, feed_forward_fp8, linear_gelu
+
+    x, weight = torch.zeros(ROWS, inputs), torch.zeros(columns, inputs).to(E4M3)
+    scale, bias, reach = torch.zeros(columns), torch.zeros(columns), torch.zeros(2)
+    with compiling_for(arch) as found:
+        if configs.linear_gelu(x.bfloat16(), columns) is not None:
+            rows, *scales = feed_forward_fp8.rounded(x.bfloat16(), reach)
+            linear_gelu.forward_fp8(rows, scales[0], weight, scale, bias, scales[1])
+    return found
+
+
 def row(compiled: Compiled, arch: int, dtype: torch.dtype) -> dict[str, Any]:
     """The figures of one kernel."""
     constants, code = compiled.constants, compiled.code
@@ -453,9 +469,13 @@ def report(
         if op in (None, "linear_gelu") and not dropout_p:
             for inputs, columns in INNER:
                 found += linear_gelu_kernels(arch, inputs, columns, dtype)
-        for compiled in found:
+        kinds = [(one, dtype) for one in found]
+        if op in (None, "linear_gelu", "feed_forward_fp8") and (dtype, dropout_p) == FP8_FROM:
+            for inputs, columns in FP8_INNER:
+                kinds += [(one, E4M3) for one in feed_forward_fp8_kernels(arch, inputs, columns)]
+        for compiled, kind in kinds:
             if op in (None, compiled.op):
-                new = row(compiled, arch, dtype)
+                new = row(compiled, arch, kind)
                 rows[tuple(new.values())] = new  # two lengths may share a configuration
     return list(rows.values())
 

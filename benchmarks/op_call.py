@@ -118,6 +118,8 @@ class OpCall:
     def _gradients(
         self, dtype: str, result: Tensor, operands: list[Tensor], *, retain_graph: bool = False
     ) -> tuple[Tensor, ...]:
+        if self.trained == 0:
+            return ()
         incoming = None
         if result.dim():
             if dtype not in self._incoming:

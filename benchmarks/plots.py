@@ -40,6 +40,8 @@ COLOURS = {BASELINE: "tab:gray", CAREFUL: "tab:orange", OURS: "tab:blue"}
 # Of providers by name, before that of their role. Blue is ours alone.
 SHADES = {
     "ours cached": "#6baed6",
+    "ours fp8": "#08519c",
+    "ours bf16": "#6baed6",
     "ours weighted": "#6baed6",
     REFERENCE: "#c6dbef",
     "careful compile": "#fdae6b",

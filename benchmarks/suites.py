@@ -22,6 +22,7 @@ def load_cases(suite: str, *, on_gpu: bool = False) -> Cases:
             bias_gelu,
             dropout_add_layer_norm,
             embedding_layer_norm,
+            feed_forward_fp8,
             hidden_mse,
             layer_norm,
             linear_cross_entropy,
@@ -38,6 +39,7 @@ def load_cases(suite: str, *, on_gpu: bool = False) -> Cases:
             **embedding_layer_norm.CASES,
             **attention_relation_kl.CASES,
             **bias_gelu.CASES,
+            **(feed_forward_fp8.CASES if on_gpu else {}),
         }
     if suite == "memory":
         from tinybert_fast.benchmarks.cases import attention_score_mse_memory

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinybert_fast.benchmarks.batches import Batch
 from tinybert_fast.benchmarks.case import Outcome, Unavailable, autocast, one_line
 from tinybert_fast.benchmarks.graphs import Replay
-from tinybert_fast.training.teacher import bf16_linears, join_projections
+from tinybert_fast.training.teacher import CONVERT, join_projections
 
 OPTIMIZER = "adamw_fused"
 LEARNING_RATE = (
@@ -175,12 +175,12 @@ def sharing(model: nn.Module) -> Any:
 
 
 class Teacher:
-    """A frozen model as each dtype wants it: in bf16 as DistillationTrainer has it."""
+    """A frozen model as each dtype wants it: other than in fp32 as DistillationTrainer has it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._models: dict[str, Any] = {"fp32": model.eval().requires_grad_(False)}
 
     def __call__(self, dtype: str) -> Any:
         if dtype not in self._models:
-            self._models[dtype] = join_projections(bf16_linears(sharing(self._models["fp32"])))
+            self._models[dtype] = join_projections(CONVERT[dtype](sharing(self._models["fp32"])))
         return self._models[dtype]

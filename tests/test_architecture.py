@@ -49,6 +49,7 @@ OPS = {
     "block_mask",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
+    "feed_forward_fp8",
     "hidden_mse",
     "layer_norm",
     "linear_cross_entropy",

@@ -7,7 +7,9 @@ and the losses coincide.
 
 On a GPU the batches are larger, with every position real or lengths as drawn, and the steps are
 also replayed as CUDA graphs. Where the official N x N tensors of B = 256, N = 512 would not fit,
-`official` is left out and measured at B = 32 instead. `student_step`: the same without the teacher,
+`official` is left out and measured at B = 32 instead. Where every position is real, our step has a
+provider more, whose teacher rounds its feed-forward blocks to fp8; it is held to the others within
+what that changes. `student_step`: the same without the teacher,
 whose answers are there before anything is timed. On a CPU TextBrewer takes part in the whole step
 where it is installed, as the extra ``test`` does.
 """
@@ -65,6 +67,7 @@ FULL_SHAPES, RAGGED_SHAPES = ((256, 128), (32, 512), (256, 512)), ((256, 128),)
 STUDENT_SHAPES, GPU_STUDENT_SHAPES = ((16, 128),), ((256, 128),)
 CHECKED_TOKENS = 1 << 15  # of a full batch, on a GPU
 OFFICIAL_PAIRS = 1 << 23  # B N^2 that 80 GB hold: fp32 scores of 12 + 4 layers and their gradients
+FP8, FP8_ROUNDING = "ours fp8 graph", 0.1  # of the loss, and of gradients
 RAGGED, FULL = "lengths as timed", "every position real"
 
 
@@ -119,6 +122,16 @@ class OnGpu:
 
 class OurGpuStep(OnGpu, OurStep):
     """`OurStep` without a read of the device."""
+
+
+class Fp8TeacherStep(OurGpuStep):
+    """With a teacher whose feed-forward blocks are in fp8."""
+
+    name = role = "ours fp8"
+
+    def lesson(self, batch: Batch, layout: SequenceLayout, dtype: str) -> Capture:
+        with self.autocast("bf16"):
+            return super().lesson(batch, layout, "fp8")
 
 
 class OurStudentStep(KeptLessons, OurStep):
@@ -262,13 +275,14 @@ def cases(
     elif student_alone:
         providers = [plain(OfficialStudentStep), plain(CarefulStudentStep), fast(OurStudentStep)]
     elif setup.on_gpu:
+        rounded = GraphedStep(FP8, fast(Fp8TeacherStep))
         providers = [
             *([plain(OfficialStep)] if fits else []),
             plain(CarefulStep),
             GraphedStep("careful graph", plain(PlainStep)),
             fast(OurGpuStep),
             GraphedStep("ours graph", fast(OurGpuStep)),
-            *([] if every_position else [fast(CachedGpuStep)]),
+            *([rounded] if every_position else [fast(CachedGpuStep)]),
         ]
     else:
         others = [plain(textbrewer.TextBrewerStep)] if textbrewer.is_installed() else []
@@ -284,7 +298,10 @@ def cases(
         if isinstance(provider, CachedStep):
             provider.work = partial(work, False)
     names = [provider.name for provider in providers]
-    checks = [Check(FULL, names[0], tuple(names[1:]))]
+    exact = tuple(name for name in names[1:] if name != FP8)
+    checks = [Check(FULL, names[0], exact)]
+    if FP8 in names:
+        checks.append(Check(FULL, names[0], (FP8,), FP8_ROUNDING))
     if not every_position:
         careful = names.index(CarefulStep.name)
         checks.append(Check(RAGGED, CarefulStep.name, tuple(names[careful + 1 :])))

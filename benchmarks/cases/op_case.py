@@ -51,9 +51,11 @@ def op_case(
     captured: tuple[str, ...] = PHASES,
     cpu_calls: int = 1,
     gpu_calls: int = GPU_CALLS,
+    rounding: float = 0.0,
 ) -> Iterator[Case]:
     """One case per pass, those of ``captured`` as a CUDA graph too. Every provider is held to the
-    first one. The last is ours; the same op by its reference is put behind it."""
+    first one, but for ``rounding`` (Check). The last is ours; the same op by its reference is put
+    behind it."""
     if setup.reference:
         providers = [*providers, providers[-1].by(REFERENCE)]
     first, *others = (provider.name for provider in providers)
@@ -66,7 +68,7 @@ def op_case(
         dropout=dropout,
         optimizer="none",
         providers=providers,
-        checks=(Check(what, first, tuple(others)),),
+        checks=(Check(what, first, tuple(others), rounding),),
         calls=1 if setup.smoke else calls,
         optional=optional,
     )

@@ -85,6 +85,20 @@ def test_a_product_and_its_gelu_compile_well(inputs, columns):
     assert not machine_code.linear_gelu_kernels(80, inputs, columns, torch.bfloat16)
 
 
+def test_a_block_of_8_bit_floats_compiles_well():
+    """Rounded two numbers at a time, multiplied as they are, two programs on an SM."""
+    rounding, product = machine_code.feed_forward_fp8_kernels(90, 768, 3072)
+    assert (rounding.op, product.op) == ("feed_forward_fp8", "linear_gelu")
+    for one in (rounding, product):
+        figures = machine_code.row(one, 90, torch.float8_e4m3fn)
+        assert figures["stack_bytes"] == figures["spill_bytes"] == 0, figures
+        assert "cvt.rn.satfinite.e4m3x2.f32" in one.code.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in product.code.asm["ptx"]
+    assert "cp.async.bulk.tensor" in product.code.asm["ptx"]
+    assert figures["warps"] == 2 * figures["num_warps"], figures
+    assert not machine_code.feed_forward_fp8_kernels(80, 768, 3072)
+
+
 def test_a_relations_statistics_in_fp32():
     """Of a student's and a teacher's heads of 32, as MiniLM's: nothing in the stack."""
     found = [
@@ -119,7 +133,7 @@ def committed():
 
 def test_every_default_is_reported(committed):
     assert {one["arch"] for one in committed} == {"sm_80", "sm_90", "sm_100"}
-    assert {one["dtype"] for one in committed} == {"float16", "bfloat16"}
+    assert {one["dtype"] for one in committed} == {"float16", "bfloat16", "float8_e4m3fn"}
     heads = {"", "26", "32", "64", "128", "26/64", "32/32", "64/64", "128/128"}
     assert {one["head_dim"] for one in committed} == heads
     columns = {"", "312", "384", "768", "1024", "1200", "3072"}
@@ -135,7 +149,9 @@ def test_every_default_is_reported(committed):
     }
     assert passes >= {("attention_relation_kl", which) for which in RELATION_PASSES}
     assert passes >= {("hidden_mse", "errors"), ("linear_cross_entropy", LOGITS)}
-    assert ("linear_gelu", "forward") in passes
+    of_gelu = [one for one in committed if one["op"] == "linear_gelu"]
+    assert {one["dtype"] for one in of_gelu} == {"float16", "bfloat16", "float8_e4m3fn"}
+    assert ("feed_forward_fp8", "rounding of rows") in passes
     assert ("scaled_gradient", "gradient, scaled") in passes
     forms = {(one["pass"], one["head_dim"], one["mask_side"]) for one in of_the_loss(committed)}
     for heads in ("26/64", "64/64"):

@@ -20,6 +20,7 @@ from tinybert_fast.benchmarks.cases import (
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,
+    feed_forward_fp8,
     hidden_mse,
     layer_norm,
     linear_cross_entropy,
@@ -82,6 +83,26 @@ def test_a_wrong_op_is_refused(op, wrong, dtype, monkeypatch):
     monkeypatch.setattr(op.ops, name, wrong)
     with pytest.raises((Disagreement, RuntimeError), match=r"does not compute|unused"):
         checking.check(first(next(iter(op.CASES.values()))), dtype)
+
+
+def test_a_feed_forward_block_is_held_to_bf16_but_for_its_rounding(monkeypatch):
+    """PyTorch's own parts in e4m3 and ours, by its reference; a GPU times them, in bf16 alone."""
+    build = feed_forward_fp8.CASES["feed_forward_fp8_d768"]
+    case = first(build)
+    assert case.dtypes == ("bf16",)
+    operands = case.providers[0].operands
+    scaled = feed_forward_fp8.ScaledProducts(operands[1:])
+    case.providers.append(OpCall("scaled_mm", "scaled_mm", scaled, operands, 0))
+    (check,) = case.checks
+    case.checks = (Check(check.what, check.reference, (*check.others, "scaled_mm"), 0.05),)
+    found = checking.check(case, "bf16")
+    assert found.keys() == {"ours bf16", "ours", "reference", "scaled_mm"}
+    assert found["ours bf16"][0] < 0.01 < found["ours"][0] < 0.05
+    assert found["scaled_mm"][0] == pytest.approx(found["ours"][0], rel=0.2)
+    wrong = lambda x, weights, **_: 1.1 * x  # noqa: E731
+    monkeypatch.setattr(feed_forward_fp8.ops, "feed_forward_fp8", wrong)
+    with pytest.raises(Disagreement, match="'ours' does not compute what 'eager' computes"):
+        checking.check(first(build), "bf16")
 
 
 def test_the_reference_is_timed_beside_ours(monkeypatch):

@@ -300,7 +300,8 @@ def as_on_gpu(monkeypatch):
          "ours graph"),
         ("distill_step_b256_n128", "official, careful, careful graph, ours, ours graph, "
          "ours cached"),
-        ("distill_step_b256_n512_full", "careful, careful graph, ours, ours graph"),
+        ("distill_step_b256_n512_full", "careful, careful graph, ours, ours graph, "
+         "ours fp8 graph"),
         ("student_step_b256_n128_full", "official, careful, careful graph, ours, ours graph"),
         ("pretrain_step_b256_n128", "transformers, careful, careful compile, careful graph, ours, "
          "ours graph"),

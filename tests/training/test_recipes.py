@@ -649,7 +649,7 @@ def test_a_student_selected_by_its_loss_on_gold_labels(made, tmp_path, accelerat
             "no student or model 5l-100; .*4l-312, 6l-768",
         ),
         (general, {"student": tiny_config(num_attention_heads=4)}, ValueError, "heads=2"),
-        (general, {"teacher_dtype": "fp8"}, ValueError, "fp32, bf16, int8"),
+        (general, {"teacher_dtype": "fp4"}, ValueError, "fp32, bf16, int8, fp8"),
         (general, {"cache_dtype": "fp16"}, ValueError, "ask for them"),
         (task, {"cache_teacher": True, "cache_dtype": "int8"}, ValueError, "fp32, fp16, bf16"),
         (task, {"cache_teacher": True, "parity": "official"}, ValueError, "counts padding"),

@@ -1,4 +1,6 @@
-"""The teacher's numbers: int8 by its definition, bf16 and int8 in training, loading when needed."""
+"""The teacher's numbers: int8 by its definition, fp8's blocks, bf16 and int8 in training, loading
+when needed.
+"""
 
 import copy
 
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 import tinybert_fast as tbf
+from tinybert_fast.modules.feed_forward_fp8 import FeedForwardFp8
 from tinybert_fast.testing.tiny_models import tiny_config
 from tinybert_fast.training import teacher as teacher_module
 from tinybert_fast.training.matches import LayerMatches
@@ -17,6 +20,7 @@ from tinybert_fast.training.teacher import (
     bf16_linears,
     check_teacher_dtype,
     classify,
+    fp8_feed_forwards,
     int8_linears,
     join_projections,
     record,
@@ -86,8 +90,54 @@ def test_int8_is_the_encoder_and_packed_or_padded():
             assert (states - other).norm() < 0.02 * other.norm()
 
 
+WIDTHS = {"hidden_size": 32, "intermediate_size": 64}  # that fp8's kernels take
+
+
+def test_fp8_is_the_feed_forward_blocks_packed_or_padded():
+    plain = model(**WIDTHS)
+    exact = classify(plain, batch()).logits
+    rounded = fp8_feed_forwards(copy.deepcopy(plain))
+    blocks = [m for m in rounded.modules() if isinstance(m, FeedForwardFp8)]
+    assert len(blocks) == 4
+    left = [m for m in rounded.modules() if type(m) is nn.Linear]
+    assert len(left) == 4 * 4 + 2
+    assert {m.weight.dtype for m in left} == {torch.bfloat16}
+    dense = plain.bert.encoder.layer[1].intermediate.dense
+    restored = blocks[1].inner.float() * blocks[1].inner_scale[:, None]
+    assert ((restored - dense.weight).abs() <= dense.weight.abs() / 16 + 1e-4).all()
+    packed, padded = MATCHES.teacher_capture(), MATCHES.teacher_capture()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = classify(rounded, batch()).logits
+        record(rounded, batch(), padded)
+        tbf.accelerate(rounded)
+        fast = classify(rounded, batch()).logits
+        record(rounded, batch(), packed)
+    assert 0 < (logits - exact).norm() < 0.1 * exact.norm()
+    assert 0 < (fast - exact).norm() < 0.1 * exact.norm()
+    for kind in ("hidden", "queries", "keys"):
+        for m, states in getattr(packed, kind).items():
+            other = packed.layout.pack(getattr(padded, kind)[m])
+            # A number that lies between two of e4m3 may be rounded to either.
+            assert (states - other).norm() < 0.05 * other.norm()
+
+
+def test_fp8_moves_and_is_copied_as_a_module():
+    rounded = fp8_feed_forwards(model(**WIDTHS))
+    again = copy.deepcopy(rounded).to("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(classify(again, batch()).logits, classify(rounded, batch()).logits)
+
+
 def test_refusals():
-    with pytest.raises(ValueError, match="'int4'; expected one of fp32, bf16, int8"):
+    with pytest.raises(ValueError, match="teacher_dtype fp8: .* on GPUs, not on cpu; take bf16"):
+        check_teacher_dtype("fp8", torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"multiples of 16; got 24, \d+, 24; take bf16"):
+        fp8_feed_forwards(model())
+    with pytest.raises(ValueError, match="two linear layers and erf GELU; this one has .*ReLU"):
+        fp8_feed_forwards(model(**WIDTHS, hidden_act="relu"))
+    with pytest.raises(ValueError, match="two linear layers and erf GELU"):
+        fp8_feed_forwards(int8_linears(model(**WIDTHS)))
+    with pytest.raises(ValueError, match="'int4'; expected one of fp32, bf16, int8, fp8"):
         check_teacher_dtype("int4", torch.device("cpu"))
     with pytest.raises(ValueError, match="int8 is for CPUs, and this run is on cuda; take bf16"):
         check_teacher_dtype("int8", torch.device("cuda"))

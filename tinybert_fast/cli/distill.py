@@ -117,8 +117,8 @@ def distill(
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="What the teacher computes in: fp32, bf16, or int8 on a CPU; by default as the "
-            "run. The report says how much it changes the loss.",
+            help="What the teacher computes in: fp32, bf16, int8 on a CPU, or fp8 on an sm_90 or "
+            "sm_100; by default as the run. The report says how much it changes the loss.",
             rich_help_panel=SPEED,
         ),
     ] = None,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from tinybert_fast import ops
 from tinybert_fast.modules.capture import HEADS, Capture
+from tinybert_fast.modules.feed_forward_fp8 import FeedForwardFp8
 from tinybert_fast.modules.weights import HEAD_UNIT, Prepared, is_plain, pays_to_pad, prepare
 from tinybert_fast.ops.attention import attention_of_stack
 from tinybert_fast.ops.dispatch import autocast
@@ -203,7 +204,9 @@ def encode_layer(
             x(hidden).unflatten(1, (-1, size)) if name in give else None
             for name, x in zip(HEADS, projections, strict=True)
         )
-    linears = (*projections, attention.output.dense, inner.dense, layer.output.dense)
+    rounded = isinstance(inner, FeedForwardFp8)  # in the place of both products behind attention
+    behind = () if rounded else (inner.dense, layer.output.dense)
+    linears = (*projections, attention.output.dense, *behind)
     plain = set(filter(is_plain, linears))
     pads = pays_to_pad(hidden) and plain.issuperset(linears[:4])
     padding = -size % HEAD_UNIT if pads else 0
@@ -244,8 +247,11 @@ def encode_layer(
     common = {"taken": taken, "plain": plain, "layout": layout, "seed": seed, "impl": impl}
     hidden = _output(attention.output, context, hidden, site=site + ATTENTION_OUTPUT, **common)
     del context
-    fused = ops_add_bias(hidden) and inner.dense in plain and is_erf_gelu(inner.intermediate_act_fn)
-    if fused:
+    if rounded:
+        expanded = inner(hidden, impl)
+    elif (
+        ops_add_bias(hidden) and inner.dense in plain and is_erf_gelu(inner.intermediate_act_fn)
+    ):
         expanded = ops.bias_gelu(hidden, inner.dense.bias, taken(inner.dense.weight), impl=impl)
     else:
         expanded = inner.intermediate_act_fn(_product(inner.dense, hidden, taken, plain))

@@ -39,9 +39,9 @@ def prepare(
     linears: Sequence[Any], plain: set[nn.Module], hidden: Tensor, size: int, padding: int
 ) -> Prepared:
     """What products with ``hidden`` take in place of the parameters of the ``plain`` ones among a
-    layer's linears: those of queries, keys and values, the output of attention, the two behind it.
+    layer's linears: those of queries, keys and values, the output of attention, others behind it.
     """
-    *projections, output, inner, outer = linears
+    projections, output, *behind = linears[:STACKED], *linears[STACKED:]
     heads = [
         (getattr(dense, name), ROWS)
         for name in ("weight", "bias")  # those of a kind together, as a stack has them
@@ -59,7 +59,7 @@ def prepare(
     if stacks and not padding:
         stack = _stack_in_place([p for p, _ in heads], hidden.dtype)
     every = [p for p, _ in (*heads, *readers)]
-    every += [dense.weight for dense in (inner, outer) if dense in plain]
+    every += [dense.weight for dense in behind if dense in plain]
     rounded = [p for p in every if p.dtype == torch.float32 != hidden.dtype]
     if not (padding or rounded):  # three products take less than a copy for one
         return Prepared({}, stack)

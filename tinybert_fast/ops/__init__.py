@@ -8,6 +8,7 @@ from tinybert_fast.ops.bias_gelu import bias_gelu
 from tinybert_fast.ops.block_mask import BlockMask, BlockPattern
 from tinybert_fast.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from tinybert_fast.ops.embedding_layer_norm import embedding_layer_norm
+from tinybert_fast.ops.feed_forward_fp8 import Fp8Weights, feed_forward_fp8
 from tinybert_fast.ops.hidden_mse import hidden_mse
 from tinybert_fast.ops.layer_norm import layer_norm
 from tinybert_fast.ops.layout import SequenceLayout
@@ -21,6 +22,7 @@ dispatch.check_environment()
 __all__ = [
     "BlockMask",
     "BlockPattern",
+    "Fp8Weights",
     "MaskedTokens",
     "MaskingRule",
     "SequenceLayout",
@@ -30,6 +32,7 @@ __all__ = [
     "bias_gelu",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
+    "feed_forward_fp8",
     "hidden_mse",
     "layer_norm",
     "linear_cross_entropy",

@@ -111,11 +111,14 @@ def check_environment() -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """What one implementation of one op accepts; ``refuses(**facts)`` gives a reason or None."""
+    """What one implementation of one op accepts; ``refuses(**facts)`` gives a reason or None, and
+    ``lacks(gpu)`` why a GPU is none for it.
+    """
 
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...] = ("cpu", "cuda")
     refuses: Callable[..., str | None] = field(default=lambda **facts: None)
+    lacks: Callable[[torch.device], str | None] = field(default=lambda gpu: None)
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,10 @@ class Limits:
             return UNAVAILABLE[impl]
         # While torch.compile traces, nobody looks at a GPU; a module built for others fails aloud.
         asked = tensor.is_cuda and "cuda" in limit.devices and not torch.compiler.is_compiling()
-        if impl == "native" and asked:
-            reason = _not_built_for(tensor.device)
-            if reason is not None:
-                return reason
+        lacks = _not_built_for if impl == "native" else limit.lacks
+        reason = lacks(tensor.device) if asked else None
+        if reason is not None:
+            return reason
         if tensor.dtype not in limit.dtypes:
             return f"dtype {tensor.dtype} is not one of {', '.join(map(str, limit.dtypes))}"
         if impl == "triton" and INTERPRETED and tensor.dtype == torch.bfloat16:

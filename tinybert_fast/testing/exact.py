@@ -1,4 +1,6 @@
-"""What `tinybert-fast validate` holds of ops on integers: every bit, counts and frequencies."""
+"""What `tinybert-fast validate` holds of ops without a gradient: of those on integers every bit,
+counts and frequencies; of 8-bit floats how far they are from fp64, and from their definition.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast import ops
@@ -14,12 +17,15 @@ from tinybert_fast.ops import BlockMask, BlockPattern, MaskedTokens, MaskingRule
 from tinybert_fast.ops.block_mask import SIDES
 from tinybert_fast.reference.mlm_mask import ONE, inclusion_probabilities
 from tinybert_fast.testing.budgets import Verdict
+from tinybert_fast.testing.operands import normal
 
 UNLIKE = "numbers unlike the reference's"
 VOCABULARY, MASK, SPECIAL = 1000, 4, range(5)
 DRAWS, BATCH, WIDTH = 200_000, 1000, 32
 STANDARD_ERRORS = 4.0
 LENGTHS = (1, 2, 7, 31, 128, 129, 512)
+ROUNDED = 0.05  # of the result: what e4m3 changes at most, of normal operands
+FLIPPED = 0.01  # what lies between two numbers of e4m3 is rounded to either, and y to bf16
 
 
 # What is claimed of a call, and a function that gives its verdicts.
@@ -82,7 +88,35 @@ def _same_lists(pattern: BlockPattern, size: int, impl: str, options: dict) -> l
     return [Verdict(UNLIKE, float(differ), 0.0)]
 
 
-CLAIMS = {"block_mask": block_mask, "mlm_mask": mlm_mask, "sequence_layout": sequence_layout}
+def feed_forward_fp8(device: torch.device | str, impl: str) -> Claims:
+    for rows, width, hidden in ((200, 768, 3072), (1, 768, 3072), (33, 320, 1200)):
+        yield f"{rows} x {width} to {hidden}", partial(_same_block, device, impl, rows, width, hidden)
+
+
+def _same_block(
+    device: torch.device | str, impl: str, rows: int, width: int, hidden: int
+) -> list[Verdict]:
+    shapes = ((rows, width), (hidden, width), (hidden,), (width, hidden), (width,))
+    x, first, bias, second, last = (
+        normal(shape, seed, device=device) for seed, shape in enumerate(shapes)
+    )
+    x, first, second = x.bfloat16(), first * width**-0.5, second * hidden**-0.5
+    weights = ops.Fp8Weights.of(first, bias, second, last)
+    truth = F.gelu(F.linear(x.double(), first.double(), bias.double()))
+    truth = F.linear(truth, second.double(), last.double())
+    got, want = (ops.feed_forward_fp8(x, weights, impl=name).double() for name in (impl, "reference"))
+    return [
+        Verdict("distance from fp64", float((got - truth).norm() / truth.norm()), ROUNDED),
+        Verdict("distance from the reference", float((got - want).norm() / want.norm()), FLIPPED),
+    ]
+
+
+CLAIMS = {
+    "block_mask": block_mask,
+    "feed_forward_fp8": feed_forward_fp8,
+    "mlm_mask": mlm_mask,
+    "sequence_layout": sequence_layout,
+}
 
 
 def _rule(device: torch.device | str, unit: str = "token", weighted: bool = False) -> MaskingRule:

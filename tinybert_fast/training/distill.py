@@ -20,6 +20,7 @@ from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.objectives import Matches
 from tinybert_fast.training.projection import HiddenProjection
 from tinybert_fast.training.teacher import (
+    UNDER_AUTOCAST,
     TeacherDtype,
     check_teacher_dtype,
     classify,
@@ -93,7 +94,7 @@ class DistillationTrainer(TermsTrainer):
     official code forgets eval mode, which leaves the teacher's dropout on; that is not reproduced).
     ``parity="official"`` takes both models unaccelerated and padded, and the official losses and
     optimizer (BertAdam). ``teacher_dtype``: fp32 or bf16 whatever the run is in, or int8
-    (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
+    or fp8 (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
     set, which then has the column ``index``; the teacher is not asked in training, and its config
     may stand for it. Losses that are means over tokens, or pairs of them, weigh each of a step's
     alike, as others weigh texts; with padding, under ``parity="official"``, all weigh texts.
@@ -212,7 +213,7 @@ class DistillationTrainer(TermsTrainer):
     def _teacher_numbers(self) -> Any:
         if self.teacher_dtype is None:
             return self.accelerator.autocast()
-        bf16 = self.teacher_dtype == "bf16"
+        bf16 = self.teacher_dtype in UNDER_AUTOCAST
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=bf16)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -4,6 +4,8 @@
     bf16   autocast over linear layers whose weights are kept in bf16
     int8   y = (x_q W_q^T) s_x s_W + b, sums in int32, of every linear layer of the encoder:
            x_q = round(x / s_x), s_x = max|x| / 127 of each token; W_q likewise of each output
+    fp8    bf16, but for both products of each feed-forward block, two thirds of a layer's work,
+           whose operands are rounded to e4m3 (modules/feed_forward_fp8.py)
 
 A scale per token keeps what the teacher says of one text from depending on the others in its batch,
 and an outlier from coarsening any token but its own.
@@ -21,11 +23,15 @@ from torch import Tensor, nn
 
 from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.capture import Capture, encoder_of, record_padded
+from tinybert_fast.modules.encoder import is_erf_gelu
+from tinybert_fast.modules.feed_forward_fp8 import FeedForwardFp8
 from tinybert_fast.modules.weights import is_plain, lay_side_by_side, pays_to_prepare_together
+from tinybert_fast.ops.feed_forward_fp8 import UNIT, why_not
 from tinybert_fast.ops.layout import SequenceLayout
 
-TeacherDtype = Literal["fp32", "bf16", "int8"]
-TEACHER_DTYPES = ("fp32", "bf16", "int8")
+TeacherDtype = Literal["fp32", "bf16", "int8", "fp8"]
+TEACHER_DTYPES = ("fp32", "bf16", "int8", "fp8")
+UNDER_AUTOCAST = ("bf16", "fp8")  # those that a teacher runs in under autocast to bf16
 LARGEST = 127  # of symmetric int8
 TINY = 1e-12  # stands for the scale of a row of zeros
 
@@ -136,6 +142,32 @@ def int8_linears(teacher: nn.Module) -> nn.Module:
     return teacher
 
 
+def fp8_feed_forwards(teacher: nn.Module) -> nn.Module:
+    """Put a `FeedForwardFp8` in the place of every feed-forward block of the encoder, the rest as
+    `bf16_linears` leaves it; for a teacher that runs under autocast. ValueError if a block is
+    another than BERT's, or of widths that the kernels do not take.
+    """
+    layers = list(encoder_of(teacher).encoder.layer)
+    for layer in layers:
+        inner, outer = layer.intermediate, layer.output
+        if not is_erf_gelu(inner.intermediate_act_fn) or not all(
+            map(is_plain, (inner.dense, outer.dense))
+        ):
+            raise ValueError(
+                "a teacher in fp8 has feed-forward blocks of two linear layers and erf GELU; this "
+                f"one has {inner.dense}, {inner.intermediate_act_fn} and {outer.dense}; take bf16"
+            )
+        widths = inner.dense.in_features, inner.dense.out_features, outer.dense.out_features
+        if any(width % UNIT for width in widths):
+            raise ValueError(
+                f"a teacher in fp8 has feed-forward widths that are multiples of {UNIT}; got "
+                f"{', '.join(map(str, widths))}; take bf16"
+            )
+    for layer in layers:
+        FeedForwardFp8.replace(layer)
+    return bf16_linears(teacher)
+
+
 def check_teacher_dtype(dtype: str | None, device: torch.device) -> None:
     if dtype not in (None, *TEACHER_DTYPES):
         raise ValueError(f"teacher_dtype is {dtype!r}; expected one of {', '.join(TEACHER_DTYPES)}")
@@ -143,12 +175,16 @@ def check_teacher_dtype(dtype: str | None, device: torch.device) -> None:
         raise ValueError(
             f"teacher_dtype int8 is for CPUs, and this run is on {device.type}; take bf16"
         )
+    reason = why_not(device) if dtype == "fp8" else None
+    if reason is not None:
+        raise ValueError(f"teacher_dtype fp8: {reason}; take bf16")
 
 
 CONVERT: dict[TeacherDtype, Callable[[Any], Any]] = {
     "fp32": lambda model: model,
     "bf16": bf16_linears,
     "int8": int8_linears,
+    "fp8": fp8_feed_forwards,
 }
 
 
