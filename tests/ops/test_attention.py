@@ -1,6 +1,8 @@
 """attention: values and gradients, gradcheck, contract, compilation, dropout, memory, refusal."""
 
+import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from tinybert_fast.testing.budgets import SLACK, assert_within_budget
 from tinybert_fast.testing.operands import DTYPES, LENGTHS, Case, attention, dropout, leaves, normal
 from tinybert_fast.tuned import attention as tuned
 
+attention_module = importlib.import_module("tinybert_fast.ops.attention")
 DIRECTIONS = ["both", "causal", "anti_causal"]
 WIDTHS = [26, 64]  # head widths of TinyBERT-4 and TinyBERT-6
 N = 7  # the longest sequence of LENGTHS
@@ -206,6 +209,34 @@ def test_of_a_stack_nobody_reads(counted, device):
     want = torch.zeros_like(stack)
     want[:, 0] = 1.0
     torch.testing.assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("scale", [None, 0.3], ids=str)
+def test_heads_widened_to_whole_units(scale, padded, counted, device, monkeypatch):
+    """As a GPU reads long sequences: kernels see heads of 32, nobody else does."""
+    seen, forward = [], attention_module._forward
+
+    def noted(q, *rest):
+        seen.append(q.shape[-1])
+        return forward(q, *rest)
+
+    monkeypatch.setattr(attention_module, "_forward", noted)
+    monkeypatch.setattr(attention_module, "_missing", lambda q, *call: -q.shape[-1] % 8)
+    options = {"padded": padded, "dropout_p": 0.1, "device": device, "scale": scale}
+    assert_within_budget(attention((5, 32, 0), 2, 26, **options), counted)
+    assert set(seen) == {32}
+
+
+def test_which_heads_are_widened():
+    """On a GPU those of long sequences, for its kernels alone."""
+    for width, longest, impl, missing in (
+        (26, 129, "triton", 6), (32, 129, "triton", 0), (26, 128, "triton", 0),
+        (26, 129, "torch", 0),
+    ):  # fmt: skip
+        q = SimpleNamespace(shape=(4, 2, width), is_cuda=True)
+        assert attention_module._missing(q, longest, impl) == missing
+    assert attention_module._missing(torch.zeros(4, 2, 26), 512, "triton") == 0
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from tinybert_fast import ops
 from tinybert_fast.modules.capture import HEADS, Capture
 from tinybert_fast.modules.feed_forward_fp8 import FeedForwardFp8
-from tinybert_fast.modules.weights import HEAD_UNIT, Prepared, is_plain, pays_to_pad, prepare
-from tinybert_fast.ops.attention import attention_of_stack
+from tinybert_fast.modules.weights import Prepared, is_plain, pays_to_pad, prepare
+from tinybert_fast.ops.attention import HEAD_UNIT, attention_of_stack
 from tinybert_fast.ops.dispatch import autocast
 from tinybert_fast.ops.layout import SequenceLayout
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tinybert_fast.ops.attention import HEAD_UNIT
 from tinybert_fast.ops.dispatch import apply
 
-HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
 ROWS, COLUMNS = 0, 1  # along which a matrix is cut into heads
 STACKED = 3  # queries, keys and values
 

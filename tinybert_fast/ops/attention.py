@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast.ops.block_mask import BlockMask, check_block_mask
@@ -29,6 +30,8 @@ from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.attention import attention as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
+HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
+READ_ONCE = 128  # tokens of a sequence, in whose backward a program reads each head once
 
 
 def _refuses(
@@ -172,7 +175,8 @@ def attention(
     Args:
         q, k, v: packed (T, H, D) with ``layout``; or padded (B, N, H, D), where ``layout`` names
             the real tokens and None means all. One dtype, fp16, bf16, fp32 or fp64 (``triton``:
-            not fp64, D up to 128); any strides.
+            not fp64, D up to 128); any strides. On a GPU heads whose D is no multiple of 8 are copied, of
+            sequences of more than 128 tokens.
         scale: D**-0.5 by default.
         direction: "both", "causal" (a token sees itself and what precedes it) or "anti_causal".
         dropout_p, seed, site: rate, contiguous int64 (2,) seed of the step, and the number of this
@@ -210,6 +214,9 @@ def attention(
         cu_seqlens, work, padded_work = layout.cu_seqlens, layout.work, layout.padded_work
     if packs:
         q, k, v = (x.flatten(0, 1) if layout is None else layout.pack(x) for x in (q, k, v))
+    width, missing = q.shape[-1], _missing(q, longest, impls[0])
+    if missing:
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
     forms = [_mask_of(block_mask, name) for name in impls]
     if impls[0] == "reference":
         mask = forms[0][0] if forms[0] else None
@@ -223,9 +230,18 @@ def attention(
         if impls[0] == "triton":
             given = padded_work if padded and not packs else work
         out = apply(_Attention, q, k, v, cu_seqlens, given, seed, settings, impls, *masks)
+    out = out[..., :width] if missing else out
     if layout is None:
         return out.view(shape)
     return layout.pad(out) if packs else out
+
+
+def _missing(q: Tensor, longest: int, impl: str) -> int:
+    """Zeros behind each head that are worth eight copies and launches: a GPU loads 16 bytes of a
+    head at a time, where heads of 26 begin at multiples of 4, and long sequences' again and again.
+    """
+    worth = impl == "triton" and q.is_cuda and longest > READ_ONCE
+    return -q.shape[-1] % HEAD_UNIT if worth else 0
 
 
 def attention_of_stack(
