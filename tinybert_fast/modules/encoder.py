@@ -33,7 +33,8 @@ from tinybert_fast.modules.capture import HEADS, Capture
 from tinybert_fast.modules.feed_forward_fp8 import FeedForwardFp8
 from tinybert_fast.modules.weights import Prepared, is_plain, pays_to_pad, prepare
 from tinybert_fast.ops.attention import HEAD_UNIT, attention_of_stack
-from tinybert_fast.ops.dispatch import autocast
+from tinybert_fast.ops.dispatch import autocast, wanted_gradients
+from tinybert_fast.ops.encoder_layer import LayerCall, LayerWeights, encoder_layer, serves
 from tinybert_fast.ops.layout import SequenceLayout
 
 SITES_PER_LAYER = 4
@@ -221,6 +222,10 @@ def encode_layer(
         "block_mask": block_mask,
         "impl": impl,
     }
+    if taken.stack is not None and not rounded and plain.issuperset(linears):
+        found = _as_one(layer, hidden, taken, size, of_attention, give, read)
+        if found is not None:
+            return found if give else found[0]
     if taken.stack is not None:
         stack = F.linear(hidden, *taken.stack).unflatten(1, (len(HEADS), -1, size + padding))
         context, *given = attention_of_stack(
@@ -257,6 +262,48 @@ def encode_layer(
         expanded = inner.intermediate_act_fn(_product(inner.dense, hidden, taken, plain))
     hidden = _output(layer.output, expanded, hidden, site=site + FFN_OUTPUT, **common)
     return (hidden, *given) if give else hidden
+
+
+def _as_one(
+    layer: Any,
+    hidden: Tensor,
+    taken: Prepared,
+    size: int,
+    of_attention: dict[str, Any],
+    give: Collection[str],
+    read: Tensor | None,
+) -> tuple[Tensor | None, ...] | None:
+    """Layer m as one autograd node, or None where that does not serve: there are no kernels for all
+    of it, or nobody wants a gradient.
+    """
+    attention, output = layer.attention.output, layer.output
+    if not (ops_add_bias(hidden) and is_erf_gelu(layer.intermediate.intermediate_act_fn)):
+        return None
+    inner, norms = layer.intermediate.dense, (attention.LayerNorm, output.LayerNorm)
+    assert taken.stack is not None
+    weights = LayerWeights(
+        *taken.stack,
+        *(taken(attention.dense.weight), attention.dense.bias, norms[0].weight, norms[0].bias),
+        *(taken(inner.weight), inner.bias, taken(output.dense.weight), output.dense.bias),
+        *(norms[1].weight, norms[1].bias),
+    )
+    site = of_attention["site"] - ATTENTION
+    call = LayerCall(
+        heads=layer.attention.self.num_attention_heads,
+        width=size,
+        scale=of_attention["scale"],
+        direction=of_attention["direction"],
+        dropout_p=(of_attention["dropout_p"], _p(attention.dropout), _p(output.dropout)),
+        sites=(site + ATTENTION, site + ATTENTION_OUTPUT, site + FFN_OUTPUT),
+        eps=(norms[0].eps, norms[1].eps),
+        give=tuple(HEADS.index(name) for name in give),
+    )
+    mask = of_attention["block_mask"]
+    wanted = any(wanted_gradients(hidden, *weights))
+    if not (wanted and serves(hidden, weights, call, mask, of_attention["impl"])):
+        return None
+    where = {"layout": of_attention["layout"], "seed": of_attention["seed"]}
+    return encoder_layer(hidden, weights, call, **where, block_mask=mask, read=read)
 
 
 def _product(
