@@ -6,8 +6,8 @@ that; the second is PyTorch's, scaled by rows (CUTLASS's or cuBLAS's).
 
 Shapes: x (rows, K), made contiguous; W1 (F, K), W2 (C, F) e4m3 with scales (F,), (C,) fp32; b1
 (F,), b2 (C,); reach (2,) fp32; y (rows, C) in x's dtype, rounded to bf16 before. K, F and C are
-multiples of 16, for TMA. Sums are fp32 registers of the tensor cores, which keep about 14 bits of a product of
-e4m3: a hundredth of what rounding to e4m3 costs.
+multiples of 16, for TMA. Sums are fp32 registers of the tensor cores, which keep about 14 bits of a
+product of e4m3: a hundredth of what rounding to e4m3 costs.
 Source: Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
@@ -18,9 +18,11 @@ import triton.language as tl
 from tinybert_fast.kernels import configs, linear_gelu
 from tinybert_fast.kernels.rows import load_rows, multiply, row_mean, scaled, store_rows
 from tinybert_fast.kernels.rows import store_statistic as store_scale
-from tinybert_fast.reference.feed_forward_fp8 import E4M3, LARGEST, SLACK, TINY
 
-LARGEST_E4M3, LEAST, LENGTHENED = tl.constexpr(LARGEST), tl.constexpr(TINY), tl.constexpr(SLACK)
+E4M3 = torch.float8_e4m3fn
+# As in the reference: the largest number of e4m3, what stands for that of a row of zeros, and how
+# much longer than x its rounded row may be.
+LARGEST, TINY, SLACK = tl.constexpr(448.0), tl.constexpr(1e-12), tl.constexpr(1.07)
 # PyTorch's product may read the scales of rows up to a multiple of its tiles.
 SCALES = 256
 
@@ -32,13 +34,13 @@ def _round_kernel(
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     x = load_rows(x_ptr, offs_m, rows, C, BLOCK_N)
-    largest = tl.maximum(_row_largest(x), LEAST)
-    factor = tl.div_rn(tl.full((BLOCK_M, 1), LARGEST_E4M3, tl.float32), largest)
+    largest = tl.maximum(_row_largest(x), TINY)
+    factor = tl.div_rn(tl.full((BLOCK_M, 1), LARGEST, tl.float32), largest)
     store_rows(rounded_ptr, offs_m, rows, scaled(x, factor), C, BLOCK_N)
-    store_scale(scale_ptr, offs_m, rows, largest * (1.0 / LARGEST_E4M3))
+    store_scale(scale_ptr, offs_m, rows, largest * (1.0 / LARGEST))
     length = tl.sqrt(row_mean(multiply(x, x), C) * C)
-    bound = LENGTHENED * length * tl.load(reach_ptr) + tl.load(reach_ptr + 1)
-    store_scale(wide_scale_ptr, offs_m, rows, tl.maximum(bound, LEAST) * (1.0 / LARGEST_E4M3))
+    bound = SLACK * length * tl.load(reach_ptr) + tl.load(reach_ptr + 1)
+    store_scale(wide_scale_ptr, offs_m, rows, tl.maximum(bound, TINY) * (1.0 / LARGEST))
 
 
 @triton.jit

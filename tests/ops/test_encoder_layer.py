@@ -132,7 +132,7 @@ def test_triton_in_one_node_is_its_ops_one_by_one(dtype, name, read):
     theirs = errors(run(one_by_one, hidden, w, call, read=read, impl="triton", **how), truth)
     ours = errors(run(encoder_layer, hidden, w, call, read=read, **how), truth)
     assert ours.keys() == theirs.keys()
-    least = 4 * torch.finfo(dtype).eps
+    least = 16 * torch.finfo(dtype).eps
     for what, error in ours.items():
         assert error <= max(1.5 * theirs[what], least), (what, error, theirs[what])
 
@@ -174,19 +174,17 @@ def test_triton_serves_what_all_its_ops_serve():
     assert not serves(hidden, w, call_of(), None, ("triton", "reference"))
     with pytest.raises(ValueError, match="is float64"):
         serves(hidden, w._replace(norm=w.norm.double()), call_of(), None, "triton")
-    with pytest.raises(ValueError, match="rate 0.001"):
+    with pytest.raises(ValueError, match=r"dropout_p=0\.001 cannot be expressed"):
         encoder_layer(
             hidden, w, call_of(dropout_p=(0.0, 0.001, 0.0)), layout=SequenceLayout.from_lengths(
                 LENGTHS, device=DEVICE), seed=torch.zeros(2, dtype=torch.int64, device=DEVICE),
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("mixed", [False] if INTERPRETED else [False, True], ids=str)
 def test_triton_layers_of_an_encoder_are_nodes_where_gradients_are_wanted(mixed, monkeypatch):
     """And compute what they compute op by op: the last layer for the rows that are read alone, with
     queries and keys recorded and under gradient checkpointing."""
-    if mixed and INTERPRETED:
-        pytest.skip("the interpreter has no bf16, and a CPU no autocast to fp16 of what is tested")
     nodes, apply = [], _EncoderLayer.apply
     monkeypatch.setattr(_EncoderLayer, "apply", lambda *x: (nodes.append(1), apply(*x))[1])
     for where, name in (

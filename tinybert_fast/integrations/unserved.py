@@ -16,6 +16,7 @@ from transformers import modeling_utils
 from transformers.models.bert import modeling_bert as bert_modules
 from transformers.utils import output_capturing
 
+from tinybert_fast.modules.feed_forward_fp8 import FeedForwardFp8
 from tinybert_fast.modules.weights import hooks_of
 
 PLUG_IN = "tinybert_fast"  # the name that attention.py registers
@@ -81,8 +82,9 @@ def _bypassed(bert: Any) -> Iterator[tuple[Any, type]]:
         yield heads.dropout, nn.Dropout
         yield attention_output, bert_modules.BertSelfOutput
         yield from _normed(attention_output)
-        yield inner, bert_modules.BertIntermediate
-        yield inner.intermediate_act_fn, object
+        if not isinstance(inner, FeedForwardFp8):  # which it calls
+            yield inner, bert_modules.BertIntermediate
+            yield inner.intermediate_act_fn, object
         yield output, bert_modules.BertOutput
         yield from _normed(output)
 

@@ -254,9 +254,7 @@ def encode_layer(
     del context
     if rounded:
         expanded = inner(hidden, impl)
-    elif (
-        ops_add_bias(hidden) and inner.dense in plain and is_erf_gelu(inner.intermediate_act_fn)
-    ):
+    elif ops_add_bias(hidden) and inner.dense in plain and is_erf_gelu(inner.intermediate_act_fn):
         expanded = ops.bias_gelu(hidden, inner.dense.bias, taken(inner.dense.weight), impl=impl)
     else:
         expanded = inner.intermediate_act_fn(_product(inner.dense, hidden, taken, plain))

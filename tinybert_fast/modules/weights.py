@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tinybert_fast.ops.attention import HEAD_UNIT
 from tinybert_fast.ops.dispatch import apply
 
 ROWS, COLUMNS = 0, 1  # along which a matrix is cut into heads

@@ -175,8 +175,8 @@ def attention(
     Args:
         q, k, v: packed (T, H, D) with ``layout``; or padded (B, N, H, D), where ``layout`` names
             the real tokens and None means all. One dtype, fp16, bf16, fp32 or fp64 (``triton``:
-            not fp64, D up to 128); any strides. On a GPU heads whose D is no multiple of 8 are copied, of
-            sequences of more than 128 tokens.
+            not fp64, D up to 128); any strides. On a GPU heads whose D is no multiple of 8 are
+            copied, of sequences of more than 128 tokens.
         scale: D**-0.5 by default.
         direction: "both", "causal" (a token sees itself and what precedes it) or "anti_causal".
         dropout_p, seed, site: rate, contiguous int64 (2,) seed of the step, and the number of this

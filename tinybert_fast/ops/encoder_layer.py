@@ -36,7 +36,7 @@ TRITON = "triton"
 
 
 class LayerWeights(NamedTuple):
-    """Matrices in the dtype of the products, vectors as they are. C columns, H heads of D, F wide."""
+    """Matrices in the dtype of the products, vectors as they are; of C columns, H heads of D."""
 
     weight: Tensor  # (3 H D, C), of queries, keys and values
     bias: Tensor  # (3 H D,), in the weight's dtype
@@ -95,8 +95,8 @@ class _EncoderLayer(torch.autograd.Function):
             hidden, *weights, cu_seqlens, work, *places, seed, read, *mask,
             stack, attended, lse, rng, first, *kept, product, expanded, *last_kept,
         )  # fmt: skip
-        of = range(3)
-        return last, *(stack[:, i, :, : call.width].detach() if i in call.give else None for i in of)
+        given = (stack[:, i, :, : call.width].detach() for i in sorted(call.give))
+        return last, *(next(given) if i in call.give else None for i in range(3))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -57,7 +57,7 @@ _forward = define(
 
 
 class Fp8Weights(NamedTuple):
-    """Rows of W1 (F, K) and W2 (C, F) in e4m3, each with its fp32 scale: W = values * scale[:, None].
+    """Rows of W1 (F, K), W2 (C, F) in e4m3, each with an fp32 scale: W = values * scale[:, None].
 
     Biases b1 (F,) and b2 (C,) as they were; ``reach`` fp32 (2,): the length of the longest row of
     W1 and the largest |b1|, by which the rows between the products are scaled.
@@ -72,9 +72,7 @@ class Fp8Weights(NamedTuple):
     reach: Tensor
 
     @classmethod
-    def of(
-        cls, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor
-    ) -> Fp8Weights:
+    def of(cls, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Fp8Weights:
         """Those of ``F.linear(F.gelu(F.linear(x, inner, inner_bias)), outer, outer_bias)``."""
         first, first_scale = rounded(inner.detach().float())
         second, second_scale = rounded(outer.detach().float())

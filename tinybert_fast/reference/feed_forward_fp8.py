@@ -6,8 +6,8 @@
     s = (1.07 |x| max_j |W1_j| + max_j |b1_j|) / 448        of a row of gelu(u)
 
 The latter needs no row of gelu(u), which is made in tiles, and bounds it: |gelu(u)| <= |u|, and by
-Cauchy-Schwarz |u_j| <= |[x]| |W1_j| + |b1_j|; 1.07 is more than rounding can make |[x]| longer. Rows
-of W1 and W2 are rounded as those of x.
+Cauchy-Schwarz |u_j| <= |[x]| |W1_j| + |b1_j|; 1.07 is more than rounding can make |[x]| longer.
+Rows of W1 and W2 are rounded as those of x.
 
 Shapes: x (rows, K); W1 (F, K), W2 (C, F) as e4m3 and a scale (F,), (C,) for each row; b1 (F,),
 b2 (C,); reach (2,): max_j |W1_j| and max_j |b1_j|; y (rows, C).

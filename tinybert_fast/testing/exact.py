@@ -90,7 +90,8 @@ def _same_lists(pattern: BlockPattern, size: int, impl: str, options: dict) -> l
 
 def feed_forward_fp8(device: torch.device | str, impl: str) -> Claims:
     for rows, width, hidden in ((200, 768, 3072), (1, 768, 3072), (33, 320, 1200)):
-        yield f"{rows} x {width} to {hidden}", partial(_same_block, device, impl, rows, width, hidden)
+        size = rows, width, hidden
+        yield f"{rows} x {width} to {hidden}", partial(_same_block, device, impl, *size)
 
 
 def _same_block(
@@ -104,7 +105,9 @@ def _same_block(
     weights = ops.Fp8Weights.of(first, bias, second, last)
     truth = F.gelu(F.linear(x.double(), first.double(), bias.double()))
     truth = F.linear(truth, second.double(), last.double())
-    got, want = (ops.feed_forward_fp8(x, weights, impl=name).double() for name in (impl, "reference"))
+    got, want = (
+        ops.feed_forward_fp8(x, weights, impl=name).double() for name in (impl, "reference")
+    )
     return [
         Verdict("distance from fp64", float((got - truth).norm() / truth.norm()), ROUNDED),
         Verdict("distance from the reference", float((got - want).norm() / want.norm()), FLIPPED),

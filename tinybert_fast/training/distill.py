@@ -93,8 +93,8 @@ class DistillationTrainer(TermsTrainer):
     (``tinybert_fast.accelerate``) or not. The teacher is put in eval mode and gets no gradient (the
     official code forgets eval mode, which leaves the teacher's dropout on; that is not reproduced).
     ``parity="official"`` takes both models unaccelerated and padded, and the official losses and
-    optimizer (BertAdam). ``teacher_dtype``: fp32 or bf16 whatever the run is in, or int8
-    or fp8 (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
+    optimizer (BertAdam). ``teacher_dtype``: fp32 or bf16 whatever the run is in, or int8 or fp8
+    (training/teacher.py), for which the caller has changed the layers. ``lessons``: of the training
     set, which then has the column ``index``; the teacher is not asked in training, and its config
     may stand for it. Losses that are means over tokens, or pairs of them, weigh each of a step's
     alike, as others weigh texts; with padding, under ``parity="official"``, all weigh texts.
