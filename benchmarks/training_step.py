@@ -182,5 +182,6 @@ class Teacher:
 
     def __call__(self, dtype: str) -> Any:
         if dtype not in self._models:
-            self._models[dtype] = join_projections(CONVERT[dtype](sharing(self._models["fp32"])))
+            convert: Any = CONVERT[dtype]  # type: ignore[index]
+            self._models[dtype] = join_projections(convert(sharing(self._models["fp32"])))
         return self._models[dtype]

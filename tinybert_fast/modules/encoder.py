@@ -223,7 +223,7 @@ def encode_layer(
         "impl": impl,
     }
     if taken.stack is not None and not rounded and plain.issuperset(linears):
-        found = _as_one(layer, hidden, taken, size, of_attention, give, read)
+        found: Any = _as_one(layer, hidden, taken, size, of_attention, give, read)
         if found is not None:
             return found if give else found[0]
     if taken.stack is not None:
