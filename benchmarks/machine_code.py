@@ -8,7 +8,7 @@ row per kernel, architecture and case:
 
     registers, stack_bytes, spill_bytes, shared_bytes   of one thread; of one block
     warps                                               resident on an SM, by those: an estimate
-    tensor_core                                         HMMA / HGMMA / tcgen05 instructions
+    tensor_core                                         HMMA / HGMMA / QGMMA / tcgen05 instructions
     load_bytes      narrowest load of a two-dimensional tile in the operands' dtype, by threads: of
                     linear_gelu, whose tiles TMA loads, none
     per_element     of attention, instructions per score: of the loop without a mask, or of the
@@ -101,7 +101,7 @@ KERNELS, REFERENCE = "tinybert_fast.kernels", "tinybert_fast.reference"
 SETTINGS = f"{KERNELS}.settings"  # of tables; what rows show of them is in the rows
 CSRC = Path("csrc")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|QGMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\bSTL(?:\.(64|128))?\b")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 ENTRY = re.compile(

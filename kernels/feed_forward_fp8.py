@@ -7,7 +7,7 @@ that; the second is PyTorch's, scaled by rows (CUTLASS's or cuBLAS's).
 Shapes: x (rows, K), made contiguous; W1 (F, K), W2 (C, F) e4m3 with scales (F,), (C,) fp32; b1
 (F,), b2 (C,); reach (2,) fp32; y (rows, C) in x's dtype, rounded to bf16 before. K, F and C are
 multiples of 16, for TMA. Sums are fp32 registers of the tensor cores, which keep about 14 bits of a
-product of e4m3: a hundredth of what rounding to e4m3 costs.
+product of e4m3: less than a tenth of what rounding to e4m3 costs.
 Source: Micikevicius et al. 2022, arXiv:2209.05433.
 """
 

@@ -55,6 +55,7 @@ from tinybert_fast.benchmarks.training_step import (
 )
 from tinybert_fast.integrations import accelerate
 from tinybert_fast.modules.capture import Capture
+from tinybert_fast.ops.feed_forward_fp8 import why_not
 from tinybert_fast.ops.layout import SequenceLayout
 from tinybert_fast.training.lessons import LessonCache
 from tinybert_fast.training.losses import intermediate_terms
@@ -130,6 +131,9 @@ class Fp8TeacherStep(OurGpuStep):
     name = role = "ours fp8"
 
     def lesson(self, batch: Batch, layout: SequenceLayout, dtype: str) -> Capture:
+        reason = why_not(self.device)
+        if self.device.type == "cuda" and reason is not None:  # by the reference it is no provider
+            raise Unavailable(reason)
         with self.autocast("bf16"):
             return super().lesson(batch, layout, "fp8")
 

@@ -16,9 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinybert_fast import ops
-from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, OURS, Case, Cases, Setup, Work
+from tinybert_fast.benchmarks.case import (
+    BASELINE,
+    CAREFUL,
+    OURS,
+    Case,
+    Cases,
+    Failed,
+    Setup,
+    Work,
+)
 from tinybert_fast.benchmarks.cases.op_case import SAME, batch_of, compiled, normal, op_case
 from tinybert_fast.benchmarks.op_call import OpCall
+from tinybert_fast.ops.feed_forward_fp8 import why_not
 
 COLUMNS = ((768, 3072),)
 ROUNDING = 0.05  # of y, by e4m3: what an answer may be further away by than one in bf16
@@ -77,6 +87,9 @@ def work_of(rows: int, columns: int, hidden: int, phase: str, size: int) -> Work
 
 
 def cases(setup: Setup, *, name: str, columns: int, hidden: int) -> Iterator[Case]:
+    reason = why_not(setup.device)
+    if setup.device.type == "cuda" and reason is not None:  # the reference is not ours
+        raise Failed(f"{name}: {reason}")
     batch, width = batch_of(setup)
     draw, rows = normal(setup), batch * width
     linears = (

@@ -96,6 +96,7 @@ def test_a_block_of_8_bit_floats_compiles_well():
     assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in product.code.asm["ptx"]
     assert "cp.async.bulk.tensor" in product.code.asm["ptx"]
     assert figures["warps"] == 2 * figures["num_warps"], figures
+    assert figures["tensor_core_kind"] == "QGMMA", figures
     assert not machine_code.feed_forward_fp8_kernels(80, 768, 3072)
 
 
@@ -203,7 +204,7 @@ def test_few_instructions_for_a_score(committed):
 def test_layer_norms_load_16_bytes(committed):
     for one in committed:
         by_threads = one["columns"] and one["op"] != "linear_gelu"  # which loads by TMA
-        assert not by_threads or one["load_bytes"] == "16", one
+        assert not by_threads or int(one["load_bytes"]) >= 16, one  # 32: two, of what is stored so
 
 
 def test_a_comment_keeps_the_digest_and_code_changes_it(tmp_path, monkeypatch):

@@ -230,11 +230,11 @@ def test_heads_widened_to_whole_units(scale, padded, counted, device, monkeypatc
 
 def test_which_heads_are_widened():
     """On a GPU those of long sequences, for its kernels alone."""
-    for width, longest, impl, missing in (
-        (26, 129, "triton", 6), (32, 129, "triton", 0), (26, 128, "triton", 0),
-        (26, 129, "torch", 0),
+    for width, size, longest, impl, missing in (
+        (26, 2, 129, "triton", 6), (26, 4, 129, "triton", 2), (32, 2, 129, "triton", 0),
+        (26, 2, 128, "triton", 0), (26, 2, 129, "torch", 0),
     ):  # fmt: skip
-        q = SimpleNamespace(shape=(4, 2, width), is_cuda=True)
+        q = SimpleNamespace(shape=(4, 2, width), is_cuda=True, element_size=lambda size=size: size)
         assert attention_module._missing(q, longest, impl) == missing
     assert attention_module._missing(torch.zeros(4, 2, 26), 512, "triton") == 0
 

@@ -154,20 +154,70 @@ def test_triton_in_one_node_makes_no_product_for_what_is_frozen(frozen, monkeypa
 
 
 def test_triton_in_one_node_of_what_is_given_alone():
-    """Nobody reads the layer's answer: its gradient is that of zeros."""
+    """Nobody reads the layer's answer: what is behind attention gets no gradient, not one of 0."""
     hidden, w = operands(torch.float32)
     layout = SequenceLayout.from_lengths(LENGTHS, device=DEVICE)
-    hidden.requires_grad_()
+    for x in (hidden, *w):
+        x.requires_grad_()
     _, queries, keys, values = encoder_layer(hidden, w, call_of(give=(0, 1)), layout=layout)
     assert values is None
-    (got,) = torch.autograd.grad((queries * keys).sum(), hidden)
+    got, *of_weights = torch.autograd.grad((queries * keys).sum(), [hidden, *w], allow_unused=True)
+    assert [x is not None for x in of_weights] == [True] * 2 + [False] * 10
     stack = F.linear(hidden, w.weight, w.bias).unflatten(1, (3, H, D))[..., :WIDTH]
     (want,) = torch.autograd.grad((stack[:, 0] * stack[:, 1]).sum(), hidden)
     torch.testing.assert_close(got, want)
 
 
+def test_triton_in_one_node_keeps_less_than_its_ops():
+    """GELU's answer is computed again."""
+    hidden, w = operands(torch.float32)
+    layout, kept = SequenceLayout.from_lengths(LENGTHS, device=DEVICE), []
+    for function, how in ((encoder_layer, {}), (one_by_one, {"impl": "triton"})):
+        found = {}
+
+        def keep(x, found=found):
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        leaf, *leaves = (x.clone().requires_grad_() for x in (hidden, *w))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            outputs = function(
+                leaf, LayerWeights(*leaves), call_of(), layout=layout, seed=None, read=None, **how
+            )
+        theirs = {x.untyped_storage().data_ptr() for x in leaves}  # there anyway
+        kept.append(sum(size for place, size in found.items() if place not in theirs))
+        del outputs
+    assert kept[1] - kept[0] >= sum(LENGTHS) * WIDE * 4
+
+
+def test_triton_backward_inside_autocast_of_a_forward_outside_it():
+    hidden, w = operands(torch.float32)
+    how = {"layout": SequenceLayout.from_lengths(LENGTHS, device=DEVICE), "seed": None}
+    want = run(encoder_layer, hidden, w, call_of(), read=None, **how)
+    leaf = hidden.clone().requires_grad_()
+    last, *_ = encoder_layer(leaf, w, call_of(), **how)
+    loss = (last.double() * normal(last.shape, 7, torch.float64, DEVICE)).sum()
+    with torch.autocast(DEVICE, DTYPES[0] if DEVICE == "cpu" else torch.bfloat16):
+        loss.backward()
+    torch.testing.assert_close(leaf.grad, want["dhidden"], rtol=0.0, atol=0.0)
+
+
+def test_triton_in_one_node_refuses_pairs_that_do_not_fit():
+    """As attention does: a mask of another length, of another batch, an unknown direction."""
+    hidden, w = operands(torch.float32)
+    layout = SequenceLayout.from_lengths(LENGTHS, device=DEVICE)
+    short = ops.BlockMask.from_dense(torch.ones(4, 4, dtype=torch.bool, device=DEVICE))
+    two = ops.BlockMask.from_dense(torch.ones(2, 32, 32, dtype=torch.bool, device=DEVICE))
+    for mask in (short, two):
+        with pytest.raises(ValueError, match="attention: "):
+            encoder_layer(hidden, w, call_of(), layout=layout, block_mask=mask)
+    with pytest.raises(ValueError, match="direction='casual'"):
+        encoder_layer(hidden, w, call_of(direction="casual"), layout=layout)
+
+
 def test_triton_serves_what_all_its_ops_serve():
     hidden, w = operands(torch.float32)
+    assert not serves(hidden, w._replace(inner=w.inner.half()), call_of(), None, "triton")
     assert serves(hidden, w, call_of(), None, "triton")
     assert not serves(hidden, w, call_of(), None, "reference")
     assert not serves(hidden, w, call_of(), None, "torch")

@@ -275,7 +275,8 @@ def _as_one(
     of it, or nobody wants a gradient.
     """
     attention, output = layer.attention.output, layer.output
-    if not (ops_add_bias(hidden) and is_erf_gelu(layer.intermediate.intermediate_act_fn)):
+    trained = torch.is_grad_enabled() and ops_add_bias(hidden)
+    if not (trained and is_erf_gelu(layer.intermediate.intermediate_act_fn)):
         return None
     inner, norms = layer.intermediate.dense, (attention.LayerNorm, output.LayerNorm)
     assert taken.stack is not None

@@ -30,7 +30,8 @@ from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.attention import attention as reference
 
 WIDEST_HEAD = 128  # of the Triton kernels
-HEAD_UNIT = 8  # numbers; 16 bytes in half precision, the widest load and what fused kernels ask for
+LOAD = 16  # bytes, the widest
+HEAD_UNIT = LOAD // 2  # numbers in half precision, which fused kernels ask for too
 READ_ONCE = 128  # tokens of a sequence, in whose backward a program reads each head once
 
 
@@ -175,7 +176,7 @@ def attention(
     Args:
         q, k, v: packed (T, H, D) with ``layout``; or padded (B, N, H, D), where ``layout`` names
             the real tokens and None means all. One dtype, fp16, bf16, fp32 or fp64 (``triton``:
-            not fp64, D up to 128); any strides. On a GPU heads whose D is no multiple of 8 are
+            not fp64, D up to 128); any strides. On a GPU heads that fill no whole 16 bytes are
             copied, of sequences of more than 128 tokens.
         scale: D**-0.5 by default.
         direction: "both", "causal" (a token sees itself and what precedes it) or "anti_causal".
@@ -241,7 +242,7 @@ def _missing(q: Tensor, longest: int, impl: str) -> int:
     head at a time, where heads of 26 begin at multiples of 4, and long sequences' again and again.
     """
     worth = impl == "triton" and q.is_cuda and longest > READ_ONCE
-    return -q.shape[-1] % HEAD_UNIT if worth else 0
+    return -q.shape[-1] % (LOAD // q.element_size()) if worth else 0
 
 
 def attention_of_stack(
@@ -322,9 +323,14 @@ def _check(q, k, v, layout, direction, block_mask) -> None:
         )
     if layout is not None:
         check_layout("attention", layout, q, leading=q.dim() - 2)
+    longest = layout.max_length if layout is not None else q.shape[1]
+    batch = layout.batch_size if layout is not None else q.shape[0]
+    _check_pairs(longest, batch, q.device, direction, block_mask)
+
+
+def _check_pairs(longest, batch, device, direction, block_mask) -> None:
+    """ValueError unless direction and mask say which tokens meet, in sequences like these."""
     if direction not in DIRECTIONS:
         raise ValueError(f"attention: direction={direction!r} is not one of {DIRECTIONS}")
     if block_mask is not None:
-        longest = layout.max_length if layout is not None else q.shape[1]
-        batch = layout.batch_size if layout is not None else q.shape[0]
-        check_block_mask("attention", block_mask, longest, batch, q.device)
+        check_block_mask("attention", block_mask, longest, batch, device)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tinybert_fast.ops.attention import LIMITS as OF_ATTENTION
 from tinybert_fast.ops.attention import _backward_of_stack as attention_backward
+from tinybert_fast.ops.attention import _check_pairs, _mask_of
 from tinybert_fast.ops.attention import _forward as attention_forward
-from tinybert_fast.ops.attention import _mask_of
 from tinybert_fast.ops.bias_gelu import LIMITS as OF_GELU
 from tinybert_fast.ops.bias_gelu import _backward as gelu_backward
 from tinybert_fast.ops.bias_gelu import _forward as gelu_forward
 from tinybert_fast.ops.block_mask import BlockMask
-from tinybert_fast.ops.dispatch import Impl, check_dropout, choose
+from tinybert_fast.ops.dispatch import Impl, check_dropout, choose, without_autocast
 from tinybert_fast.ops.dropout_add_layer_norm import LIMITS as OF_NORM
 from tinybert_fast.ops.dropout_add_layer_norm import _backward as norm_backward
 from tinybert_fast.ops.dropout_add_layer_norm import _forward as norm_forward
@@ -33,6 +33,7 @@ from tinybert_fast.ops.layer_norm import any_double
 from tinybert_fast.ops.layout import SequenceLayout
 
 TRITON = "triton"
+GIVEN = range(3)  # queries, keys, values
 
 
 class LayerWeights(NamedTuple):
@@ -72,7 +73,7 @@ class _EncoderLayer(torch.autograd.Function):
         *weights, cu_seqlens, work, sequences, positions, seed, read, call, masks = operands[:20]
         w, mask = LayerWeights(*weights), list(operands[20:])
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.masks, ctx.dtype = call, masks, hidden.dtype
+        ctx.call, ctx.masks = call, masks
         stack = F.linear(hidden, w.weight, w.bias).unflatten(1, (3, call.heads, -1))
         attended, lse, rng = attention_forward(
             *stack.unbind(1), *_of_attention(call, cu_seqlens, work, seed, mask), TRITON
@@ -93,57 +94,69 @@ class _EncoderLayer(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(
             hidden, *weights, cu_seqlens, work, *places, seed, read, *mask,
-            stack, attended, lse, rng, first, *kept, product, expanded, *last_kept,
+            stack, attended, lse, rng, first, *kept, product, *last_kept,
         )  # fmt: skip
-        given = (stack[:, i, :, : call.width].detach() for i in sorted(call.give))
-        return last, *(next(given) if i in call.give else None for i in range(3))
+        given = (stack[:, i, :, : call.width].detach() if i in call.give else None for i in GIVEN)
+        return last, *given
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *of_given):
-        call, needs = ctx.call, ctx.needs_input_grad[: 1 + len(LayerWeights._fields)]
         hidden, *saved = ctx.saved_tensors
-        n = len(LayerWeights._fields)
-        w, wants = LayerWeights(*saved[:n]), LayerWeights(*needs[1:])
-        cu_seqlens, work, *places, seed, read = saved[n : n + 6]
-        mask, saved = list(saved[n + 6 : n + 6 + ctx.masks]), saved[n + 6 + ctx.masks :]
-        stack, attended, lse, rng, first, *saved = saved
-        kept, (product, expanded), last_kept = saved[:4], saved[4:6], saved[6:]
-        grad = torch.zeros_like(first) if grad is None else grad
+        found = without_autocast(_gradients, hidden, ctx, saved, grad, of_given)
+        return *found, *(None,) * (8 + ctx.masks)
 
+
+def _gradients(hidden: Tensor, ctx: Any, saved: list[Any], grad: Tensor | None, of_given) -> tuple:
+    """Of hidden and the weights. GELU is computed again: nothing else is as large as its answer,
+    and few kernels are as fast.
+    """
+    call, n = ctx.call, len(LayerWeights._fields)
+    wants_hidden, *wanted = ctx.needs_input_grad[: 1 + n]
+    w, wants = LayerWeights(*saved[:n]), LayerWeights(*wanted)
+    cu_seqlens, work, *places, seed, read = saved[n : n + 6]
+    mask, saved = list(saved[n + 6 : n + 6 + ctx.masks]), saved[n + 6 + ctx.masks :]
+    stack, attended, lse, rng, first, *saved = saved
+    kept, product, last_kept = saved[:4], saved[4], saved[5:]
+    context, drows, of_output, of_block = attended.flatten(1), None, (None,) * 4, (None,) * 6
+    dcontext = torch.zeros_like(context) if grad is None else None
+    if grad is not None:
         dproduct, dfirst, dlast_bias, dlast_norm, dlast_norm_bias = norm_backward(
-            grad, *last_kept, w.last_norm, *_of_norm(call, 1, seed, places)[1:], ctx.dtype, True,
-            TRITON,
+            grad, *last_kept, w.last_norm, *_of_norm(call, 1, seed, places)[1:], hidden.dtype,
+            True, TRITON,
         )  # fmt: skip
         dproduct = dproduct if dproduct.shape == dfirst.shape else dfirst
-        douter = dproduct.mT @ expanded if wants.outer else None
+        douter = None
+        if wants.outer:
+            douter = dproduct.mT @ gelu_forward(product, w.inner_bias, TRITON)
         dwide, dinner_bias = gelu_backward(dproduct @ w.outer, product, w.inner_bias, TRITON)
         dinner = dwide.mT @ first if wants.inner else None
         dfirst.addmm_(dwide, w.inner)
-        del dwide, grad
+        of_block = (dinner, dinner_bias, douter, dlast_bias, dlast_norm, dlast_norm_bias)
+        del dwide, dproduct
 
-        dproduct, drows, doutput_bias, dnorm, dnorm_bias = norm_backward(
-            dfirst, *kept, w.norm, *_of_norm(call, 0, seed, places)[1:], ctx.dtype, True, TRITON
+        dproduct, drows, *of_vectors = norm_backward(
+            dfirst, *kept, w.norm, *_of_norm(call, 0, seed, places)[1:], hidden.dtype, True, TRITON
         )
         dproduct = dproduct if dproduct.shape == drows.shape else drows
-        context = attended.flatten(1)
-        context = context if read is None else context.index_select(0, read)
-        doutput = dproduct.mT @ context if wants.output else None
+        rows = context if read is None else context.index_select(0, read)
+        of_output = (dproduct.mT @ rows if wants.output else None, *of_vectors)
         dcontext = dproduct @ w.output
         if read is not None:
-            dcontext = torch.zeros_like(attended.flatten(1)).index_add_(0, read, dcontext)
+            dcontext = torch.zeros_like(context).index_add_(0, read, dcontext)
             drows = torch.zeros_like(hidden).index_add_(0, read, drows)
-        arguments = _of_attention(call, cu_seqlens, work, seed, mask)
-        dstack = attention_backward(
-            dcontext.view(attended.shape), stack, *of_given, attended, lse, rng, *arguments, TRITON
-        ).flatten(1)
-        dweight = dstack.mT @ hidden if wants.weight else None
-        dbias = dstack.sum(0) if wants.bias else None
-        dhidden = drows.addmm_(dstack, w.weight) if needs[0] else None
-        return (
-            dhidden, dweight, dbias, doutput, doutput_bias, dnorm, dnorm_bias, dinner, dinner_bias,
-            douter, dlast_bias, dlast_norm, dlast_norm_bias, *(None,) * (8 + ctx.masks),
-        )  # fmt: skip
+        del dproduct, dfirst, rows
+
+    dstack = attention_backward(
+        dcontext.view(attended.shape), stack, *of_given, attended, lse, rng,
+        *_of_attention(call, cu_seqlens, work, seed, mask), TRITON,
+    ).flatten(1)  # fmt: skip
+    dweight = dstack.mT @ hidden if wants.weight else None
+    dbias = dstack.sum(0) if wants.bias else None
+    dhidden = None
+    if wants_hidden:
+        dhidden = dstack @ w.weight if drows is None else drows.addmm_(dstack, w.weight)
+    return dhidden, dweight, dbias, *of_output, *of_block
 
 
 def _of_attention(call: LayerCall, cu_seqlens, work, seed, mask) -> tuple:
@@ -170,6 +183,9 @@ def serves(
         "dense_mask": block_mask is not None and not isinstance(block_mask, BlockMask),
         "dropout_p": call.dropout_p[0],
     }
+    products = (weights.weight, weights.bias, weights.output, weights.inner, weights.outer)
+    if any(x.dtype != hidden.dtype for x in products):
+        return False
     double = any_double(*weights)
     norm = {"dropout_p": max(call.dropout_p[1:]), "columns": hidden.shape[-1], "double": double}
     facts = ((OF_ATTENTION, attention), (OF_NORM, norm), (OF_GELU, {"double": double}))
@@ -189,8 +205,9 @@ def encoder_layer(
     """(T, C) -> (T, C), or (R, C) of the rows to ``read``, int64 (R,); and of queries, keys and
     values (T, H, width) those that ``call.give`` names: views, whose gradients the kernels add.
 
-    For what `serves`: on a GPU, where a gradient is wanted.
+    For what `serves`: on a GPU, where a gradient is wanted. ValueError as the ops raise it.
     """
+    _check_pairs(layout.max_length, layout.batch_size, hidden.device, call.direction, block_mask)
     for rate, site in zip(call.dropout_p, call.sites, strict=True):
         check_dropout("encoder_layer", rate, seed, site, hidden.device)
     mask = () if block_mask is None else _mask_of(block_mask, TRITON)

@@ -23,6 +23,9 @@ from tinybert_fast.ops.dispatch import (
 from tinybert_fast.reference.feed_forward_fp8 import E4M3, rounded
 from tinybert_fast.reference.feed_forward_fp8 import feed_forward_fp8 as reference
 
+DTYPES = dict.fromkeys(("inner", "outer"), E4M3) | dict.fromkeys(
+    ("inner_scale", "outer_scale", "reach"), torch.float32
+)
 UNIT = 16  # numbers of e4m3 that TMA loads at a time
 FAMILIES = (9, 10)  # of GPUs: their tensor cores multiply e4m3, and TMA loads it
 
@@ -131,7 +134,7 @@ def _check(x: Tensor, weights: Fp8Weights) -> None:
         "reach": (2,),
     }
     for name, tensor in weights._asdict().items():
-        wanted = {"inner": E4M3, "outer": E4M3}.get(name)
+        wanted = DTYPES.get(name)
         if tensor.shape != expected[name] or wanted not in (None, tensor.dtype):
             raise ValueError(
                 f"{op}: {name} must be {expected[name]}{f' in {wanted}' if wanted else ''} for x "

@@ -24,7 +24,7 @@ VOCABULARY, MASK, SPECIAL = 1000, 4, range(5)
 DRAWS, BATCH, WIDTH = 200_000, 1000, 32
 STANDARD_ERRORS = 4.0
 LENGTHS = (1, 2, 7, 31, 128, 129, 512)
-ROUNDED = 0.05  # of the result: what e4m3 changes at most, of normal operands
+ROUNDED = 0.05  # of the result, whose bias is half of it: what e4m3 changes at most
 FLIPPED = 0.01  # what lies between two numbers of e4m3 is rounded to either, and y to bf16
 
 

@@ -26,6 +26,7 @@ from tinybert_fast.modules.capture import Capture, encoder_of, record_padded
 from tinybert_fast.modules.encoder import is_erf_gelu
 from tinybert_fast.modules.feed_forward_fp8 import FeedForwardFp8
 from tinybert_fast.modules.weights import is_plain, lay_side_by_side, pays_to_prepare_together
+from tinybert_fast.ops.dispatch import UNAVAILABLE
 from tinybert_fast.ops.feed_forward_fp8 import UNIT, why_not
 from tinybert_fast.ops.layout import SequenceLayout
 
@@ -175,9 +176,10 @@ def check_teacher_dtype(dtype: str | None, device: torch.device) -> None:
         raise ValueError(
             f"teacher_dtype int8 is for CPUs, and this run is on {device.type}; take bf16"
         )
-    reason = why_not(device) if dtype == "fp8" else None
-    if reason is not None:
-        raise ValueError(f"teacher_dtype fp8: {reason}; take bf16")
+    if dtype == "fp8":
+        reason = why_not(device) or UNAVAILABLE["triton"]  # the reference would be far too slow
+        if reason is not None:
+            raise ValueError(f"teacher_dtype fp8: {reason}; take bf16")
 
 
 CONVERT: dict[TeacherDtype, Callable[[Any], Any]] = {
