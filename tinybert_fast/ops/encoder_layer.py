@@ -118,9 +118,13 @@ def _gradients(hidden: Tensor, ctx: Any, saved: list[Any], grad: Tensor | None, 
     mask, saved = list(saved[n + 6 : n + 6 + ctx.masks]), saved[n + 6 + ctx.masks :]
     stack, attended, lse, rng, first, *saved = saved
     kept, product, last_kept = saved[:4], saved[4], saved[5:]
-    context, drows, of_output, of_block = attended.flatten(1), None, (None,) * 4, (None,) * 6
-    dcontext = torch.zeros_like(context) if grad is None else None
-    if grad is not None:
+    context = attended.flatten(1)
+    drows: Tensor | None = None
+    of_output: tuple[Tensor | None, ...] = (None,) * 4
+    of_block: tuple[Tensor | None, ...] = (None,) * 6
+    if grad is None:  # nobody reads the layer's answer, but its queries, keys or values
+        dcontext = torch.zeros_like(context)
+    else:
         dproduct, dfirst, dlast_bias, dlast_norm, dlast_norm_bias = norm_backward(
             grad, *last_kept, w.last_norm, *_of_norm(call, 1, seed, places)[1:], hidden.dtype,
             True, TRITON,
