@@ -76,7 +76,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ANSWERS: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32)[None, :]
@@ -92,6 +92,8 @@ def _backward_kernel(
         density = tl.exp2(u * u * MINUS_HALF_LOG2_E) * PEAK
         dx = grad * (_normal_distribution(u, HALF) + u * density)
         tl.store(dx_ptr + at, dx, mask=live)
+        if ANSWERS:
+            tl.store(grad_ptr + at, gelu(u, HALF), mask=live)
         dbias += dx
     columns_ptr = partial_ptr + tl.program_id(0) * C
     tl.store(columns_ptr + offs_n, tl.sum(dbias, 0), mask=offs_n < C)
@@ -113,6 +115,15 @@ def forward(x, bias):
 
 def backward(grad, x, bias):
     """Gradients of x and bias, in their dtypes."""
+    return _backward(grad.contiguous(), x, bias, answers=False)
+
+
+def backward_in_place(grad, x, bias):
+    """The same; ``grad``, contiguous and in x's dtype, becomes the forward's answer."""
+    return _backward(grad, x, bias, answers=True)
+
+
+def _backward(grad, x, bias, *, answers):
     rows, columns = x.shape
     dx, dbias = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(bias)
     setting = configs.ELEMENTWISE
@@ -122,8 +133,8 @@ def backward(grad, x, bias):
     partial = torch.empty((1, programs, columns), dtype=torch.float32, device=x.device)
     if x.numel() > 0:
         _backward_kernel[programs, across](
-            grad.contiguous(), x.contiguous(), bias.contiguous(), dx, partial, rows,
-            C=columns, **setting.launch(),
+            grad, x.contiguous(), bias.contiguous(), dx, partial, rows,
+            C=columns, ANSWERS=answers, **setting.launch(),
         )  # fmt: skip
     add_partials(partial, dbias)
     return dx, dbias

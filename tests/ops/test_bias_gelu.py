@@ -200,6 +200,20 @@ def test_a_tangent_is_not_lost(impl, device):
                 ops.bias_gelu(dual, bias, weight, impl=impl)
 
 
+@pytest.mark.parametrize("shape", [(3, 1200), (2500, 70), (0, 312)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_in_place_of_its_gradient(shape, dtype, counted, device):
+    """The same gradients, bit for bit; and the forward's answer where the gradient was."""
+    operators = torch.ops.tinybert_fast
+    x, bias = (t.detach() for t in bias_gelu(shape, dtype=dtype, device=device).operands)
+    grad = torch.randn(shape, device=device).to(dtype)
+    want = operators.bias_gelu_bwd(grad, x, bias, counted)
+    got = operators.bias_gelu_bwd_in_place(grad, x, bias, counted)
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    assert torch.equal(grad, ops.bias_gelu(x, bias, impl=counted))
+    torch.library.opcheck(operators.bias_gelu_bwd_in_place.default, (grad, x, bias, counted))
+
+
 def test_refuses():
     with pytest.raises(ValueError, match=r"bias must have shape \(3,\).*got \(1,\)"):
         ops.bias_gelu(torch.ones(2, 3), torch.ones(1))

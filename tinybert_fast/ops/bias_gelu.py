@@ -52,7 +52,12 @@ _backward = define(
     torch="tinybert_fast.tuned.bias_gelu:backward",
     triton="tinybert_fast.kernels.bias_gelu:backward",
 )
-
+# Besides, grad, contiguous and in x's dtype, becomes the forward's answer.
+_backward_in_place = define(
+    "bias_gelu_bwd_in_place(Tensor(a!) grad, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
+    fake=lambda grad, x, bias: (x.new_empty(x.shape), torch.empty_like(bias)),
+    triton="tinybert_fast.kernels.bias_gelu:backward_in_place",
+)
 _forward_of_product = define(
     "linear_gelu_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor y",
     fake=lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),

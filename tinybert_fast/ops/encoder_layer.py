@@ -22,7 +22,7 @@ from tinybert_fast.ops.attention import _backward_of_stack as attention_backward
 from tinybert_fast.ops.attention import _check_pairs, _mask_of
 from tinybert_fast.ops.attention import _forward as attention_forward
 from tinybert_fast.ops.bias_gelu import LIMITS as OF_GELU
-from tinybert_fast.ops.bias_gelu import _backward as gelu_backward
+from tinybert_fast.ops.bias_gelu import _backward_in_place as gelu_backward
 from tinybert_fast.ops.bias_gelu import _forward as gelu_forward
 from tinybert_fast.ops.block_mask import BlockMask
 from tinybert_fast.ops.dispatch import Impl, check_dropout, choose, without_autocast
@@ -108,8 +108,8 @@ class _EncoderLayer(torch.autograd.Function):
 
 
 def _gradients(hidden: Tensor, ctx: Any, saved: list[Any], grad: Tensor | None, of_given) -> tuple:
-    """Of hidden and the weights. GELU is computed again: nothing else is as large as its answer,
-    and few kernels are as fast.
+    """Of hidden and the weights. GELU's answer, the largest tensor of all, is computed again where
+    its gradient is read.
     """
     call, n = ctx.call, len(LayerWeights._fields)
     wants_hidden, *wanted = ctx.needs_input_grad[: 1 + n]
@@ -130,14 +130,13 @@ def _gradients(hidden: Tensor, ctx: Any, saved: list[Any], grad: Tensor | None, 
             True, TRITON,
         )  # fmt: skip
         dproduct = dproduct if dproduct.shape == dfirst.shape else dfirst
-        douter = None
-        if wants.outer:
-            douter = dproduct.mT @ gelu_forward(product, w.inner_bias, TRITON)
-        dwide, dinner_bias = gelu_backward(dproduct @ w.outer, product, w.inner_bias, TRITON)
+        expanded = dproduct @ w.outer  # its gradient, and then itself
+        dwide, dinner_bias = gelu_backward(expanded, product, w.inner_bias, TRITON)
+        douter = dproduct.mT @ expanded if wants.outer else None
         dinner = dwide.mT @ first if wants.inner else None
         dfirst.addmm_(dwide, w.inner)
         of_block = (dinner, dinner_bias, douter, dlast_bias, dlast_norm, dlast_norm_bias)
-        del dwide, dproduct
+        del dwide, dproduct, expanded
 
         dproduct, drows, *of_vectors = norm_backward(
             dfirst, *kept, w.norm, *_of_norm(call, 0, seed, places)[1:], hidden.dtype, True, TRITON
