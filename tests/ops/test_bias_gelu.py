@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.library import opcheck
 
 from tinybert_fast import ops
 from tinybert_fast.ops import dispatch
@@ -211,7 +212,7 @@ def test_backward_in_place_of_its_gradient(shape, dtype, counted, device):
     got = operators.bias_gelu_bwd_in_place(grad, x, bias, counted)
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
     assert torch.equal(grad, ops.bias_gelu(x, bias, impl=counted))
-    torch.library.opcheck(operators.bias_gelu_bwd_in_place.default, (grad, x, bias, counted))
+    opcheck(operators.bias_gelu_bwd_in_place.default, (grad, x, bias, counted))
 
 
 def test_refuses():

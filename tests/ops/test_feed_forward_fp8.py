@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
 from tinybert_fast import ops
 from tinybert_fast.ops import dispatch
@@ -189,7 +190,7 @@ def test_matches_the_reference(lead, width, hidden, counted, dtype, device):
 def test_contract(counted, dtype, device):
     x, weights = operands((5,), 64, 128, dtype, device)
     operator = torch.ops.tinybert_fast.feed_forward_fp8_fwd.default
-    torch.library.opcheck(operator, (x, *weights, counted))
+    opcheck(operator, (x, *weights, counted))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,9 +3,9 @@
     s = LN(h + D(a W_o^T + b_o)),   a = attention of the thirds of h W^T + b
     y = LN(s + D(gelu(s W_1^T + b_1) W_2^T + b_2))
 
-Op by op the same kernels are launched; but between two of them stand Python's dispatch and a node
-of autograd, which take longer than most kernels run. In the backward what a residual brings is
-added inside the product beside it (beta of cuBLAS), not rounded before and without a launch.
+Op by op the same kernels are launched, with Python's dispatch and a node of autograd between each
+two, for which a GPU waits. In the backward what a residual brings is added inside the product
+beside it (beta of cuBLAS), not rounded before and without a launch.
 Sources: Vaswani et al. 2017, arXiv:1706.03762; Devlin et al. 2018, arXiv:1810.04805.
 """
 

@@ -104,9 +104,9 @@ def feed_forward_fp8(x: Tensor, weights: Fp8Weights, *, impl: Impl = "auto") -> 
             named ``impl`` that cannot serve the call.
     """
     x = autocast(x)
-    _check(x, weights)
     widths = (x.shape[-1], *weights.outer.shape[::-1])
     name, _ = choose(impl, LIMITS, x, widths=widths)
+    _check(x, weights)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = (
         without_autocast(reference, rows, *weights)
