@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from tinybert_fast.testing.tiny_models import WORDS, tiny_classifier, tiny_encoder
 
@@ -78,6 +79,59 @@ def test_different_vocabularies(cli, files, teacher, out, tmp_path):
         answer = cli(*task, "--student", student)
         assert "word pieces" in answer.line
         assert "give the student the teacher's vocabulary" in answer.line
+
+
+def commands(files, encoder, classifier, out):
+    """What reads texts with a model."""
+    student = ("--student", files / "student.json", "-o", out)
+    yield "finetune", encoder, "--train", files / "train.csv", "-o", out
+    yield "evaluate", classifier, files / "dev.csv"
+    yield "distill", encoder, "--corpus", files / "corpus.txt", *student
+    yield "distill", classifier, "--train", files / "train.csv", *student
+
+
+def test_no_tokenizer(cli, files, teacher, out, tmp_path):
+    """Transformers makes one of no words, to which every word is unknown."""
+    bare = [
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("*vocab*", "token*"))
+        for name, folder in (("encoder", files / "encoder"), ("classifier", teacher))
+    ]
+    for command in commands(files, *bare, out):
+        assert "holds no tokenizer (tokenizer.json or vocab.txt)" in cli(*command).line
+    assert not out.exists()
+
+
+def test_more_word_pieces_than_embeddings(cli, files, out, tmp_path):
+    models = tiny_encoder(tmp_path / "a"), tiny_classifier(tmp_path / "b")
+    for folder in models:
+        tiny_encoder(tmp_path / "c", words=(*WORDS, "!")).joinpath("tokenizer.json").replace(
+            folder / "tokenizer.json"
+        )
+    for command in commands(files, *models, out):
+        assert "knows 25 word pieces and the tokenizer has 26" in cli(*command).line
+
+
+@pytest.mark.parametrize("how", ["finetune", "evaluate", "corpus", "train"])
+def test_other_architectures(cli, files, out, tmp_path, how):
+    shutil.copytree(files / "encoder", tmp_path, dirs_exist_ok=True)  # its tokenizer
+    sizes = {"dim": 24, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, "vocab_size": len(WORDS)}
+    DistilBertForSequenceClassification(DistilBertConfig(**sizes)).save_pretrained(tmp_path)
+    command = {
+        "finetune": ("finetune", tmp_path, "--train", files / "train.csv", "-o", out),
+        "evaluate": (
+            "evaluate",
+            tmp_path,
+            csv(tmp_path / "a.csv", "text,label\na film,0\na film,1\n"),
+        ),
+        "corpus": ("distill", tmp_path, "--corpus", files / "corpus.txt", "-o", out),
+        "train": ("distill", tmp_path, "--train", files / "train.csv", "-o", out),
+    }[how]
+    if how in ("corpus", "train"):
+        assert "is a distilbert model; expected BERT" in cli(*command).line
+        return
+    said = "is a distilbert model, and only BERTs are accelerated; run it as Transformers does"
+    assert said in cli(*command).line
+    assert cli(*command, "--plain", *(["--epochs", 1] if how == "finetune" else [])).code == 0
 
 
 def test_different_head_counts(cli, files, out, tmp_path):
@@ -214,6 +268,8 @@ def test_lessons_of_another_teacher_or_without_room(cli, files, out, tmp_path, m
     run = ("distill", files / "encoder", "--corpus", files / "corpus.txt", "--student",
            files / "student.json", "--steps", 1, "--cache-folder", tmp_path / "kept")  # fmt: skip
     assert "ask for them" in cli(*run[:-2], "--cache-dtype", "fp16", "-o", out).line
+    taken = cli(*run[:-1], files / "train.csv", "-o", out)
+    assert "train.csv is a file; expected a folder for cached lessons" in taken.line
     assert "'int4'" in cli(*run, "--teacher-dtype", "int4", "-o", out).line
     assert not out.exists()
     assert cli(*run, "-o", out).code == 0

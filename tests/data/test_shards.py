@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import BertProcessing
 
 from tinybert_fast.data import (
     Corpus,
@@ -16,8 +17,9 @@ from tinybert_fast.data import (
     train_wordpiece,
     write_shards,
 )
-from tinybert_fast.data.shards import shards_of, survey
+from tinybert_fast.data.shards import fingerprint, shards_of, survey
 from tinybert_fast.testing.tiny_models import SPECIAL, tiny_tokenizer
+from tinybert_fast.training.loading import load_tokenizer
 
 DOCUMENTS = [[5, 3, 9, 1, 4, 7] * 6, [2] * 40, [30], [6, 6, 6]]  # words of their sentences
 WORDS = sum(map(sum, DOCUMENTS))
@@ -292,3 +294,16 @@ def test_what_is_not_opened(corpus, tokenizer, tmp_path):
         manifest.write_text(damaged)
         with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
             open_shards(folder, tokenizer)
+
+
+def test_fingerprint_is_of_what_decides_the_ids(tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path)
+    want = fingerprint(tokenizer)
+    tokenizer(["good film"], truncation=True, max_length=3, padding="max_length")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert fingerprint(load_tokenizer(tmp_path / "saved")) == fingerprint(tokenizer) == want
+    tokenizer.truncation_side = "left"
+    found = {want, fingerprint(tokenizer)}
+    tokenizer.truncation_side = "right"
+    tokenizer.backend_tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[SEP]", 3))
+    assert len(found | {fingerprint(tokenizer)}) == 3

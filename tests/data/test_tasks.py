@@ -208,6 +208,7 @@ def test_task_orders_its_classes():
     assert Task.of(examples_of(["a", "b"]), ("b", "a")).labels == ("b", "a")
     assert Task.of(examples_of(["a", "b"]), ("LABEL_0", "LABEL_1")).labels == ("a", "b")
     assert Task.of(examples_of(["a", "b"]), ("b", "c"), ("c", "b", "a")).labels == ("b", "a")
+    assert Task.of(examples_of(["a", "b"]), ("b", "c", "a"), ("a", "b")).labels == ("b", "c", "a")
     assert Task.of(examples_of([0.5, 1.0], text_pair=["b", "b"])) == Task(text_pair="text_pair")
     with pytest.raises(ValueError, match="one class only, 'a'"):
         Task.of(examples_of(["a", "a"]))

@@ -124,8 +124,8 @@ def test_schedules():
     )
     for fields, complaint in (
         ((0.1, 0.2, "steps"), "schedule is 'steps'; expected one of constant, linear, cosine"),
-        ((0.1, 0.2), "a constant schedule takes no end"),
-        ((0.1, None, "linear"), "a linear schedule needs an end"),
+        ((0.1, 0.2), r"ends at 0\.2 is not constant; choose .*--ratio-schedule"),
+        ((0.1, None, "linear"), r"a linear masking ratio needs an end \(--ratio-end\)"),
         ((0.0,), r"a masking ratio is 0\.0; expected above 0"),
     ):
         with pytest.raises(ValueError, match=complaint):

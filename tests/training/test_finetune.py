@@ -16,6 +16,7 @@ from transformers import (
 
 from tinybert_fast.data import LengthCollator, Task, encode_examples, load_examples
 from tinybert_fast.testing.tiny_models import (
+    WORDS,
     sentiment_file,
     sentiment_rows,
     tiny_classifier,
@@ -238,6 +239,10 @@ def test_resuming_wants_the_same_weights(made, tmp_path):
     tiny_encoder(encoder, seed=1)
     with pytest.raises(ValueError, match="model_weights was "):
         finetune(*files, **options, resume=True)
+    (encoder / "tokenizer.json").unlink()
+    tiny_encoder(encoder, seed=1, words=(*WORDS[:5], *WORDS[:4:-1]))
+    with pytest.raises(ValueError, match="tokenizer was "):
+        finetune(*files, **options, resume=True)
 
 
 def test_resuming_a_finished_run_returns_its_metrics(made, tmp_path, monkeypatch):
@@ -376,6 +381,8 @@ def test_refusals_leave_nothing_behind(made, tmp_path):
     for name in ("batch_size", "eval_steps", "max_length"):
         with pytest.raises(ValueError, match=f"{name} is 0; expected"):
             run(made, out, **{name: 0}, accelerate=False)
+    with pytest.raises(ValueError, match="eval_steps is for a dev file, and there is none"):
+        finetune(made / "encoder", made / "train.csv", None, out, eval_steps=5)
     unseen = tmp_path / "unseen.csv"
     unseen.write_text("text,label\na film,good\na film,fair\n")
     with pytest.raises(ValueError, match=r"unseen.csv: row 2 has the label 'fair', never seen"):
@@ -421,13 +428,24 @@ def test_a_name_of_the_hub_goes_there(tmp_path, monkeypatch):
     assert check_model_path("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
 
 
-def test_classifier_head_is_kept_or_replaced(tmp_path):
+def test_a_head_outlives_the_absence_of_a_class(made, tmp_path):
+    start = tiny_classifier(tmp_path / "start", ("bad", "so-so", "good"))
+    options = {"lr": 0.0, "epochs": 1, "max_length": 16, "progress": False}
+    metrics = finetune(start, made / "train.csv", None, tmp_path / "out", **options)
+    assert metrics["labels"] == ["bad", "so-so", "good"]
+    assert_same_weights(start, tmp_path / "out")
+
+
+def test_classifier_head_is_kept_or_replaced(tmp_path, caplog):
     folder = tiny_classifier(tmp_path / "model", ("no", "yes", "maybe"))
     head = load_classifier(folder).classifier.weight
     same = load_classifier(folder, Task(labels=("no", "yes", "maybe")))
     assert torch.equal(same.classifier.weight, head)
+    assert not caplog.messages
     other = load_classifier(folder, Task(labels=("a", "b")))
     assert other.classifier.weight.shape == (2, 24)
     assert other.config.id2label == {0: "a", 1: "b"}
+    said = f"the head of {folder} is for other classes; a new one takes its place"
+    assert caplog.messages == [said]
     with pytest.raises(ValueError, match="no trained classification head"):
         load_classifier(tiny_encoder(tmp_path / "encoder"))

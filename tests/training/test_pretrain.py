@@ -30,7 +30,6 @@ QUICK = {
     "lr": 3e-3,
     "log_steps": 2,
     "checkpoint_steps": 3,
-    "eval_steps": 3,
     "progress": False,
 }
 
@@ -240,7 +239,9 @@ def test_resume_wants_the_same_masks(text, tmp_path):
         ({"bidirectional": "causal", "masking": Masking(0.2)}, "masks nothing"),
         ({"batch_size": 4000}, r"examples and one step reads 4000 .*smaller batch size"),
         ({"held_out": 0.9}, "expected a share above 0, at most 0.5"),
-        ({"held_out": 0.1}, "is one document"),
+        ({"held_out": 0.1}, "is one document.*; hold out a larger share, or a text of its own"),
+        ({"held_out": 0.01}, "holds no text; .*; hold out a larger share"),
+        ({"eval_steps": 3}, "eval_steps is for held-out text, and there is none"),
         ({"vocab_size": 8}, "vocab_size is 8; expected 32 or more"),
         ({"model": "5l-100"}, "no student or model 5l-100"),
         ({"steps": 0}, "steps is 0"),
@@ -274,7 +275,12 @@ def test_two_vocabularies_are_refused(text, tmp_path):
     tiny_tokenizer(tmp_path / "other", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))
     with pytest.raises(ValueError, match="was trained with another tokenizer"):
         run(text, tmp_path / "out", model=tmp_path / "start", tokenizer=tmp_path / "other")
+    for options in ({"vocab_size": 100}, {"lowercase": True}):
+        with pytest.raises(ValueError, match="are for a tokenizer trained on the corpus"):
+            run(text, tmp_path / "out", model=tmp_path / "start", **options)
     tiny_config(vocab_size=20).to_json_file(tmp_path / "small.json")
+    with pytest.raises(ValueError, match=r"small\.json has 20 word pieces; .* needs 32 or more"):
+        run(text, tmp_path / "out", model=tmp_path / "small.json", vocab_size=60)
     tiny_tokenizer(tmp_path / "words")
     with pytest.raises(ValueError, match="20 word pieces and the tokenizer 25"):
         run(text, tmp_path / "out", model=tmp_path / "small.json", tokenizer=tmp_path / "words")

@@ -202,6 +202,25 @@ def test_causal_needs_packed_rows(tokenizer):
         PreTraining(model_of(tokenizer, fast=False), Objectives(bidirectional="causal"))
 
 
+@pytest.mark.parametrize("bidirectional", ["off", "causal"])
+def test_a_hook_on_a_head_changes_nothing(tokenizer, examples, bidirectional):
+    """No head is called; the encoder stays packed, and with it the direction."""
+    objectives = Objectives(bidirectional=bidirectional)
+    batch = batch_of(tokenizer, examples, objectives)
+    model = model_of(tokenizer, fast=True)
+    want, _ = PreTraining(model, objectives)(batch)
+    model.cls.predictions.transform.register_forward_hook(lambda *_: None)
+    assert PreTraining(model, objectives)(batch)[0] == want
+
+
+def test_a_restored_model_is_not_trained_on_what_it_sees(tokenizer, examples):
+    objectives = Objectives(bidirectional="causal")
+    step = PreTraining(model_of(tokenizer, fast=True), objectives)
+    tbf.restore(step.model)
+    with pytest.raises(ValueError, match="'causal' needs packed rows: accelerate the model"):
+        step(batch_of(tokenizer, examples, objectives))
+
+
 def test_only_rows_that_are_read_are_computed(tokenizer, examples):
     """The last layer's output behind its attention, values and gradients, with dropout's cells."""
     batch = with_layout(batch_of(tokenizer, examples, Objectives()))

@@ -171,7 +171,7 @@ def test_layers_to_start_from_are_evenly_spread():
         ({"loss": "tinybert", "teacher_layer": 2}, "teacher_layer belongs to loss='minilm'"),
         (
             {"loss": "tinybert", "matches": "0:0,1:2,2:5"},
-            "12 heads and the teacher 4; .*, or choose loss=minilm",
+            "12 heads and the teacher 4; .*, or --loss minilm",
         ),
     ],
 )

@@ -159,6 +159,13 @@ def test_resume_wants_the_same_settings(tmp_path):
         RunFolder(tmp_path / "run", resume=True).finished({**SETTINGS, "lr": 0.1})
 
 
+def test_processes_agree_before_they_go_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_folder, "agree", asked.append)
+    RunFolder(tmp_path / "run").finished(SETTINGS)
+    assert asked == [SETTINGS]
+
+
 def test_a_finished_run_says_so(tmp_path):
     run = begun(tmp_path / "run")
     checkpoint(run, 5)

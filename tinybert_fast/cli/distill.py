@@ -234,7 +234,7 @@ def distill(
         float, typer.Option(help="Divides the logits of both models.", rich_help_panel=TASK)
     ] = 1.0,
     eval_steps: Annotated[
-        int, typer.Option(help="Steps between looks at dev.", rich_help_panel=TASK)
+        int, typer.Option(help="Steps between evaluations on --dev.", rich_help_panel=TASK)
     ] = 100,
     select_by: Annotated[
         str | None,

@@ -60,7 +60,8 @@ def finetune(
     eval_steps: Annotated[
         int | None,
         typer.Option(
-            help="Steps between looks at dev; each epoch by default.", rich_help_panel=TRAINING
+            help="Steps between evaluations on --dev; each epoch by default.",
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     select_by: options.SelectBy = None,
@@ -69,7 +70,7 @@ def finetune(
         int | None,
         typer.Option(
             help="Without --dev: steps between checkpoints; each epoch by default. With it one "
-            "follows each look at dev.",
+            "follows each evaluation.",
             rich_help_panel=HOW,
         ),
     ] = None,

@@ -71,17 +71,20 @@ def pretrain(
         ),
     ] = None,
     vocab_size: Annotated[
-        int,
-        typer.Option(help="Vocabulary size of the tokenizer trained here.", rich_help_panel=DATA),
-    ] = 30522,
-    lowercase: Annotated[
-        bool,
+        int | None,
         typer.Option(
-            "--lowercase/--cased",
-            help="Lower-case text for the tokenizer trained here.",
+            help="Vocabulary size of the tokenizer trained here; 30522 by default.",
             rich_help_panel=DATA,
         ),
-    ] = True,
+    ] = None,
+    lowercase: Annotated[
+        bool | None,
+        typer.Option(
+            "--lowercase/--cased",
+            help="Whether the tokenizer trained here reads lower case alone, as by default.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     words: Annotated[
         str,
         typer.Option(
@@ -190,8 +193,12 @@ def pretrain(
     weight_decay: options.WeightDecay = 0.01,
     schedule: options.Schedule = "linear",
     eval_steps: Annotated[
-        int, typer.Option(help="Steps between evaluations.", rich_help_panel=TRAINING)
-    ] = 500,
+        int | None,
+        typer.Option(
+            help="Steps between evaluations on --held-out; 500 by default.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     seed: options.Seed = 0,
     checkpoint_steps: options.CheckpointSteps = 500,
     log_steps: options.LogSteps = 10,

@@ -31,7 +31,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from tinybert_fast.data.atomic import atomic_write, replacing_folder
-from tinybert_fast.data.corpus import Corpus
+from tinybert_fast.data.corpus import Corpus, CorpusPart
 from tinybert_fast.data.progress import shown
 from tinybert_fast.data.shard_maker import Pairing, Shard, ShardMaker, jobs_of
 from tinybert_fast.data.token_store import BlockEncoder, TokenWriter, blocks
@@ -89,14 +89,22 @@ class Shards(NamedTuple):
 
 
 def fingerprint(tokenizer) -> str:
-    """Of what decides which ids a text gets: vocabulary, special tokens, normalisation, splits."""
-    backend = json.loads(_backend(tokenizer).to_str())
-    parts = (
+    """Of what decides which ids a text gets: vocabulary, special tokens and where they go,
+    normalisation, splits, and the side that a long text is cut on.
+    """
+    parts = [
         sorted(tokenizer.get_vocab().items()),
         sorted(tokenizer.all_special_ids),
-        backend["normalizer"],
-        backend["pre_tokenizer"],
-    )
+        tokenizer.truncation_side,
+    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # its rules are Python's
+        parts.append(type(tokenizer).__name__)
+    else:
+        rules = json.loads(backend.to_str())
+        for of, name in ((rules, "truncation"), (rules, "padding"), (rules["model"], "vocab")):
+            of.pop(name, None)  # what the latest call set, and what is said above
+        parts.append(rules)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -292,13 +300,15 @@ def _check_options(
 
 
 def _check_text(corpus: Corpus, documents: int, nsp: bool) -> None:
+    held_out = isinstance(corpus, CorpusPart) and corpus.held_out
+    remedy = "; hold out a larger share, or a text of its own" if held_out else ""
     if not documents:
-        raise ValueError(f"{corpus} holds no text; expected sentences")
+        raise ValueError(f"{corpus} holds no text; expected sentences{remedy}")
     if nsp and documents == 1:
         raise ValueError(
             f"{corpus} is one document, and next-sentence pairs need sentences of another: give "
             "more documents (a blank line ends one; documents='files', --documents files: a file "
-            "is one), or train without pairs (nsp=False, --no-nsp)"
+            f"is one), or train without pairs (nsp=False, --no-nsp){remedy}"
         )
 
 

@@ -34,9 +34,10 @@ class Task:
     labels: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, examples: Dataset, *orders: Sequence[str]) -> "Task":
-        """The task that loaded training examples pose. Classes come in the first of the `orders`
-        that has them all, else sorted.
+    def of(cls, examples: Dataset, model: Sequence[str] = (), order: Sequence[str] = ()) -> "Task":
+        """The task that loaded training examples pose. If the classes of the `model` to train hold
+        theirs, it keeps them, and its head, whatever is missing here. Else theirs come in this
+        `order`, if it has them all, or sorted.
         """
         pair = "text_pair" if "text_pair" in examples.column_names else None
         if examples.features["label"].dtype != "string":
@@ -45,10 +46,13 @@ class Task:
         if len(found) < 2:
             raise ValueError(
                 f"the training examples hold one class only, {next(iter(found))!r}; "
-                "expected two or more: check the label column, or pass kind='regression'"
+                "expected two or more: check the label column, or pass kind='regression' "
+                "(--kind regression)"
             )
-        order = next((o for o in orders if found <= set(o)), sorted(found, key=_natural))
-        return cls(text_pair=pair, labels=tuple(name for name in order if name in found))
+        if found <= set(model):
+            return cls(text_pair=pair, labels=tuple(model))
+        ranked = order if found <= set(order) else sorted(found, key=_natural)
+        return cls(text_pair=pair, labels=tuple(name for name in ranked if name in found))
 
     @classmethod
     def of_model(cls, config, text_pair: bool = False) -> "Task":

@@ -170,9 +170,13 @@ class RatioSchedule:
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ValueError(f"schedule is {self.kind!r}; expected one of {', '.join(SCHEDULES)}")
-        if (self.end is None) != (self.kind == "constant"):
-            needs = "takes no" if self.kind == "constant" else "needs an"
-            raise ValueError(f"a {self.kind} schedule {needs} end")
+        if self.end is None and self.kind != "constant":
+            raise ValueError(f"a {self.kind} masking ratio needs an end (--ratio-end)")
+        if self.end is not None and self.kind == "constant":
+            raise ValueError(
+                f"a masking ratio that ends at {self.end} is not constant; choose the schedule "
+                "linear or cosine (--ratio-schedule)"
+            )
         for ratio in (self.start, self.end):
             if ratio is not None and not 0.0 < ratio <= 1.0:
                 raise ValueError(f"a masking ratio is {ratio}; expected above 0, at most 1")

@@ -23,7 +23,7 @@ from tinybert_fast.data.atomic import atomic_write
 from tinybert_fast.data.collate import Rows
 from tinybert_fast.data.progress import shown
 from tinybert_fast.ops.layout import SequenceLayout
-from tinybert_fast.training.loading import load_classifier, load_tokenizer
+from tinybert_fast.training.loading import check_accelerates, load_classifier, load_tokenizer
 from tinybert_fast.training.metrics import score
 from tinybert_fast.training.teacher import classify
 
@@ -54,7 +54,9 @@ def evaluate(
     examples = load_examples(file, text, text_pair, label, kind=kind)
     task = Task.of_model(model.config, text_pair="text_pair" in examples.column_names)
     max_length = usable_length(max_length, model.config)
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(model_path, model.config)
+    if accelerate:
+        check_accelerates(model_path, model.config)
     encoded = encode_examples(examples, tokenizer, task, max_length, str(file))
     if accelerate:
         integrations.accelerate(model, impl=impl)

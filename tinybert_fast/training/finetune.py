@@ -15,10 +15,12 @@ from tinybert_fast.data import (
     sort_by_length,
     usable_length,
 )
+from tinybert_fast.data.shards import fingerprint
 from tinybert_fast.data.tasks import class_order
 from tinybert_fast.training.common import RunTrainer, training_arguments
 from tinybert_fast.training.graphs import check_graphs
 from tinybert_fast.training.loading import (
+    check_accelerates,
     check_model_path,
     load_classifier,
     load_config,
@@ -79,10 +81,15 @@ def finetune(
     columns = (text, text_pair, label)
     train = load_examples(train_file, *columns, kind=kind)
     config = load_config(model_path)
+    if dev_file is None and eval_steps is not None:
+        raise ValueError("eval_steps is for a dev file, and there is none: give --dev, or leave it")
     task = Task.of(train, tuple((config.id2label or {}).values()), class_order(train_file, label))
     dev = None if dev_file is None else load_dev(dev_file, task, *columns)
     select_by = check_metric(select_by, task, dev_file)
     max_length = usable_length(max_length, config)
+    tokenizer = load_tokenizer(model_path, config)
+    if accelerate:
+        check_accelerates(model_path, config)
     recipe: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -109,6 +116,7 @@ def finetune(
     settings = {
         "model": str(model_path),
         "model_weights": weights_digest(model_path),
+        "tokenizer": fingerprint(tokenizer),
         "train": examples_digest(train),
         "dev": None if dev is None else examples_digest(dev),
         "labels": task.labels,
@@ -121,7 +129,6 @@ def finetune(
     if run.finished(settings):
         return run.metrics()
 
-    tokenizer = load_tokenizer(model_path)
     encoded = encode_examples(train, tokenizer, task, max_length, str(train_file))
     encoded_dev = None
     if dev is not None:

@@ -9,10 +9,11 @@ from transformers import BertConfig, TrainerCallback
 
 from tinybert_fast.data.lines import Lines, encode_lines
 from tinybert_fast.data.progress import shown
+from tinybert_fast.data.shards import fingerprint
 from tinybert_fast.training.common import at_least_one, training_arguments
 from tinybert_fast.training.graphs import check_graphs
 from tinybert_fast.training.initialise import How
-from tinybert_fast.training.loading import load_config, load_encoder, load_tokenizer
+from tinybert_fast.training.loading import load_bert_config, load_encoder, load_tokenizer
 from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.objectives import Loss, matches_for
@@ -104,9 +105,9 @@ def distill_general(
     check_parity(parity)
     at_least_one(steps=steps, checkpoint_steps=checkpoint_steps)
     numbers = check_teaching(parity, teacher_dtype, cache_teacher, cache_dtype, bf16=bf16)
-    teacher_config = load_config(teacher)
+    teacher_config = load_bert_config(teacher)
     chosen = Student.of(student, teacher_config)
-    tokenizer = load_tokenizer(teacher)
+    tokenizer = load_tokenizer(teacher, teacher_config)
     chosen.check(teacher, teacher_config, tokenizer)
     matched = matches_for(
         matches,
@@ -149,6 +150,7 @@ def distill_general(
     settings = {
         "teacher": str(teacher),
         "teacher_weights": weights_digest(teacher),
+        "tokenizer": fingerprint(tokenizer),
         **student_settings(chosen, init),
         "corpus": digest,
         "max_length": max_length,

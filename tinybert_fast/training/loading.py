@@ -1,6 +1,7 @@
 """Tokenizers and classification models from a folder, with errors that say what is wrong."""
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from tinybert_fast.integrations.tinybert import with_pooled_relu
 
 if TYPE_CHECKING:
     from tinybert_fast.data import Task  # whose module needs `datasets`
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 # What stands for an Auto class where a config.json is too old to name its kind of model.
@@ -60,15 +63,49 @@ def load_config(path: str | Path):
     return _load(AutoConfig, path)
 
 
-def load_tokenizer(path: str | Path):
-    """Of a model folder, or one that holds a tokenizer alone."""
+def load_bert_config(path: str | Path) -> BertConfig:
+    """ValueError for another architecture."""
+    return check_bert(path, load_config(path))
+
+
+def check_bert(path: str | Path, config):
+    """``config``, which is of ``path``; ValueError for another architecture."""
+    if config.model_type != "bert":
+        raise ValueError(f"{path} is a {config.model_type} model; expected BERT")
+    return config
+
+
+def check_accelerates(path: str | Path, config) -> None:
+    """ValueError for a model that has no packed encoder."""
+    if config.model_type != "bert":
+        raise ValueError(
+            f"{path} is a {config.model_type} model, and only BERTs are accelerated; run it as "
+            "Transformers does: --plain, or accelerate=False"
+        )
+
+
+def load_tokenizer(path: str | Path, config=None):
+    """Of a model folder, or one that holds a tokenizer alone. ``config``: of the model that reads
+    its ids, and has to have them all.
+    """
     if has_tokenizer(path) and not any((Path(path) / name).exists() for name in DESCRIPTIONS):
         raise ValueError(
             f"{path} holds vocab.txt alone, which does not say whether case counts; put a file "
             'tokenizer_config.json beside it: {"tokenizer_class": "BertTokenizer", '
             '"do_lower_case": true} or false'
         )
-    return _load(AutoTokenizer, path, alone=has_tokenizer(path))
+    tokenizer = _load(AutoTokenizer, path, alone=has_tokenizer(path))
+    if len(tokenizer) == len(tokenizer.all_special_ids):  # what Transformers makes of no file
+        raise ValueError(
+            f"{path} holds no tokenizer (tokenizer.json or vocab.txt); save there the one that the "
+            "model was trained with"
+        )
+    if config is not None and len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the model of {path} knows {config.vocab_size} word pieces and the tokenizer has "
+            f"{len(tokenizer)}; they need one vocabulary"
+        )
+    return tokenizer
 
 
 def has_tokenizer(path: str | Path) -> bool:
@@ -92,7 +129,8 @@ def load_classifier(path: str | Path, task: "Task | None" = None):
         dtype=torch.float32,  # what trains is fp32 whatever was saved: small updates round away
         **fields,
     )
-    new = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    other = {entry[0] for entry in info["mismatched_keys"]}  # of another shape
+    new = {*info["missing_keys"], *other}
     head = tuple(
         name
         for name, _ in model.named_parameters()
@@ -101,6 +139,8 @@ def load_classifier(path: str | Path, task: "Task | None" = None):
     _refuse_lost(path, (name for name in new if name not in head))
     if new and task is None:
         raise ValueError(f"{path} has no trained classification head; fine-tune it first")
+    if other:
+        log.warning("the head of %s is for other classes; a new one takes its place", path)
     if not new and any(name.startswith(OFFICIAL) for name in info["unexpected_keys"]):
         model.config.pooled_relu = getattr(model.config, "pooled_relu", True)
     return with_pooled_relu(model)

@@ -57,7 +57,7 @@ class Masking:
     def __post_init__(self) -> None:
         _ = self.over_steps
         if self.unit not in UNITS:
-            raise ValueError(f"unit is {self.unit!r}; expected one of {', '.join(UNITS)}")
+            raise ValueError(f"unit (--mask) is {self.unit!r}; expected one of {', '.join(UNITS)}")
         if self.weights in BY_COUNTS and self.direction is None:
             raise ValueError(
                 f"weights={self.weights!r} needs a direction: {' or '.join(DIRECTIONS)}"

@@ -127,7 +127,7 @@ class LayerMatches:
                 f"{teacher_heads}; give the student num_attention_heads={teacher_heads} (its "
                 "hidden size must be a "
                 "multiple of it), match hidden states alone: "
-                f'"hidden={_write(self.hidden) or "0:0"}", or choose loss=minilm'
+                f'"hidden={_write(self.hidden) or "0:0"}", or --loss minilm'
             )
 
     @property

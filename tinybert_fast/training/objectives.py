@@ -97,5 +97,5 @@ def _refuse(loss: str, **options: Any) -> None:
         if value is not None:
             raise ValueError(
                 f"{name} belongs to loss={other!r} and means nothing to loss={loss!r}; leave it "
-                f"out, or choose loss={other!r}"
+                f"out, or choose loss={other!r} (--loss {other})"
             )

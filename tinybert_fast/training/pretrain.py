@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 Source = str | Path | Sequence[str | Path] | Corpus
 HELD_OUT_RATIO = 0.15
+EVAL_STEPS = 500
+VOCAB_SIZE = 30522
 SHARDED_ON = ("cuda",)  # where accelerate shards models; on a CPU it copies them and says nothing
 # The packed encoder reads a layer's weights without calling the layer, so layers are not sharded
 # one by one: the model is one unit.
@@ -60,8 +62,8 @@ def pretrain(
     *,
     model: str | Path | BertConfig = "4l-312",
     tokenizer: str | Path | None = None,
-    vocab_size: int = 30522,
-    lowercase: bool = True,
+    vocab_size: int | None = None,
+    lowercase: bool | None = None,
     held_out: Source | float | None = None,
     data: str | Path | None = None,
     max_length: int = 128,
@@ -81,7 +83,7 @@ def pretrain(
     warmup: float = 0.1,
     weight_decay: float = 0.01,
     schedule: str = "linear",
-    eval_steps: int = 500,
+    eval_steps: int | None = None,
     checkpoint_steps: int = 500,
     log_steps: int = 10,
     seed: int = 0,
@@ -105,7 +107,7 @@ def pretrain(
             BERT of any class, with which training goes on. What is not trained (the NSP head
             without ``nsp``, say) keeps its weights.
         tokenizer: a folder; by default that of a saved model, or one trained on the corpus with
-            ``vocab_size`` and ``lowercase``.
+            ``vocab_size`` (30522) and ``lowercase`` (True), which are for that alone.
         data: folder for tokenizer and shards, ``output``/data by default. What was made there
             before from the same text in the same way is used again.
         max_length, short, duplicates, words, processes: of ``write_shards``.
@@ -123,6 +125,8 @@ def pretrain(
     folder = Path(run.path / "data" if data is None else data)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{data} is a file; expected a folder for tokenizer and shards")
+    if held_out is None and eval_steps is not None:
+        raise ValueError("eval_steps is for held-out text, and there is none; leave it out")
     masking = masking or Masking()
     objectives = Objectives(mlm, nsp, bidirectional)
     objectives.check_packed(accelerate)
@@ -151,7 +155,7 @@ def pretrain(
         run.checkpoints("pretrain"),
         **recipe,
         evaluate="held_out" in parts,
-        eval_steps=eval_steps,
+        eval_steps=EVAL_STEPS if eval_steps is None else eval_steps,
         log_steps=log_steps,
         checkpoint_steps=checkpoint_steps,
         dataloader_drop_last=True,  # steps are the same for any number of processes
@@ -189,7 +193,6 @@ def pretrain(
         "processes": arguments.world_size,
         **recipe,
     }
-    agree(settings)
     if run.finished(settings):
         return run.metrics()
 
@@ -286,19 +289,12 @@ class _Start:
         cls,
         model: str | Path | BertConfig,
         tokenizer: str | Path | None,
-        vocab_size: int,
-        lowercase: bool,
+        vocab_size: int | None,
+        lowercase: bool | None,
     ) -> _Start:
         text = None if tokenizer is None else load_tokenizer(tokenizer)
-        if vocab_size < SMALLEST:
-            raise ValueError(f"vocab_size is {vocab_size}; expected {SMALLEST} or more")
-        size = vocab_size if text is None else len(text)
-        student = Student.of(model, BertConfig(vocab_size=size))
-        vocab_size = min(vocab_size, student.config.vocab_size)
-        if student.config.model_type != "bert":
-            raise ValueError(
-                f"{student.name} is a {student.config.model_type} model; expected BERT"
-            )
+        size = VOCAB_SIZE if vocab_size is None else vocab_size
+        student = Student.of(model, BertConfig(vocab_size=size if text is None else len(text)))
         if student.folder is not None and has_tokenizer(student.folder):
             theirs = load_tokenizer(student.folder)
             if text is not None and fingerprint(text) != fingerprint(theirs):
@@ -309,12 +305,25 @@ class _Start:
             text = theirs
         elif student.folder is not None and text is None:
             raise ValueError(f"{student.name} holds no tokenizer; give the one it was trained with")
+        if text is None and size < SMALLEST:
+            raise ValueError(f"vocab_size is {size}; expected {SMALLEST} or more")
+        if text is not None and (vocab_size, lowercase) != (None, None):
+            raise ValueError(
+                "vocab_size and lowercase (--cased) are for a tokenizer trained on the corpus, and "
+                "this run has one already; leave them out"
+            )
         if text is not None and len(text) > student.config.vocab_size:
             raise ValueError(
                 f"{student.name} has {student.config.vocab_size} word pieces and the tokenizer "
                 f"{len(text)}; they need one vocabulary"
             )
-        return cls(student, vocab_size, lowercase, text)
+        size = min(size, student.config.vocab_size)
+        if text is None and size < SMALLEST:
+            raise ValueError(
+                f"{student.name} has {size} word pieces; a tokenizer trained on the corpus needs "
+                f"{SMALLEST} or more"
+            )
+        return cls(student, size, lowercase is not False, text)
 
     @property
     def config(self) -> BertConfig:

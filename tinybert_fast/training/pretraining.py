@@ -220,16 +220,17 @@ class PreTraining(nn.Module):
         layout = batch.get("layout")
         parts = [starts if layout is None else starts[: sequences - layout.dummies], *rows]
         wanted = torch.cat(parts)
-        if is_accelerated(self.model):
+        bert = self.model.bert  # of the model's own heads none is called, whatever was done to them
+        if is_accelerated(bert):
             layout = layout or SequenceLayout.from_mask(inputs["attention_mask"])
             padding = starts - layout.cu_seqlens[:-1]  # in front of each sequence
             read = wanted - padding[wanted // width]
-            packed = self.model.encode_packed(
-                direction=direction, layout=layout, read=read, **inputs
-            )
+            how = {"direction": direction, "layout": layout, "read": read, "return_dict": True}
+            packed = bert(packed=True, **how, **inputs)
             if packed is not None:
                 return list(packed.rows.split([len(part) for part in parts]))
-        hidden = self.model.bert(**inputs).last_hidden_state.flatten(0, 1)
+        self.objectives.check_packed(False)
+        hidden = bert(**inputs).last_hidden_state.flatten(0, 1)
         return list(hidden.index_select(0, wanted).split([len(part) for part in parts]))
 
     @torch.no_grad()

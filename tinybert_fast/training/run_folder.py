@@ -100,8 +100,10 @@ class RunFolder:
         """True when a resumed run has nothing left to do: its answer is `metrics()`.
 
         `settings`: what decides the weights; JSON values. Raises ValueError if the run was begun
-        with others.
+        with others, or if its processes do not `agree`: call it after TrainingArguments, which
+        start torchrun's group.
         """
+        agree(settings)
         if self.resuming:
             self._compare(_as_json(settings))
         return self.resuming and bool(self.recorded("finished"))
@@ -109,8 +111,7 @@ class RunFolder:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Creates the folder, or goes on in it: see `finished`.
 
-        Call it when every input has been read (nothing is left behind by a bad one) and after
-        TrainingArguments (they start torchrun's group).
+        Call it when every input has been read: nothing is left behind by a bad one.
         """
         if self.resuming:
             self._compare(_as_json(settings))

@@ -12,10 +12,11 @@ from tinybert_fast.data import Task
 from tinybert_fast.integrations import TinyBertConfig
 from tinybert_fast.training.initialise import How, initialise_student
 from tinybert_fast.training.loading import (
+    check_bert,
     check_model_path,
     has_tokenizer,
+    load_bert_config,
     load_classifier,
-    load_config,
     load_encoder,
     load_tokenizer,
 )
@@ -61,16 +62,10 @@ class Student:
                 "a config.json, or a folder with a saved model"
             )
         check_model_path(student)
-        return cls(load_config(student), folder=str(student), name=str(student))
+        return cls(load_bert_config(student), folder=str(student), name=str(student))
 
     def check(self, teacher_path: str | Path, teacher: BertConfig, tokenizer: Any) -> None:
-        """Refuse what cannot learn from this teacher: another architecture, another vocabulary."""
-        for who, where, config in (
-            ("teacher", teacher_path, teacher),
-            ("student", self.name, self.config),
-        ):
-            if config.model_type != "bert":
-                raise ValueError(f"the {who} {where} is a {config.model_type} model; expected BERT")
+        """Refuse what cannot learn from this teacher: another vocabulary."""
         remedy = (
             "Both must read the same word pieces: give the student the teacher's vocabulary "
             "(start it from a preset, or from general distillation of this teacher)"
@@ -133,9 +128,10 @@ class Student:
 
 def _read_config(path: Path) -> BertConfig:
     try:
-        return BertConfig.from_json_file(path)
+        config = BertConfig.from_json_file(path)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no BERT config ({error})") from None
+    return check_bert(path, config)
 
 
 def _id(vocabulary: dict[str, int], word: str) -> str:

@@ -11,13 +11,14 @@ from datasets import Dataset
 from transformers import BertConfig, TrainerCallback
 
 from tinybert_fast.data import Task, encode_examples, load_examples, sort_by_length
+from tinybert_fast.data.shards import fingerprint
 from tinybert_fast.training import evaluate
 from tinybert_fast.training.common import at_least_one, training_arguments
 from tinybert_fast.training.distill import Stage
 from tinybert_fast.training.finetune import load_dev
 from tinybert_fast.training.graphs import check_graphs
 from tinybert_fast.training.initialise import How
-from tinybert_fast.training.loading import load_classifier, load_config, load_tokenizer
+from tinybert_fast.training.loading import load_bert_config, load_classifier, load_tokenizer
 from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.matches import LayerMatches
 from tinybert_fast.training.metrics import check_metric, compute_metrics, metric_names, score
@@ -131,9 +132,9 @@ def distill_task(
         )
     at_least_one(eval_steps=eval_steps, checkpoint_steps=checkpoint_steps)
     numbers = check_teaching(parity, teacher_dtype, cache_teacher, cache_dtype, bf16=bf16)
-    config = load_config(teacher)
+    config = load_bert_config(teacher)
     chosen = Student.of(student, config)
-    tokenizer = load_tokenizer(teacher)
+    tokenizer = load_tokenizer(teacher, config)
     chosen.check(teacher, config, tokenizer)
     matched = matches_for(
         matches,
@@ -210,6 +211,7 @@ def distill_task(
     settings = {
         "teacher": str(teacher),
         "teacher_weights": weights_digest(teacher),
+        "tokenizer": fingerprint(tokenizer),
         **student_settings(chosen, init),
         **data.digests(),
         "augmented_prediction": augmented_prediction,

@@ -151,8 +151,10 @@ def check_teaching(
     check_teacher_dtype(teacher_dtype, device)
     if cache_dtype is not None:
         if not cache_teacher:
-            raise ValueError("cache_dtype is for cached lessons; ask for them (cache_teacher)")
+            raise ValueError("cache_dtype is for cached lessons; ask for them (--cache-teacher)")
         check_cache_dtype(cache_dtype)
+    if isinstance(cache_teacher, (str, Path)) and Path(cache_teacher).is_file():
+        raise NotADirectoryError(f"{cache_teacher} is a file; expected a folder for cached lessons")
     if cache_teacher and parity == "official":
         raise ValueError(
             "parity='official' counts padding, which cached lessons do not hold; leave one of the "
