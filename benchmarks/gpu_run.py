@@ -255,7 +255,7 @@ def read_validate(run: Run, text: str) -> str:
     if not found:
         return "nothing"
     calls, over = len(found["findings"]), len(over_budget(run))
-    return f"{calls:,} calls held against fp64, {over} failed" + (
+    return f"{calls:,} calls checked against fp64, {over} failed" + (
         "" if found["whole"] else "; stopped before the last"
     )
 

@@ -47,6 +47,7 @@ def show(header: Sequence[str], rows: Iterable[Sequence[Any]], *, bold: int = 0)
             name,
             justify="right" if numbers else "left",
             style="bold" if bold and at == bold else "",
+            overflow="fold",  # names are there to be read whole
         )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))

@@ -71,7 +71,7 @@ def validate(
     ] = None,
     json_file: options.Json = None,
 ) -> None:
-    """Hold every operator against fp64: values and all gradients, error beside budget."""
+    """Check every operator against fp64: values and all gradients, error beside budget."""
     unknown = sorted(set(dtype or ()) - set(DTYPES))
     if unknown:
         raise ValueError(f"--dtype {unknown[0]!r} is not one of {', '.join(DTYPES)}")
@@ -114,7 +114,7 @@ def validate(
     facts["passed"] &= whole
     output.write_json("validate", {"whole": whole, **facts}, json_file)
     if not whole:
-        output.say(f"stopped after {minutes} minutes: the calls behind these were not held")
+        output.say(f"stopped after {minutes} minutes: the calls behind these were not checked")
     if failed or not whole:
         raise typer.Exit(1)
 
@@ -188,6 +188,7 @@ def _show(findings: list[Any], failed: list[Any]) -> None:
                 tensors,
                 f"{worst.error:.1e}" if worst else "",
                 f"{worst.budget:.1e}" if worst else "",
+                f"{worst.share:.0%}" if worst else "",
                 f"{worst.name} of {top.call}" if top and worst else "",
                 "ok" if all(finding.passed for finding in group) else "FAILED",
             )
@@ -200,6 +201,7 @@ def _show(findings: list[Any], failed: list[Any]) -> None:
         "tensors",
         "error",
         "budget",
+        "used",
         "closest to its budget",
     )
     output.show((*head, ""), rows)
@@ -209,21 +211,21 @@ def _show(findings: list[Any], failed: list[Any]) -> None:
         output.say(f"{finding.op} {finding.impl} {finding.dtype}, {finding.call}: {what}")
     count = sum(len(finding.tensors) for finding in findings)
     output.say(
-        f"{count:,} tensors of {len(findings):,} calls held against fp64: "
+        f"{count:,} tensors of {len(findings):,} calls checked against fp64: "
         + (f"{len(failed):,} calls FAILED" if failed else "all within their budgets")
     )
 
 
 def _show_absent(findings: list[Any]) -> None:
-    """What was not held, and why: nobody should take silence for a proof."""
+    """What was not checked, and why: nobody should take silence for a proof."""
     from tinybert_fast.ops import dispatch
 
     for name in dispatch.FASTEST_FIRST:
         reason = dispatch.absent(name)
         if reason is not None:
-            output.say(f"not held: {name} ({reason})")
+            output.say(f"not checked: {name} ({reason})")
     if any(finding.impl == "torch" for finding in findings):
-        output.say("not held: torch with dropout (it draws other cells than the reference)")
+        output.say("not checked: torch with dropout (it draws other cells than the reference)")
 
 
 def _facts(findings: list[Any], device: str, seconds: float) -> dict[str, Any]:
