@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 import tinybert_fast as tbf
 from tinybert_fast.data import SparseMaskingCollator
 from tinybert_fast.ops import BlockPattern
+from tinybert_fast.training.loading import load_tokenizer
 
 
 def documents(tokenizer, text: str, length: int) -> list[dict[str, list[int]]]:
@@ -39,8 +39,12 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    examples = documents(tokenizer, arguments.text.read_text(encoding="utf-8"), arguments.length)
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        text = arguments.text.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    examples = documents(tokenizer, text, arguments.length)
     if not examples:
         parser.error(f"{arguments.text} has fewer than {arguments.length:,} tokens")
     config = tbf.TinyBertConfig.tiny_4l_312(

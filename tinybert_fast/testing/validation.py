@@ -174,7 +174,9 @@ def _shared_out(plan: list[Job], device: torch.device | str, jobs: int) -> Itera
                 yield from answer.result()
             except BrokenProcessPool:  # which names no job: it may have been another's call
                 name = str(dtype).removeprefix("torch.")
-                problem = "not checked: a process died, of a crash in a kernel or for lack of memory"
+                problem = (
+                    "not checked: a process died, of a crash in a kernel or for lack of memory"
+                )
                 yield Finding(op, impl, name, label or "all claims", problem=problem)
     finally:
         pool.shutdown(wait=not left, cancel_futures=True)
