@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.attention.tiles import LOG2_E
-from tinybert_fast.kernels.rows import STAGES, add_partials
+from tinybert_fast.kernels.rows import add_partials
 
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 MINUS_HALF_LOG2_E = tl.constexpr(-0.5 * LOG2_E)
@@ -76,7 +76,8 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, rows,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ANSWERS: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ANSWERS: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < C, other=0.0).to(tl.float32)[None, :]
@@ -134,7 +135,7 @@ def _backward(grad, x, bias, *, answers):
     if x.numel() > 0:
         _backward_kernel[programs, across](
             grad, x.contiguous(), bias.contiguous(), dx, partial, rows,
-            C=columns, ANSWERS=answers, **setting.launch(),
+            C=columns, STAGES=configs.MOST_STAGES, ANSWERS=answers, **setting.launch(),
         )  # fmt: skip
     add_partials(partial, dbias)
     return dx, dbias

@@ -13,7 +13,16 @@ from typing import NamedTuple
 import torch
 import triton
 
-from tinybert_fast.kernels.settings import ANY, IN_ONE_TILE, KERNELS, Key, Setting, Table, own
+from tinybert_fast.kernels.settings import (
+    ANY,
+    COMPILED,
+    IN_ONE_TILE,
+    KERNELS,
+    Key,
+    Setting,
+    Table,
+    own,
+)
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -325,10 +334,12 @@ class RowSetting(NamedTuple):
     block_m: int
     block_n: int
     num_warps: int
+    stages: int = 0  # of a backward's loop: rows in flight while others are computed with
 
     def launch(self) -> dict[str, int]:
         """As a kernel's keyword arguments."""
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+        tile = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+        return {**tile, **COMPILED, **({"STAGES": self.stages} if self.stages else {})}
 
 
 # Neighbouring numbers that a thread loads, 16 bytes in half precision, and whose dropout it draws
@@ -344,12 +355,19 @@ NUMBERS_OF_A_THREAD = {"forward": 48, "backward": LOADED}  # of one operand; of 
 MOST_ROWS = 32
 ROWS_INTERPRETED = 4  # so that few rows have several blocks
 PROGRAMS_PER_SM = 8
+MOST_STAGES = 3
+# Of shared memory, that rows in flight may take: the least of any GPU from sm_80 on gives a program
+# 99 KiB, of which sums over a row want up to 17.
+IN_FLIGHT_BYTES = 80 << 10
+IN_FLIGHT = 2  # operands that a backward reads
 PROGRAMS_INTERPRETED = 2  # so that a program walks several blocks
 
 
 @cache
-def rows(kernel: str, columns: int) -> RowSetting:
-    """The setting of one layer-norm kernel for rows of ``columns`` numbers."""
+def rows(kernel: str, columns: int, itemsize: int = 0) -> RowSetting:
+    """The setting of one layer-norm kernel for rows of ``columns`` numbers, of a backward's of
+    ``itemsize`` bytes each.
+    """
     whole = power_of_2(columns)
     num_warps = 1 if columns <= ONE_WARP else whole // COLUMNS_OF_A_WARP
     widths = [num_warps * width for width in TILE_WIDTHS[kernel]]
@@ -361,7 +379,11 @@ def rows(kernel: str, columns: int) -> RowSetting:
     while numbers * 2 <= NUMBERS_OF_A_THREAD[kernel]:
         block_m, numbers = block_m * 2, numbers * 2
     block_m = ROWS_INTERPRETED if INTERPRETED else min(block_m, MOST_ROWS)
-    return RowSetting(block_m, block_n, num_warps)
+    if kernel == "forward":
+        return RowSetting(block_m, block_n, num_warps)
+    stage_bytes = IN_FLIGHT * block_m * cdiv(columns, block_n) * block_n * itemsize
+    stages = min(1 + IN_FLIGHT_BYTES // stage_bytes, MOST_STAGES)
+    return RowSetting(block_m, block_n, num_warps, stages)
 
 
 # A tile of a kernel whose numbers do not meet: each thread loads 16 bytes of half precision twice.
@@ -392,6 +414,7 @@ class Product(NamedTuple):
             "PARTS": self.parts,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **COMPILED,
         }
 
 
@@ -418,7 +441,7 @@ def vocabulary() -> dict[str, int]:
     if INTERPRETED:  # so that few words have several blocks
         return {"BLOCK_N": 64}
     warps = 8  # each thread loads 16 bytes of half precision at a time
-    return {"BLOCK_N": warps * WARP, "num_warps": warps}
+    return {"BLOCK_N": warps * WARP, "num_warps": warps, **COMPILED}
 
 
 def row_programs(device: torch.device) -> int:

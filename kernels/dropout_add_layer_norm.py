@@ -18,7 +18,6 @@ import triton.language as tl
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.philox import Dropout, drop, site_key
 from tinybert_fast.kernels.rows import (
-    STAGES,
     add,
     add_partials,
     input_gradient,
@@ -69,7 +68,7 @@ def _forward_kernel(
 def _backward_kernel(
     grad_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dtotal_ptr, partial_ptr,
     rows, dropout, site, sequences_ptr, positions_ptr,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, WRITES_DX: tl.constexpr,
 ):  # fmt: skip
     key = site_key(dropout.seed, site) if DROPOUT else 0
@@ -137,7 +136,7 @@ def backward(
     dweight, dln_bias = torch.empty_like(weight), torch.empty_like(weight)
     dbias = torch.empty_like(weight) if with_bias else weight.new_empty(0)
     sums = (dweight, dln_bias, dbias) if with_bias else (dweight, dln_bias)
-    setting = configs.rows("backward", columns)
+    setting = configs.rows("backward", columns, total.element_size())
     partial = partials(len(sums), rows, setting, total)
     if rows > 0:
         _backward_kernel[(partial.shape[1],)](

@@ -20,7 +20,6 @@ from torch import Tensor
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.philox import Dropout, drop, site_key
 from tinybert_fast.kernels.rows import (
-    STAGES,
     add,
     add_partials,
     gather_rows,
@@ -83,7 +82,7 @@ def _forward_kernel(
 def _backward_kernel(
     grad_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, token_type_ids_ptr, dtotal_ptr,
     partial_ptr, rows, dropout, site, sequences_ptr, positions_ptr,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     TYPES: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     key = site_key(dropout.seed, site) if DROPOUT else 0
@@ -164,7 +163,7 @@ def backward(
     dtotal = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     dtoken_type = torch.empty(types, columns, dtype=total.dtype, device=total.device)
-    setting = configs.rows("backward", columns)
+    setting = configs.rows("backward", columns, total.element_size())
     partial = partials(2 + types, rows, setting, total)
     if rows > 0:
         _backward_kernel[(partial.shape[1],)](

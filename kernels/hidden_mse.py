@@ -16,7 +16,6 @@ import triton.language as tl
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.products import add_product, multiply_into
 from tinybert_fast.kernels.rows import (
-    STAGES,
     add,
     add_partials,
     load_rows,
@@ -34,7 +33,7 @@ from tinybert_fast.kernels.rows import (
 @triton.jit(do_not_specialize=["rows"])
 def _error_kernel(
     projected_ptr, bias_ptr, teacher_ptr, error_ptr, partial_ptr, rows, scale,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     squares, errors = zeros(C, BLOCK_M, BLOCK_N), zeros(C, BLOCK_M, BLOCK_N)
     bias = zeros(C, BLOCK_M, BLOCK_N)
@@ -61,10 +60,11 @@ def forward(student, weight, bias, teacher, wanted):
     n = max(teacher.numel(), 1)
     sums = student.new_zeros(2, width, dtype=torch.float32)
     projection = None if weight is None else weight.to(student.dtype)
+    bias = None if bias is None else bias.contiguous()
     # Without W it is where the kernel writes, wanted or not.
     dstudent = sums.new_empty(student.shape if with_student or weight is None else (0,))
     dweight = sums.new_zeros(weight.shape if with_weight else (0,))
-    setting = configs.rows("backward", width)
+    setting = configs.rows("backward", width, teacher.element_size())
     size = max(1, configs.L2_BYTES // (width * student.element_size()))
     for first in range(0, rows, size):
         chunk = slice(first, first + size)

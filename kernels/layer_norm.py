@@ -14,7 +14,6 @@ import triton.language as tl
 
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.rows import (
-    STAGES,
     add,
     add_partials,
     input_gradient,
@@ -52,7 +51,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, rows,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     weight = load_vector(weight_ptr, C, BLOCK_M, BLOCK_N)
     dweight, dbias = zeros(C, BLOCK_M, BLOCK_N), zeros(C, BLOCK_M, BLOCK_N)
@@ -89,7 +88,7 @@ def backward(grad, x, weight, mean, rstd):
     rows, columns = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-    setting = configs.rows("backward", columns)
+    setting = configs.rows("backward", columns, x.element_size())
     partial = partials(2, rows, setting, x)
     if rows > 0:
         _backward_kernel[(partial.shape[1],)](

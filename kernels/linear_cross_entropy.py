@@ -63,6 +63,7 @@ def _loss_kernel(
         scale = tl.where(live, 1.0, 0.0)
         if upstream_ptr is not None:
             scale *= tl.load(upstream_ptr + row)
+        tl.debug_barrier()  # every warp has read the label's logit before one writes over it
         for first in range(0, width, BLOCK_N):
             offs_n = first + lanes
             z = tl.exp(_numbers(logits_ptr, bias_ptr, offs_n, width) - logsumexp)
@@ -86,6 +87,7 @@ def forward(
     dselected = losses.new_empty(selected.shape if with_hidden else (0,))
     dweight = losses.new_zeros(weight.shape if with_weight else (0,))
     dbias = losses.new_zeros(words if with_bias else 0)
+    labels = labels.contiguous()
     if upstream is not None:
         upstream = upstream.float().contiguous()
     width = configs.cdiv(words, ALIGN) * ALIGN

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tinybert_fast.kernels import configs
 
-STAGES = tl.constexpr(3)  # of a backward's loop: rows in flight while others are computed with
 # Partial sums that the second stage loads at a time, and how many columns of them: it waits for
 # each load, so few tall ones; 32 bytes of a row are a whole sector of memory.
 SUMMED_ROWS, SUMMED_COLUMNS, SUMMING_WARPS = 512, 8, 8
@@ -226,7 +225,7 @@ def add_partials(partial: Tensor, *sums: Tensor) -> None:
     _, programs, columns = partial.shape
     _add_kernel[configs.cdiv(columns, SUMMED_COLUMNS), len(sums)](
         partial, sums, programs, C=columns, BLOCK_M=SUMMED_ROWS, BLOCK_N=SUMMED_COLUMNS,
-        num_warps=SUMMING_WARPS,
+        num_warps=SUMMING_WARPS, **configs.COMPILED,
     )  # fmt: skip
 
 

@@ -28,6 +28,12 @@ def forward(gradient, upstream, dtype):
     block = tile.block_m * tile.block_n
     if size > 0:
         _scale_kernel[(configs.cdiv(size, block),)](
-            gradient.contiguous(), upstream, y, size, BLOCK=block, num_warps=tile.num_warps
+            gradient.contiguous(),
+            upstream,
+            y,
+            size,
+            BLOCK=block,
+            num_warps=tile.num_warps,
+            **configs.COMPILED,
         )
     return y

@@ -206,7 +206,11 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     in_place = impls == ("triton", "triton")  # reads padded rows where they are
     padded, shape = q.dim() == 4, q.shape
-    packs = padded and not (in_place and (layout is None or not layout.has_holes))
+    whole = padded and (layout is None or layout.is_full)  # nothing is padding
+    if whole and all(x.stride(0) == x.stride(1) * shape[1] for x in (q, k, v)):
+        packs = True  # views: every row is written, and none is filled with zeros before
+    else:
+        packs = padded and not (in_place and (layout is None or not layout.has_holes))
     if layout is None:
         longest = shape[1]
         cu_seqlens, work, padded_work = full_tables(shape[0], longest, q.device)
@@ -214,7 +218,7 @@ def attention(
         longest = layout.max_length
         cu_seqlens, work, padded_work = layout.cu_seqlens, layout.work, layout.padded_work
     if packs:
-        q, k, v = (x.flatten(0, 1) if layout is None else layout.pack(x) for x in (q, k, v))
+        q, k, v = (x.flatten(0, 1) if whole else layout.pack(x) for x in (q, k, v))
     width, missing = q.shape[-1], _missing(q, longest, impls[0])
     if missing:
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
@@ -232,7 +236,7 @@ def attention(
             given = padded_work if padded and not packs else work
         out = apply(_Attention, q, k, v, cu_seqlens, given, seed, settings, impls, *masks)
     out = out[..., :width] if missing else out
-    if layout is None:
+    if whole:
         return out.view(shape)
     return layout.pad(out) if packs else out
 

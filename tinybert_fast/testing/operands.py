@@ -77,12 +77,19 @@ class Case:
         named = zip(self.names, self.operands, strict=True)
         return replace(self, operands=tuple(change(x) if n in names else x for n, x in named))
 
-    def transposed(self) -> Case:
-        """Operands of two or more axes as views, the last two in each other's order in memory."""
-        wide = [n for n, x in zip(self.names, self.operands) if is_float(x) and x.dim() > 1]
+    def strided(self) -> Case:
+        """Operands as views: the last two axes in each other's order in memory, vectors with other
+        numbers of theirs in between.
+        """
+
+        def view(x: Tensor) -> Tensor:
+            if x.dim() == 1:
+                return torch.stack((x, x.roll(1)), 1)[:, 0]
+            return x.mT.contiguous().mT
+
+        tensors = [n for n, x in zip(self.names, self.operands) if isinstance(x, Tensor)]
         return self._each(
-            tuple(wide),
-            lambda x: x.detach().mT.contiguous().mT.requires_grad_(x.requires_grad),
+            tuple(tensors), lambda x: view(x.detach()).requires_grad_(x.requires_grad)
         )
 
     def trained(self) -> list[str]:

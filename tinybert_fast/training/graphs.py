@@ -174,7 +174,9 @@ class CudaGraphs:
     def capture(self, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What ``call`` returns, and what fills it again; nothing has run yet."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # Other threads, such as one that pins batches, may allocate meanwhile.
+        how: Any = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **how):
             returned = call()
         return returned, graph.replay
 

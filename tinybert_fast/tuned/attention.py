@@ -32,6 +32,7 @@ from tinybert_fast.tuned import philox, random
 
 SCRATCH = 1 << 20  # scores alive at a time: 4 MB in fp32, inside an L2 + L3 share
 FLASH_ALIGNMENT = 8  # head dims of FlashAttention-2
+FLASH_WIDEST, FLASH_SM = 256, (8, 0)  # numbers of a head; the least compute capability
 
 aten = torch.ops.aten
 
@@ -300,7 +301,8 @@ def _blocked_forward(q, k, v, part, scale, dropout_p, drawn):
     """(b, H, n, D) and (b, H, m, D) -> the output; scores, probabilities and mask live for one
     block of heads.
     """
-    q, k, v = (x.to(_wide(x)) for x in (q * scale, k, _undropped(v, dropout_p)))
+    q, k, v = (x.to(_wide(x)) for x in (q, k, v))
+    q, v = q * scale, _undropped(v, dropout_p)
     out = torch.empty_like(q)
     for h in head_blocks(q, k):
         probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
@@ -311,7 +313,8 @@ def _blocked_forward(q, k, v, part, scale, dropout_p, drawn):
 
 
 def _blocked_backward(q, k, v, grad, part, scale, dropout_p, drawn):
-    q, k, v, grad = (x.to(_wide(x)) for x in (q * scale, k, v, _undropped(grad, dropout_p)))
+    q, k, v, grad = (x.to(_wide(x)) for x in (q, k, v, grad))
+    q, grad = q * scale, _undropped(grad, dropout_p)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     for h in head_blocks(q, k):
         probabilities = _softmax(q[:, h] @ k[:, h].mT, part.mask)
@@ -354,8 +357,11 @@ def _fused_on_cpu(q: Tensor, dropout_p: float, masks: list[Tensor]) -> bool:
 
 
 def _fused_on_gpu(q: Tensor, direction: str, masks: list[Tensor]) -> bool:
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and not masks and direction != "anti_causal"
+    """FlashAttention-2, as PyTorch has it."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    served = q.shape[-1] <= FLASH_WIDEST and torch.cuda.get_device_capability(q.device) >= FLASH_SM
+    return served and not masks and direction != "anti_causal"
 
 
 def _aligned(x: Tensor) -> Tensor:
