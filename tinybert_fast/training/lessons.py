@@ -30,7 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinybert_fast.data.atomic import atomic_write, replacing_folder
+from tinybert_fast.data.atomic import (
+    atomic_write,
+    partials,
+    remove_leftovers,
+    replacing_folder,
+)
 from tinybert_fast.data.progress import shown
 from tinybert_fast.modules.capture import Capture
 from tinybert_fast.ops.layout import SequenceLayout
@@ -317,12 +322,18 @@ def in_words(size: float) -> str:
 
 
 def _check_room(folder: Path, size: int) -> None:
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    folder = folder.resolve()
+    remove_leftovers(folder.parent)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if size > free:
+        begun = "".join(
+            f" ({path} is of a run that goes on, or was killed on another machine: then remove it)"
+            for path in partials(folder.parent)
+        )
         raise ValueError(
             f"the teacher's lessons would take {in_words(size)} and {folder} has {in_words(free)} "
-            "free; make room, name another folder (--cache-folder), keep them in fp16 "
+            f"free; make room{begun}, name another folder (--cache-folder), keep them in fp16 "
             "(--cache-dtype), or leave the cache out"
         )
 
