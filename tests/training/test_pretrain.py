@@ -1,6 +1,7 @@
 """pretrain(): text to a model that plain Transformers loads; kill -9 and resume; refusals."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -137,6 +138,26 @@ def test_held_out_masks_stay_and_the_ratio_moves(text, tmp_path):
     ratios = [logs["masking_ratio"] for logs in watch.logged.values() if "masking_ratio" in logs]
     steps = len(ratios)
     assert ratios == pytest.approx([0.3 - 0.2 * step / steps for step in range(steps)])
+
+
+def test_evaluations_while_training_read_few_examples(text, tmp_path, monkeypatch, caplog):
+    """The same few each time, from everywhere in the text; the last one reads all."""
+    read, evaluate = [], PreTrainingTrainer.evaluate
+
+    def watched(trainer, rows=None, **more):
+        read.append((trainer.eval_dataset if rows is None else rows)["example_id"][:])
+        return evaluate(trainer, rows, **more)
+
+    monkeypatch.setattr(PreTrainingTrainer, "evaluate", watched)
+    caplog.set_level(logging.INFO)
+    metrics = run(text, tmp_path / "out", held_out=0.2, held_out_examples=7)
+    every = metrics["held_out_examples"]
+    assert f"evaluating on 7 of {every} held-out examples every 3 steps" in caplog.text
+    assert [len(ids) for ids in read] == [7, 7, every]
+    assert read[0] == read[1]
+    few = sorted(read[0])
+    assert {b - a for a, b in zip(few, [*few[1:], every])} <= {every // 7, every // 7 + 1}
+    assert sorted(read[2]) == list(range(every))
 
 
 @pytest.fixture
@@ -343,6 +364,7 @@ def test_resume_wants_the_same_masks(text, tmp_path):
         ({"vocab_size": 8}, "vocab_size is 8; expected 32 or more"),
         ({"model": "5l-100"}, "no student or model 5l-100"),
         ({"steps": 0}, "steps is 0"),
+        ({"held_out": 0.2, "held_out_examples": 0}, "held_out_examples is 0; expected 1"),
     ],
 )
 def test_refusals(text, tmp_path, options, message):
