@@ -62,8 +62,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """The name beside ``path`` that this process writes to. Nothing is there, nor are
-    `remove_leftovers`.
+    """The name beside ``path`` that this process writes to. Whatever has it is removed, and so are
+    leftovers beside it.
     """
     partial = path.with_name(f".{path.name}.{_place()}.{os.getpid()}.partial")
     _remove(partial)  # of a process that had the same number
