@@ -1,5 +1,7 @@
 """PreTrainingCollator: what a batch holds, and masks that do not depend on how rows are shared."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,19 @@ def test_columns_make_the_batches_of_rows(folder, tokenizer, kind, words):
             else:
                 assert got[name].dtype == value.dtype
                 assert torch.equal(got[name], value), name
+
+
+def test_a_table_lends_its_memory(folder, tokenizer):
+    """Rows that follow each other are no copies: nothing may write there, or warn of it."""
+    table = Rows(open_shards(folder / "pairs", tokenizer).examples).__getitems__(range(3, 9))
+    assert not table["first_length"].flags.writeable
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            PreTrainingCollator(tokenizer)(table)
+    finally:
+        torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

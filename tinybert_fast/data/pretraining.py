@@ -90,10 +90,10 @@ class PreTrainingCollator:
         batch: dict[str, Any] = padded(columns, tokenizer.pad_token_id, multiple)
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         if "first_length" in columns:
-            first = torch.from_numpy(columns["first_length"])[:, None]
+            first = torch.tensor(columns["first_length"])[:, None]
             in_b = torch.arange(batch["input_ids"].shape[1]) >= first
             batch["token_type_ids"] += in_b * batch["attention_mask"]
-        batch["example_id"] = torch.from_numpy(columns["example_id"])
+        batch["example_id"] = torch.tensor(columns["example_id"])  # a table lends its own
         batch = self.masking.masked(batch)
         if "next_sentence_label" in columns:
             labels = torch.from_numpy(columns["next_sentence_label"].astype(np.int64))
