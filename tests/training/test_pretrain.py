@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +252,13 @@ def test_a_thread_makes_the_same_batches(text, tmp_path, monkeypatch, case, batc
 def test_losses_weigh_tokens_when_their_step_has_ended(text, tmp_path, makers):
     run(text, tmp_path / "out", masking=Masking(weights="loss"))
     assert set(makers) == {"MainThread"}
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", True), ("cuda:1", False)])
+def test_batches_masked_on_a_gpu_are_not_made_ahead(device, ahead):
+    batches = SimpleNamespace(collator=SimpleNamespace(masking=SimpleNamespace(device=device)))
+    trainer = SimpleNamespace(losses=None, batches=batches)
+    assert PreTrainingTrainer.looks_ahead.fget(trainer) is ahead
 
 
 def test_an_error_of_the_thread_ends_the_training(text, tmp_path, monkeypatch, makers):

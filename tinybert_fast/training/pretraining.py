@@ -40,6 +40,8 @@ COPIES = 2  # of an example with masks of their own in one epoch
 LOGIT_ROWS = 1024  # alive at a time while a model is scored
 TOKEN_LOSSES = "token_losses.safetensors"
 
+Batches = list[dict[str, Any]]  # the micro-batches of a step
+
 
 @dataclass(frozen=True)
 class Objectives:
@@ -302,7 +304,7 @@ class PreTrainingTrainer(TermsTrainer):
         self.batches = PreTrainingBatches(collator, objectives)
         self.held_out = held_out
         self.ratio, self.losses = ratio, losses
-        self.ahead: Ahead[list[dict[str, Any]]] | None = None
+        self.ahead: Ahead[Batches] | None = None
         self.waited = self.seconds = 0.0
         self.tokens = 0
         self._since: tuple[float, int] | None = None  # of the last log: time, tokens
@@ -312,15 +314,15 @@ class PreTrainingTrainer(TermsTrainer):
 
     @property
     def looks_ahead(self) -> bool:
-        """A thread of ours stays away from GPUs, of which each thread has a current one, and where
-        another one's call would end a capture.
+        """Whether a thread makes the next batches. It stays away from GPUs: each thread has a
+        current one of its own, and a call of another thread ends a capture.
         """
         return self.losses is None and self.batches.collator.masking.device == "cpu"
 
     def train(self, *args, **kwargs):
         if not self.looks_ahead:
             return super().train(*args, **kwargs)
-        with Ahead() as self.ahead:
+        with Ahead[Batches]() as self.ahead:
             return super().train(*args, **kwargs)
 
     def batches_of(self, loader, count):
@@ -345,7 +347,7 @@ class PreTrainingTrainer(TermsTrainer):
             self.tokens += sum(batch["lengths"]) * self.batches.objectives.passes
         return batches
 
-    def _masked(self, loader: Iterator[Examples], count: int, step: int, epoch: int) -> list[Any]:
+    def _masked(self, loader: Iterator[Examples], count: int, step: int, epoch: int) -> Batches:
         """The next micro-batches, of a step and an epoch."""
         if self.ratio is not None and self.batches.objectives.masks:
             self.batches.collator.set_ratio(self.ratio(step, self.state.max_steps))
