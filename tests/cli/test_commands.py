@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -110,6 +111,42 @@ def test_missing_extra_is_one_line(absent, command):
     assert done.stderr == (
         f"error: this command needs {absent}; run: pip install '.[train]' in the checkout\n"
     )
+
+
+TERMINATED = """
+import os, signal, sys, time, types
+from pathlib import Path
+from tinybert_fast.cli.main import main
+from tinybert_fast.data.atomic import replacing_folder
+def app(**given):
+    with replacing_folder(Path(sys.argv[1])) as partial:
+        (partial / "00000").write_text("half")
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+        os.kill(worker, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
+        time.sleep(60)
+sys.modules["tinybert_fast.cli.app"] = types.SimpleNamespace(app=app)
+main([])
+"""
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path):
+    """And a forked worker of the command ends by it as ever."""
+    command = [sys.executable, "-c", TERMINATED, str(tmp_path / "lessons")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd="/", text=True)
+    assert process.stdout.readline() == "-15\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_is_the_callers_own_again(cli):
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli("--version").code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_python_dash_m():

@@ -1,5 +1,7 @@
 """PreTrainingCollator: what a batch holds, and masks that do not depend on how rows are shared."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import BertForPreTraining
 
 from tinybert_fast.data import PreTrainingCollator, open_shards, write_shards
+from tinybert_fast.data.collate import Rows
 from tinybert_fast.testing.tiny_models import PLAIN, tiny_config, tiny_tokenizer
 
 
@@ -61,6 +64,43 @@ def test_without_pairs(folder, tokenizer):
     batch = PreTrainingCollator(tokenizer)(rows[:4])
     assert "next_sentence_label" not in batch
     assert not batch["token_type_ids"].any()
+
+
+@pytest.mark.parametrize("words", ["given", "of the tokenizer"])
+@pytest.mark.parametrize("kind", ["pairs", "single"])
+def test_columns_make_the_batches_of_rows(folder, tokenizer, kind, words):
+    """Also reversed; several rows twice, whatever dtypes the table has."""
+    examples = open_shards(folder / kind, tokenizer).examples
+    if words == "given":
+        draw = np.random.default_rng(1)
+        starts = [(draw.random(n) < 0.5).tolist() for n in examples["length"]]
+        examples = examples.add_column("word_starts", starts)
+    collate = PreTrainingCollator(tokenizer, whole_word_mask=True, pad_to_multiple_of=4)
+    numbers = [7, 2, 2, 11, 0, 7]
+    table, rows = Rows(examples).__getitems__(numbers), [examples[i] for i in numbers]
+    assert table["input_ids"].dtype == np.uint16
+    for columns, listed in ((table, rows), (collate.reversed(table), collate.reversed(rows))):
+        got, want = collate(columns), collate(listed)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            if name == "lengths":
+                assert got[name] == value
+            else:
+                assert got[name].dtype == value.dtype
+                assert torch.equal(got[name], value), name
+
+
+def test_a_table_lends_its_memory(folder, tokenizer):
+    """Rows that follow each other are no copies: nothing may write there, or warn of it."""
+    table = Rows(open_shards(folder / "pairs", tokenizer).examples).__getitems__(range(3, 9))
+    assert not table["first_length"].flags.writeable
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            PreTrainingCollator(tokenizer)(table)
+    finally:
+        torch.set_warn_always(False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

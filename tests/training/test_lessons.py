@@ -1,7 +1,9 @@
 """LessonCache: what the live teacher says, of any examples in any order; whole or refused."""
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from transformers import BertForSequenceClassification
 
 import tinybert_fast as tbf
 from tinybert_fast.data import LengthCollator
+from tinybert_fast.data.atomic import partial_of
 from tinybert_fast.testing.tiny_models import sentiment_rows, tiny_config, tiny_tokenizer
 from tinybert_fast.training import lessons
 from tinybert_fast.training.lessons import INDEX, MANIFEST, RECORDS, LessonCache, in_words
@@ -221,6 +224,35 @@ def test_an_interrupted_build_leaves_nothing(taught, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         taught.build(tmp_path / "cache")
     assert {p.name for p in tmp_path.iterdir()} == {"tokenizer"}
+
+
+def test_leftovers_make_room_or_are_named(taught, tmp_path, monkeypatch):
+    """Those of a killed run are removed before the room is measured."""
+    left = killed_while_writing(tmp_path / "lessons" / "general")
+    there = []
+
+    def free(path):
+        there.append(left.exists())
+        return SimpleNamespace(free=1)
+
+    monkeypatch.setattr(lessons.shutil, "disk_usage", free)
+    other = left.with_name(".general.0123abcd.7.partial")
+    other.mkdir()
+    with pytest.raises(ValueError, match=rf"make room \({other} is of a run that goes on, or was"):
+        taught.build(tmp_path / "lessons" / "general")
+    assert there == [False]
+    assert other.exists()
+
+
+def killed_while_writing(folder):
+    folder.parent.mkdir()
+    child = os.fork()
+    if child == 0:
+        partial_of(folder).mkdir()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = folder.parent.iterdir()
+    return left
 
 
 def test_lessons_of_other_texts(taught, tmp_path):

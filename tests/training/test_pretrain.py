@@ -1,14 +1,18 @@
 """pretrain(): text to a model that plain Transformers loads; kill -9 and resume; refusals."""
 
 import json
+import logging
 import os
 import random
 import signal
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
@@ -17,10 +21,15 @@ from transformers import (
     TrainerCallback,
 )
 
-from tinybert_fast.data import Corpus
+from tinybert_fast.data import Corpus, PreTrainingCollator
 from tinybert_fast.testing.tiny_models import tiny_config, tiny_encoder, tiny_tokenizer
 from tinybert_fast.training import pretrain as recipe
-from tinybert_fast.training.pretraining import Objectives, PreTraining, PreTrainingBatches
+from tinybert_fast.training.pretraining import (
+    Objectives,
+    PreTraining,
+    PreTrainingBatches,
+    PreTrainingTrainer,
+)
 from tinybert_fast.training.recipes import Masking, pretrain
 
 QUICK = {
@@ -131,6 +140,26 @@ def test_held_out_masks_stay_and_the_ratio_moves(text, tmp_path):
     assert ratios == pytest.approx([0.3 - 0.2 * step / steps for step in range(steps)])
 
 
+def test_evaluations_while_training_read_few_examples(text, tmp_path, monkeypatch, caplog):
+    """The same few each time, from everywhere in the text; the last one reads all."""
+    read, evaluate = [], PreTrainingTrainer.evaluate
+
+    def watched(trainer, rows=None, **more):
+        read.append((trainer.eval_dataset if rows is None else rows)["example_id"][:])
+        return evaluate(trainer, rows, **more)
+
+    monkeypatch.setattr(PreTrainingTrainer, "evaluate", watched)
+    caplog.set_level(logging.INFO)
+    metrics = run(text, tmp_path / "out", held_out=0.2, held_out_examples=7)
+    every = metrics["held_out_examples"]
+    assert f"evaluating on 7 of {every} held-out examples every 3 steps" in caplog.text
+    assert [len(ids) for ids in read] == [7, 7, every]
+    assert read[0] == read[1]
+    few = sorted(read[0])
+    assert {b - a for a, b in zip(few, [*few[1:], every])} <= {every // 7, every // 7 + 1}
+    assert sorted(read[2]) == list(range(every))
+
+
 @pytest.fixture
 def batches(monkeypatch):
     """Those that are trained on, in order."""
@@ -167,6 +196,105 @@ def test_token_losses_move_the_masks(text, tmp_path, batches):
     uniform, loss = places[:6], places[6:]
     assert uniform[0] == loss[0]  # nothing has been seen yet
     assert [one != other for one, other in zip(uniform, loss, strict=True)].count(True) > 2
+
+
+# ---- the next step's batches, made on a thread ---------------------------------------------------
+
+THREADED = {
+    "epochs": {"steps": 24, "batch_size": 4, "accumulation": 3,
+               "masking": Masking(0.3, 0.1, "linear", unit="word")},
+    "reverse": {"bidirectional": "reverse", "masking": Masking(weights="idf", unit="span",
+                                                               direction="important-more")},
+    "causal": {"bidirectional": "causal", "accumulation": 2},
+}  # fmt: skip
+
+
+@pytest.fixture
+def makers(monkeypatch):
+    """Names of the threads that make batches to train on, in order."""
+    make, names = PreTrainingBatches.__call__, []
+
+    def watched(self, *given):
+        names.append(threading.current_thread().name)
+        return make(self, *given)
+
+    monkeypatch.setattr(PreTrainingBatches, "__call__", watched)
+    return names
+
+
+@pytest.mark.parametrize("case", THREADED)
+def test_a_thread_makes_the_same_batches(text, tmp_path, monkeypatch, case, batches, makers):
+    options, watches = {**THREADED[case], "log_steps": 1}, (Watch(), Watch())
+    metrics = run(text, tmp_path / "ahead", callbacks=[watches[0]], **options)
+    ahead, names = batches[:], makers[:]
+    batches.clear()
+    monkeypatch.setattr(PreTrainingTrainer, "looks_ahead", False)
+    run(text, tmp_path / "serial", callbacks=[watches[1]], **options)
+    assert len(ahead) == len(batches)
+    for ours, theirs in zip(tree_leaves(ahead), tree_leaves(batches), strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    logged = [[logs.get("masking_ratio") for logs in one.logged.values()] for one in watches]
+    assert logged[0] == logged[1]
+    a, b = (weights(tmp_path / name) for name in ("ahead", "serial"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    if case == "epochs":  # an epoch's first step is made here, its last one is incomplete
+        of_an_epoch = metrics["train_examples"] // 4
+        assert of_an_epoch % 3 > 0
+        begun = -(-24 // -(-of_an_epoch // 3))
+        assert begun > 1
+    else:
+        begun = 1
+    assert names.count("MainThread") == begun * options.get("accumulation", 1)
+    assert set(names) == {"MainThread", "ahead_0"}
+
+
+def test_losses_weigh_tokens_when_their_step_has_ended(text, tmp_path, makers):
+    run(text, tmp_path / "out", masking=Masking(weights="loss"))
+    assert set(makers) == {"MainThread"}
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", True), ("cuda:1", False)])
+def test_batches_masked_on_a_gpu_are_not_made_ahead(device, ahead):
+    batches = SimpleNamespace(collator=SimpleNamespace(masking=SimpleNamespace(device=device)))
+    trainer = SimpleNamespace(losses=None, batches=batches)
+    assert PreTrainingTrainer.looks_ahead.fget(trainer) is ahead
+
+
+def test_an_error_of_the_thread_ends_the_training(text, tmp_path, monkeypatch, makers):
+    class Damaged(Exception):
+        pass
+
+    make = PreTrainingCollator.__call__
+
+    def fail(self, examples):
+        if len(makers) == 3:
+            raise Damaged
+        return make(self, examples)
+
+    monkeypatch.setattr(PreTrainingCollator, "__call__", fail)
+    with pytest.raises(Damaged):
+        run(text, tmp_path / "out")
+    assert makers == ["MainThread", "ahead_0", "ahead_0"]
+    assert "ahead_0" not in {thread.name for thread in threading.enumerate()}
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+class StopEarly(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_the_thread_ends_with_the_training(text, tmp_path, makers):
+    run(text, tmp_path / "whole")
+    run(text, tmp_path / "early", callbacks=[StopEarly()])
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path / "interrupted", callbacks=[Interrupt()])
+    assert makers.count("ahead_0") >= 5
+    assert "ahead_0" not in {thread.name for thread in threading.enumerate()}
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------
@@ -245,6 +373,7 @@ def test_resume_wants_the_same_masks(text, tmp_path):
         ({"vocab_size": 8}, "vocab_size is 8; expected 32 or more"),
         ({"model": "5l-100"}, "no student or model 5l-100"),
         ({"steps": 0}, "steps is 0"),
+        ({"held_out": 0.2, "held_out_examples": 0}, "held_out_examples is 0; expected 1"),
     ],
 )
 def test_refusals(text, tmp_path, options, message):

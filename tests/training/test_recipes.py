@@ -31,7 +31,12 @@ from tinybert_fast.testing.tiny_models import (
     tiny_encoder,
     tiny_tokenizer,
 )
-from tinybert_fast.training import general_distillation, run_folder, task_distillation
+from tinybert_fast.training import (
+    general_distillation,
+    run_folder,
+    task_distillation,
+    teaching,
+)
 from tinybert_fast.training.evaluate import evaluate
 from tinybert_fast.training.finetune import finetune
 from tinybert_fast.training.projection import HiddenProjection
@@ -495,6 +500,25 @@ def test_cached_lessons_teach_the_same(made, tmp_path, caplog):
     )
     with pytest.raises(ValueError, match=r"max length was 16, now 12\); remove .*kept/general"):
         general(made, tmp_path / "other", cache_teacher=tmp_path / "kept", max_length=12)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "too_fast", "warned"),
+    [
+        (partial(general, cache_teacher=True), ("cpu",), 1),
+        (partial(general, cache_teacher=True), ("cuda",), 0),
+        (partial(general), ("cpu",), 0),
+        (partial(task, cache_teacher=True, intermediate_epochs=0), ("cpu",), 0),
+    ],
+    ids=["layers", "slow device", "live", "logits"],
+)
+def test_lessons_of_layers_are_for_cpus(
+    made, tmp_path, monkeypatch, caplog, recipe, too_fast, warned
+):
+    monkeypatch.setattr(teaching, "TOO_FAST", too_fast)
+    recipe(made, tmp_path / "out")
+    said = [one for one in caplog.records if "leave cache_teacher out" in one.message]
+    assert len(said) == warned
 
 
 @pytest.mark.parametrize(("recipe", "stop"), [("general", 9), ("task", 10), ("task", 24)])

@@ -2,9 +2,13 @@
 
 import errno
 import logging
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 # What [train] installs; torch and the standard library are always there.
@@ -20,12 +24,15 @@ BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command; always ends in SystemExit. 0: done. 1: a check failed. 2: bad input."""
+    """Runs one command; always ends in SystemExit. 0: done. 1: a check failed. 2: bad input. 143:
+    ended by SIGTERM.
+    """
     try:
         from tinybert_fast.cli.app import app
 
         given = None if arguments is None else list(arguments)
-        sys.exit(app(args=given, standalone_mode=False))
+        with _unwound_at_sigterm():
+            sys.exit(app(args=given, standalone_mode=False))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in OPTIONAL:
@@ -52,6 +59,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "a checkpoint or model could not be written whole: is the disk full? Make room; where "
             "there is a checkpoint, --resume goes on from the last whole one"
         )
+
+
+@contextmanager
+def _unwound_at_sigterm() -> Iterator[None]:
+    """SIGTERM, with which jobs are preempted and torchrun ends the processes that are left, is an
+    exception: what is half written is removed.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may ask for signals
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a worker, forked: it ends as it always has
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signal.signal(number, signal.SIG_IGN)  # a second one would cut the removal short
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _stop_at_usage(error: Any) -> None:

@@ -51,6 +51,13 @@ def pretrain(
             rich_help_panel=DATA,
         ),
     ] = None,
+    held_out_examples: Annotated[
+        int,
+        typer.Option(
+            help="Most of them that an evaluation during training reads; the last one reads all.",
+            rich_help_panel=DATA,
+        ),
+    ] = 10_000,
     documents: Annotated[
         str,
         typer.Option(
@@ -230,6 +237,7 @@ def pretrain(
         vocab_size=vocab_size,
         lowercase=lowercase,
         held_out=_held_out(held_out, rules),
+        held_out_examples=held_out_examples,
         data=data,
         max_length=max_length,
         short=short,

@@ -8,9 +8,11 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 WINDOW_BATCHES = 50  # sorted by length together: little padding, and still random
-PER_TOKEN, PER_ROW = ("input_ids", "token_type_ids"), ("label", "index")  # columns of a batch
+# Columns that batches are made of: with an entry for each token, and one for each example.
+PER_TOKEN = ("input_ids", "token_type_ids", "word_starts")
+PER_ROW = ("label", "index", "example_id", "first_length", "next_sentence_label")
 
-Columns = dict[str, np.ndarray]
+Columns = dict[str, np.ndarray]  # see `Rows`
 
 
 class LengthCollator:
@@ -28,60 +30,70 @@ class LengthCollator:
         self.lengths = lengths
 
     def __call__(self, examples: Sequence[Mapping] | Columns) -> dict[str, Any]:
-        columns = examples if isinstance(examples, dict) else _columns_of(examples)
-        lengths = columns["lengths"]
-        width = -(-int(lengths.max()) // self.multiple) * self.multiple
-        real = np.arange(width) < lengths[:, None]
-        batch: dict[str, Any] = {
-            "input_ids": _padded(columns["input_ids"], real, self.pad_id),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)),
-            "token_type_ids": _padded(columns["token_type_ids"], real, 0),
-        }
+        columns = columns_of(examples)
+        batch: dict[str, Any] = padded(columns, self.pad_id, self.multiple)
         if "label" in columns:
             labels = torch.tensor(columns["label"])
             batch["labels"] = labels.float() if labels.is_floating_point() else labels.long()
         if "index" in columns:
             batch["index"] = columns["index"].tolist()
         if self.lengths:
-            batch["lengths"] = lengths.tolist()
+            batch["lengths"] = columns["lengths"].tolist()
         return batch
 
 
 class Rows(Dataset):
-    """Encoded examples as a DataLoader reads them for `LengthCollator`: a batch comes as columns,
-    of a table, and no token becomes a Python number, which would take most of a batch's time.
+    """Encoded examples as a DataLoader reads them for `LengthCollator` and `PreTrainingCollator`: a
+    batch comes as columns, of a table, and no token becomes a Python number, which would take most
+    of a batch's time.
     """
 
     def __init__(self, encoded) -> None:
-        names = [*PER_TOKEN, *(n for n in PER_ROW if n in encoded.column_names)]
+        names = [name for name in (*PER_TOKEN, *PER_ROW) if name in encoded.column_names]
         self.table = encoded.with_format("arrow", columns=names)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitems__(self, rows: Sequence[int]) -> Columns:
-        """{"input_ids", "token_type_ids": of all rows, one behind the other; "lengths", "label",
-        "index": (rows,)}.
+        """Those of PER_TOKEN and PER_ROW that are there: of all rows, one behind the other, and
+        (rows,); "lengths": (rows,), of input_ids.
         """
         import pyarrow.compute as pc  # which masking does without
 
         found = self.table[rows]
-        columns = {name: pc.list_flatten(found[name]) for name in PER_TOKEN}
-        columns |= {name: found[name] for name in PER_ROW if name in found.column_names}
+        columns = {
+            name: pc.list_flatten(found[name]) if name in PER_TOKEN else found[name]
+            for name in found.column_names
+        }
         columns["lengths"] = pc.list_value_length(found["input_ids"])
         return {name: column.to_numpy() for name, column in columns.items()}
 
 
-def _columns_of(examples: Sequence[Mapping]) -> Columns:
-    found = {name: np.concatenate([e[name] for e in examples]) for name in PER_TOKEN}
-    found |= {n: np.array([e[n] for e in examples]) for n in PER_ROW if n in examples[0]}
+def columns_of(examples: Sequence[Mapping] | Columns) -> Columns:
+    """As `Rows` gives them."""
+    if isinstance(examples, dict):
+        return examples
+    first = examples[0]
+    found = {n: np.concatenate([e[n] for e in examples]) for n in PER_TOKEN if n in first}
+    found |= {n: np.array([e[n] for e in examples]) for n in PER_ROW if n in first}
     return {**found, "lengths": np.array([len(e["input_ids"]) for e in examples])}
 
 
-def _padded(tokens: np.ndarray, real: np.ndarray, value: int) -> torch.Tensor:
-    padded = np.full(real.shape, value, np.int64)
-    padded[real] = tokens
-    return torch.from_numpy(padded)
+def padded(columns: Columns, pad_id: int, multiple: int) -> dict[str, torch.Tensor]:
+    """{name: int64 (B, N)} of PER_TOKEN, padded on the right, and attention_mask. N is the longest
+    example, rounded up to ``multiple``.
+    """
+    lengths = columns["lengths"]
+    width = -(-int(lengths.max()) // multiple) * multiple
+    real = np.arange(width) < lengths[:, None]
+    found = {"attention_mask": torch.from_numpy(real.astype(np.int64))}
+    for name in PER_TOKEN:
+        if name in columns:
+            tokens = np.full(real.shape, pad_id if name == "input_ids" else 0, np.int64)
+            tokens[real] = columns[name]
+            found[name] = torch.from_numpy(tokens)
+    return found
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -115,7 +115,12 @@ class SparseMaskingCollator:
             raise ValueError(f"return_tensors={return_tensors!r} is not one of pt, np")
         if not examples:
             raise ValueError("SparseMaskingCollator got no example")
-        batch = self._pad(examples)
+        return self._converted(self.masked(self._pad(examples)), return_tensors)
+
+    def masked(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a call makes of examples, of their columns already padded: int64 (B, N) on the CPU,
+        ``example_id`` (B,).
+        """
         most = None
         if self.rule is not None and self.device != "cpu":
             most = self.rule.most(_lengths(batch))
@@ -131,7 +136,7 @@ class SparseMaskingCollator:
         if rule is None:
             pad = self.tokenizer.pad_token_id
             batch["labels"] = ids.clone() if pad is None else ids.masked_fill(ids == pad, -100)
-            return self._converted(batch, return_tensors)
+            return batch
         masked = mlm_mask(
             ids,
             rule,
@@ -150,7 +155,7 @@ class SparseMaskingCollator:
         batch["labels"] = masked.dense_labels
         if self.compact_labels:
             batch["masked_rows"], batch["masked_labels"] = masked.rows, masked.labels
-        return self._converted(batch, return_tensors)
+        return batch
 
     def _word_starts(
         self, ids: Tensor, starts: Tensor | None, offsets: Tensor | None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinybert_fast.data.collate import Columns, columns_of, padded
 from tinybert_fast.data.masking import CONTINUATION, SparseMaskingCollator
 from tinybert_fast.ops import MaskingRule
 
@@ -15,7 +16,8 @@ from tinybert_fast.ops import MaskingRule
 class PreTrainingCollator:
     """Rows of ``open_shards`` -> a batch for BertForPreTraining, or for a masked-LM head.
 
-    What comes out, for B examples padded to N:
+    Rows are a list of them, or the columns that ``collate.Rows`` gives. What comes out, for B
+    examples padded to N on the right:
         input_ids, attention_mask, token_type_ids: int64 (B, N).
         labels: int64 (B, N), -100 where nothing is masked. masked_rows, masked_labels: int64 (R,),
             the same without the -100, at flat places b * N + n.
@@ -60,43 +62,41 @@ class PreTrainingCollator:
         )
         self.masking.rule = replace(rule, table=fresh.table)
 
-    def reversed(self, examples: Sequence[Mapping]) -> list[dict[str, Any]]:
+    def reversed(self, examples: Sequence[Mapping] | Columns) -> Columns:
         """Each segment's tokens in reversed order, [CLS] and [SEP] where they were. A whole word
         stays one: it begins now where it ended.
         """
-        rows = []
-        for example in examples:
-            ids = np.asarray(example["input_ids"])
-            n = len(ids)
-            first = example.get("first_length", n)
-            order = np.arange(n)
-            for start, stop in ((1, first - 1), (first, n - 1)):
-                order[start:stop] = order[start:stop][::-1]
-            row = {**example, "input_ids": ids[order]}
-            if self.rule.unit != "token":
-                starts = np.asarray(example.get("word_starts", self._begins[ids]), bool)
-                row["word_starts"] = np.append(starts[1:], True)[order]
-            rows.append(row)
-        return rows
+        columns = columns_of(examples)
+        ids, lengths = columns["input_ids"], columns["lengths"]
+        ends = np.cumsum(lengths)
+        n = np.repeat(lengths, lengths)  # of each token: its example's length, where B begins, ...
+        first = np.repeat(columns.get("first_length", lengths), lengths).astype(np.int64)
+        start = np.repeat(ends - lengths, lengths)
+        place = np.arange(len(ids)) - start
+        in_a, in_b = (place > 0) & (place < first - 1), (place >= first) & (place < n - 1)
+        turned = np.where(in_a, first - 1 - place, np.where(in_b, first + n - 2 - place, place))
+        order = start + turned
+        found = {**columns, "input_ids": ids[order]}
+        if self.rule.unit != "token":
+            starts = columns.get("word_starts", self._begins[ids])
+            behind = np.append(starts[1:], True)
+            behind[ends - 1] = True
+            found["word_starts"] = behind[order]
+        return found
 
-    def __call__(self, examples: Sequence[Mapping]) -> dict[str, Any]:
-        lengths = [len(example["input_ids"]) for example in examples]
-        rows = []
-        for example, length in zip(examples, lengths):
-            row = {
-                "input_ids": example["input_ids"],
-                "token_type_ids": np.zeros(length, np.int64),
-                "attention_mask": np.ones(length, np.int64),
-                "example_id": example["example_id"],
-            }
-            if "first_length" in example:
-                row["token_type_ids"][example["first_length"] :] = 1
-            if "word_starts" in example:
-                row["word_starts"] = example["word_starts"]
-            rows.append(row)
-        batch = self.masking(rows)
-        if "next_sentence_label" in examples[0]:
-            labels = [int(example["next_sentence_label"]) for example in examples]
-            batch["next_sentence_label"] = torch.tensor(labels, device=batch["input_ids"].device)
-        batch["lengths"] = lengths
+    def __call__(self, examples: Sequence[Mapping] | Columns) -> dict[str, Any]:
+        columns = columns_of(examples)
+        tokenizer, multiple = self.masking.tokenizer, self.masking.pad_to_multiple_of or 1
+        batch: dict[str, Any] = padded(columns, tokenizer.pad_token_id, multiple)
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        if "first_length" in columns:
+            first = torch.tensor(columns["first_length"])[:, None]
+            in_b = torch.arange(batch["input_ids"].shape[1]) >= first
+            batch["token_type_ids"] += in_b * batch["attention_mask"]
+        batch["example_id"] = torch.tensor(columns["example_id"])  # a table lends its own
+        batch = self.masking.masked(batch)
+        if "next_sentence_label" in columns:
+            labels = torch.from_numpy(columns["next_sentence_label"].astype(np.int64))
+            batch["next_sentence_label"] = labels.to(batch["input_ids"].device)
+        batch["lengths"] = columns["lengths"].tolist()
         return batch

@@ -227,15 +227,15 @@ class RunTrainer(transformers.Trainer):
         """(counts,) of a micro-batch: what its losses are means or sums over; here texts alone."""
         return torch.tensor([len(batch["input_ids"])])
 
-    def batches_of(self, raw: Iterator[Any]) -> list[Any]:
-        """The micro-batches of a step, of what the loader gives."""
-        return list(raw)
+    def batches_of(self, loader: Iterator[Any], count: int) -> list[Any]:
+        """The next micro-batches, ``count`` of them, which are a step."""
+        return list(itertools.islice(loader, count))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Each micro-batch gets its "shares" (counts,): by which compute_loss multiplies a loss, so
         that what Trainer and DDP average is the mean over all that the step counts.
         """
-        batches = self.batches_of(itertools.islice(epoch_iterator, num_batches))
+        batches = self.batches_of(epoch_iterator, num_batches)
         if batches:
             each = torch.stack([self.counts(batch) for batch in batches]).double()
             total = each.sum(0)

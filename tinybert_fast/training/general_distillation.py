@@ -94,8 +94,8 @@ def distill_general(
 
     ``teacher_dtype``: fp32, bf16, on a CPU int8, on an sm_90 or sm_100 fp8 (training/teacher.py);
     by default that of the run. ``cache_teacher``: ask the teacher once and keep what it says, in a
-    folder named here or, with True, in the run's until its end; ``cache_dtype``: fp32, fp16 or
-    bf16, by default as it was computed.
+    folder named here or, with True, in the run's until its end; for CPUs (training/lessons.py says
+    why). ``cache_dtype``: fp32, fp16 or bf16, by default as it was computed.
     ``cuda_graphs``: replay steps on one GPU (training/graphs.py).
 
     ``output`` gets a BertModel that plain Transformers loads, and of TinyBERT's loss

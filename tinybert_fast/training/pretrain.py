@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from datasets import Dataset
 from transformers import BertConfig, BertForPreTraining, TrainerCallback, set_seed
 
 from tinybert_fast import integrations
@@ -65,6 +67,7 @@ def pretrain(
     vocab_size: int | None = None,
     lowercase: bool | None = None,
     held_out: Source | float | None = None,
+    held_out_examples: int = 10_000,
     data: str | Path | None = None,
     max_length: int = 128,
     short: float = 0.1,
@@ -103,6 +106,8 @@ def pretrain(
     Args:
         corpus, held_out: a Corpus, or text files and folders (``Corpus.of``). ``held_out`` may be a
             share: each (1 / share)-th document of the corpus is then kept from training.
+        held_out_examples: at most so many, always the same, are read by an evaluation during
+            training; the last one reads all.
         model: a preset (4l-312, 6l-768), a BertConfig or its .json file: new weights; or a saved
             BERT of any class, with which training goes on. What is not trained (the NSP head
             without ``nsp``, say) keeps its weights.
@@ -133,6 +138,7 @@ def pretrain(
     if not objectives.masks and masking != Masking():
         raise ValueError("masking options are of no use here: this training masks nothing")
     at_least_one(steps=steps, checkpoint_steps=checkpoint_steps, eval_steps=eval_steps)
+    at_least_one(held_out_examples=held_out_examples)
     start = _Start.of(model, tokenizer, vocab_size, lowercase)
     max_length = usable(max_length, start.config)
     if nsp and start.config.type_vocab_size < 2:
@@ -216,18 +222,25 @@ def pretrain(
         else PreTrainingCollator(text, mlm=False)
     )
     run.begin(settings)
+    dev = None
+    if "held_out" in shards:
+        every = shards["held_out"].examples
+        dev = spread(every, held_out_examples)
+        log.log(
+            logging.WARNING if making["progress"] and len(dev) < len(every) else logging.INFO,
+            "evaluating on %s of %s held-out examples every %s steps, on all of them at the end",
+            *(f"{number:,}" for number in (len(dev), len(every), eval_steps)),
+        )
     trainer = PreTrainingTrainer(
         pupil,
         collator=collator,
         objectives=objectives,
         ratio=masking.over_steps,
         losses=masking.losses(text, arguments.device),
-        held_out=plain_batches(text, objectives) if "held_out" in shards else None,
+        held_out=None if dev is None else plain_batches(text, objectives),
         args=arguments,
         train_dataset=shards["train"].examples,
-        eval_dataset=sort_by_length(shards["held_out"].examples)[0]
-        if "held_out" in shards
-        else None,
+        eval_dataset=dev,
         processing_class=text,
         callbacks=list(callbacks),
         logs=run.logs("pretrain"),
@@ -249,7 +262,8 @@ def pretrain(
     }
     if "held_out" in shards:
         metrics["held_out_examples"] = shards["held_out"].manifest.examples
-        scores = trainer.evaluate(metric_key_prefix="final")
+        whole = sort_by_length(shards["held_out"].examples)[0]
+        scores = trainer.evaluate(whole, metric_key_prefix="final")
         metrics["held_out"] = {name.removeprefix("final_"): value for name, value in scores.items()}
     run.save_model(trainer.inner, text, state=trainer.inner_state())
     run.write_metrics(metrics)
@@ -265,6 +279,13 @@ def pretrain(
     run.write_report("Pre-training", sections, panels_of(history))
     run.finish(keep_checkpoints)
     return metrics
+
+
+def spread(examples: Dataset, most: int) -> Dataset:
+    """At most so many examples, from everywhere in the text, longest first."""
+    if len(examples) > most:
+        examples = examples.select(np.arange(most) * len(examples) // most)
+    return sort_by_length(examples)[0]
 
 
 def plain_batches(tokenizer: Any, objectives: Objectives) -> PreTrainingBatches:

@@ -14,8 +14,10 @@ training is this project's own definition; neither BERT nor TinyBERT has it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +28,19 @@ from torch import Tensor, nn
 
 from tinybert_fast.data import LossWeights, PreTrainingCollator, RatioSchedule
 from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.data.collate import Columns, Rows, columns_of
 from tinybert_fast.integrations.bert import is_accelerated
 from tinybert_fast.modules.heads import predict, vocabulary_loss
 from tinybert_fast.ops.layout import SequenceLayout
+from tinybert_fast.training.ahead import Ahead
 from tinybert_fast.training.common import TermsTrainer
 
 BIDIRECTIONAL = ("off", "reverse", "causal")
 COPIES = 2  # of an example with masks of their own in one epoch
 LOGIT_ROWS = 1024  # alive at a time while a model is scored
 TOKEN_LOSSES = "token_losses.safetensors"
+
+Batches = list[dict[str, Any]]  # the micro-batches of a step
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Objectives:
 
 
 class PreTrainingBatches:
-    """Rows of shards -> what `PreTraining` reads, for B examples padded to N.
+    """Rows of shards, or columns of them -> what `PreTraining` reads, for B examples padded to N.
 
     input_ids, attention_mask, token_type_ids: int64 (P, N), P = 2 B with reversed copies, else B.
     lengths: list of P numbers. next_sentence_label: int64 (B,), where NSP is learnt.
@@ -99,12 +105,12 @@ class PreTrainingBatches:
         self._ordinary = torch.ones(len(tokenizer), dtype=torch.bool)
         self._ordinary[tokenizer.all_special_ids] = False
 
-    def __call__(self, examples: Sequence[Mapping], epoch: int = 0) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Mapping] | Columns, epoch: int = 0) -> dict[str, Any]:
         """Another epoch gives every example another mask."""
         terms = self.objectives.token_terms
-        copies = [examples]
+        copies = [columns_of(examples)]
         if self.objectives.bidirectional == "reverse":
-            copies.append(self.collator.reversed(examples))
+            copies.append(self.collator.reversed(copies[0]))
         made = []
         for number, copy in enumerate(copies):
             self.collator.set_step(epoch * COPIES + number)
@@ -266,17 +272,18 @@ def _score(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass
 class Examples:
-    """Rows of a dataset. Opaque, so that nobody looks for tensors in each of their numbers."""
+    """What a loader read. Opaque, so that nobody looks for tensors in it."""
 
-    rows: list
+    rows: Sequence[Mapping] | Columns
 
 
 class PreTrainingTrainer(TermsTrainer):
     """Trains a BertForPreTraining, accelerated or not, on rows of ``open_shards``.
 
-    Batches are masked here, just before their step: what they depend on, the step's ratio and
-    weights, is then the same after a restart. ``ratio``: of masked tokens over the steps.
-    ``losses``: token weights that follow training; checkpointed, and equal on every process.
+    Batches are masked here, by the ratio and weights of their step, which are the same after a
+    restart; while a step runs, those of the next one are made on a thread (`ahead`). ``ratio``: of
+    masked tokens over the steps. ``losses``: token weights that follow training; checkpointed, and
+    equal on every process. They are known when a step has ended, so nothing is made ahead.
     Logs also ``tokens_per_second`` (real tokens through the encoder, all processes) and, where it
     changes, ``masking_ratio``.
     """
@@ -298,6 +305,7 @@ class PreTrainingTrainer(TermsTrainer):
         self.batches = PreTrainingBatches(collator, objectives)
         self.held_out = held_out
         self.ratio, self.losses = ratio, losses
+        self.ahead: Ahead[Batches] | None = None
         self.waited = self.seconds = 0.0
         self.tokens = 0
         self._since: tuple[float, int] | None = None  # of the last log: time, tokens
@@ -305,21 +313,49 @@ class PreTrainingTrainer(TermsTrainer):
 
     # ---- batches ----
 
-    def batches_of(self, raw):
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a thread makes the next batches. It stays away from GPUs: each thread has a
+        current one of its own, and a call of another thread ends a capture.
+        """
+        return self.losses is None and self.batches.collator.masking.device == "cpu"
+
+    def train(self, *args, **kwargs):
+        if not self.looks_ahead:
+            return super().train(*args, **kwargs)
+        with Ahead[Batches]() as self.ahead:
+            return super().train(*args, **kwargs)
+
+    def batches_of(self, loader, count):
         """Masked."""
         start = time.perf_counter()
         if self._since is None:
             self._since = (start, self.tokens)
-        epoch = int((self.state.epoch or 0.0) + 1e-6)
-        if self.ratio is not None and self.batches.objectives.masks:
-            self.batches.collator.set_ratio(
-                self.ratio(self.state.global_step, self.state.max_steps)
-            )
-        batches = [self.batches(one.rows, epoch) for one in raw]
+        step, epoch = self.state.global_step, int((self.state.epoch or 0.0) + 1e-6)
+        now = partial(self._masked, loader, count, step, epoch)
+        if self.ahead is None:
+            batches = now()
+        else:
+            # An epoch's first batches are made here: a loader that begins draws from torch's
+            # generator, and may ask other processes.
+            batches = self.ahead.take(loader, now)
+            last = self.accelerator.gradient_state.end_of_dataloader
+            if not last and step + 1 < self.state.max_steps:
+                most = self.args.gradient_accumulation_steps  # an epoch's last step may have fewer
+                self.ahead.begin(loader, partial(self._masked, loader, most, step + 1, epoch))
         self.waited += time.perf_counter() - start
         for batch in batches:
             self.tokens += sum(batch["lengths"]) * self.batches.objectives.passes
         return batches
+
+    def _masked(self, loader: Iterator[Examples], count: int, step: int, epoch: int) -> Batches:
+        """The next micro-batches, of a step and an epoch."""
+        if self.ratio is not None and self.batches.objectives.masks:
+            self.batches.collator.set_ratio(self.ratio(step, self.state.max_steps))
+        return [self.batches(one.rows, epoch) for one in islice(loader, count)]
+
+    def _remove_unused_columns(self, dataset, description=None):
+        return Rows(dataset)
 
     def counts(self, batch: dict[str, Any]) -> Tensor:
         """Of each term: what it predicts."""
@@ -359,7 +395,7 @@ class PreTrainingTrainer(TermsTrainer):
         """Of the steps since this trainer was made; evaluation does not count. All processes ask.
 
         tokens_per_second: real tokens through the encoders. waiting_for_data: share of the time in
-        which this process read and masked batches.
+        which this process had no batch: it made one, or waited for one to be made.
         """
         seconds = max(self.seconds, 1e-9)
         here = torch.tensor(self.tokens / seconds, device=self.args.device)
@@ -384,7 +420,8 @@ class PreTrainingTrainer(TermsTrainer):
             self._since = (now, self.tokens)
             self.seconds += now - since
             if self.ratio is not None and self.ratio.end is not None:
-                logs["masking_ratio"] = self.batches.collator.rule.ratio
+                step = self.state.global_step - 1  # which has ended
+                logs["masking_ratio"] = self.ratio(step, self.state.max_steps)
         super().log(logs, start_time)
 
     # ---- held-out text ----
@@ -393,7 +430,7 @@ class PreTrainingTrainer(TermsTrainer):
         """Loss and accuracy of each term on held-out rows. Each process takes its share of the
         batches; all run equally many, since a sharded model needs everyone in each forward.
         """
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = Rows(self.eval_dataset if eval_dataset is None else eval_dataset)
         assert self.held_out is not None
         if self._since is not None:  # the next speed to be logged is one of training again
             self.seconds += time.perf_counter() - self._since[0]
@@ -405,7 +442,7 @@ class PreTrainingTrainer(TermsTrainer):
         for turn in range(-(-len(starts) // ranks)):
             number = turn * ranks + self.args.process_index
             start = starts[min(number, len(starts) - 1)]
-            examples = list(rows.select(range(start, min(start + size, len(rows)))))
+            examples = rows.__getitems__(range(start, min(start + size, len(rows))))
             batch = self._prepare_inputs(self.held_out(examples))
             with self.accelerator.autocast():
                 scores = self.model(batch, scores=True)

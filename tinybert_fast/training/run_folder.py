@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import torch
 
-from tinybert_fast.data.atomic import atomic_write
+from tinybert_fast.data.atomic import atomic_write, partial_of
 from tinybert_fast.training.loading import quiet
 from tinybert_fast.training.projection import FILE_NAME as PROJECTION
 from tinybert_fast.training.projection import HiddenProjection
@@ -201,7 +201,7 @@ class RunFolder:
         target = self.path if name is None else self.path / name
         if self.main:
             target.mkdir(parents=True, exist_ok=True)
-            partial = target / f".{os.getpid()}.partial"
+            partial = partial_of(target / "model")
             more = {} if state is None else {"state_dict": state}
             try:
                 with quiet():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +21,10 @@ from tinybert_fast.training.losses import Parity
 from tinybert_fast.training.objectives import Matches
 from tinybert_fast.training.run_folder import RunFolder, weights_digest
 from tinybert_fast.training.teacher import Teacher, TeacherDtype, check_teacher_dtype
+
+log = logging.getLogger(__name__)
+
+TOO_FAST = ("cuda",)  # for lessons of layers: more bytes a second than a disk and PCIe bring
 
 
 def start_of(run: RunFolder, stage: str, init: How | None) -> How | None:
@@ -108,6 +113,15 @@ class Teaching:
             progress=progress,
             **options,
         )
+        if folder is not None and stage == "intermediate" and self.run.main:
+            device = trainer.args.device.type
+            if device in TOO_FAST:
+                log.warning(
+                    "lessons of layers are read from a cache for a run on %s: they have kilobytes "
+                    "a token, so expect them to come more slowly than a live teacher's; leave "
+                    "cache_teacher out (--cache-teacher, --cache-folder), which is for CPUs",
+                    device,
+                )
         if folder is not None:  # every process, or the first would wait here for the others
             with trainer.args.main_process_first(local=False):
                 trainer.lessons = (
