@@ -112,6 +112,15 @@ def test_a_relations_statistics_in_fp32():
         assert one["stack_bytes"] == one["spill_bytes"] == 0, one
 
 
+@pytest.mark.parametrize("columns", [3000, 8192])
+def test_wide_rows_fit_into_shared_memory(columns):
+    """Of every GPU from sm_80 on, in fp32 and with dropout, where most rows are in flight."""
+    compiled = machine_code.layer_norm_kernels(80, columns, torch.float32, 0.1)
+    backward = [one for one in compiled if one.kernel == "_backward_kernel"]
+    assert len(backward) == 2
+    assert all(one.code.metadata.shared <= 99 << 10 for one in backward)
+
+
 def test_narrow_strides_show():
     """Heads of 26, as a model without padded heads hands them over: 4 bytes at a time."""
     assert rows(26, 0.0, 64)["forward"]["load_bytes"] == 4

@@ -164,3 +164,17 @@ def test_a_damaged_file_is_refused(text, file):
     file.write_text(text)
     with pytest.raises(ValueError, match=r"settings\.json is no table of launch settings"):
         settings.own("H100")
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_rows_in_flight_fit(itemsize, monkeypatch):
+    monkeypatch.setattr(configs, "INTERPRETED", False)
+    deepest = {}
+    for columns in (*range(8, 8193, 8), 1001, 4097):
+        found = configs.rows.__wrapped__("backward", columns, itemsize)
+        row = configs.cdiv(columns, found.block_n) * found.block_n * itemsize
+        held = configs.IN_FLIGHT * found.block_m * row * (found.stages - 1)
+        assert held <= configs.IN_FLIGHT_BYTES, (columns, found)
+        deepest[columns] = found.stages
+    assert all(deepest[columns] == configs.MOST_STAGES for columns in (312, 384, 768, 1024))
+    assert 1 in deepest.values() or itemsize == 2

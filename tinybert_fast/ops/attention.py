@@ -218,7 +218,7 @@ def attention(
         longest = layout.max_length
         cu_seqlens, work, padded_work = layout.cu_seqlens, layout.work, layout.padded_work
     if packs:
-        q, k, v = (x.flatten(0, 1) if whole else layout.pack(x) for x in (q, k, v))
+        q, k, v = (x.flatten(0, 1) if layout is None else layout.pack(x) for x in (q, k, v))
     width, missing = q.shape[-1], _missing(q, longest, impls[0])
     if missing:
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
@@ -236,7 +236,7 @@ def attention(
             given = padded_work if padded and not packs else work
         out = apply(_Attention, q, k, v, cu_seqlens, given, seed, settings, impls, *masks)
     out = out[..., :width] if missing else out
-    if whole:
+    if layout is None:
         return out.view(shape)
     return layout.pad(out) if packs else out
 
