@@ -74,7 +74,10 @@ def eager_forms(batch: Batch) -> tuple[Form, ...]:
 
 
 def serves(form: Any, device: torch.device, dtype: str) -> bool:
-    return not form.packed or (device.type, dtype) in PACKED
+    """Whether to try it there. Where packed rows are served, several buckets uncompiled are not:
+    they compute more positions in more launches, and their attention has a mask."""
+    packs = (device.type, dtype) in PACKED
+    return packs if form.packed else not packs or form.compiled or form.buckets == 1
 
 
 class States(NamedTuple):
