@@ -151,7 +151,9 @@ class BehindLinear(OpCall):
     has the first operand before anything is timed. The backward adds up the bias's gradient over
     rows, as the layer's does."""
 
-    def __init__(self, name: str, role: str, ops: Op, operands: tuple[Tensor, ...], *more: Any):
+    def __init__(
+        self, name: str, role: str, ops: Op, operands: tuple[Tensor, ...], *more: Any
+    ) -> None:
         x, bias, *others = operands
         super().__init__(name, role, ops, (x + bias, bias, *others), *more)
 

@@ -228,10 +228,10 @@ class PlainStep(CarefulStep):
     def serves(self, setting: Form, dtype: str) -> bool:
         return plain_bert.serves(setting, self.device, dtype)
 
-    def outcome(self, what: str, dtype: str, *how: Any) -> Outcome:
+    def outcome(self, what: str, dtype: str, through: Any = None) -> Outcome:
         self.checking = True
         try:
-            return super().outcome(what, dtype, *how)
+            return super().outcome(what, dtype, through)
         finally:
             self.checking = False
 

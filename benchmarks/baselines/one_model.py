@@ -117,10 +117,10 @@ class PlainStep(CarefulStep):
             self._gradients("timed", dtype)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def outcome(self, what: str, dtype: str, *how: Any) -> Outcome:
+    def outcome(self, what: str, dtype: str, through: Any = None) -> Outcome:
         self.checking = True
         try:
-            return super().outcome(what, dtype, *how)
+            return super().outcome(what, dtype, through)
         finally:
             self.checking = False
 
