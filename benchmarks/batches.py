@@ -40,6 +40,11 @@ class Batch:
         }
 
     @property
+    def shape(self) -> tuple[int, int]:
+        batch, width = self.input_ids.shape
+        return batch, width
+
+    @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
@@ -55,6 +60,29 @@ class Batch:
         width = self.input_ids.shape[1]
         places = [torch.arange(n) + b * width for b, n in enumerate(self.lengths)]
         return torch.cat(places).to(self.input_ids.device)
+
+    @cached_property
+    def packed_inputs(self) -> dict[str, Tensor]:
+        """int64 (1, T) each: the tokens one behind another, with their positions, as Transformers'
+        DataCollatorWithFlattening gives them."""
+        positions = self.places % self.input_ids.shape[1]
+        ids, types = (
+            x.flatten().index_select(0, self.places) for x in (self.input_ids, self.token_type_ids)
+        )
+        found = {"input_ids": ids, "token_type_ids": types, "position_ids": positions}
+        return {name: x.unsqueeze(0) for name, x in found.items()}
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 (B + 1,): where sequences begin among the T tokens, and T."""
+        ends = torch.tensor((0, *self.lengths)).cumsum(0, dtype=torch.int32)
+        return ends.to(self.input_ids.device)
+
+    @cached_property
+    def packed_rows(self) -> Tensor:
+        """int64 (B N,): of each flat place of a token, its number among the T tokens."""
+        rows = torch.zeros_like(self.input_ids).flatten()
+        return rows.index_copy(0, self.places, torch.arange(self.tokens, device=rows.device))
 
     @cached_property
     def labelled(self) -> Tensor:

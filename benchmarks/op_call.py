@@ -146,6 +146,29 @@ class OpCall:
         return self._cast[dtype]
 
 
+class BehindLinear(OpCall):
+    """``ops`` without the bias that is the second operand: what a linear layer gives has it, and so
+    has the first operand before anything is timed. The backward adds up the bias's gradient over
+    rows, as the layer's does."""
+
+    def __init__(
+        self, name: str, role: str, ops: Op, operands: tuple[Tensor, ...], *more: Any
+    ) -> None:
+        x, bias, *others = operands
+        super().__init__(name, role, ops, (x + bias, bias, *others), *more)
+
+    def _call(self, dtype: str, dropout: float | None, operands: list[Tensor]) -> Tensor:
+        x, _, *others = operands
+        return super()._call(dtype, dropout, [x, *others])
+
+    def _gradients(
+        self, dtype: str, result: Tensor, operands: list[Tensor], **how: bool
+    ) -> tuple[Tensor, ...]:
+        x, _, *others = operands
+        of_x, *of_others = super()._gradients(dtype, result, [x, *others], **how)
+        return of_x, of_x.sum(0), *of_others
+
+
 def _copy(x: Tensor) -> Tensor:
     """With its strides, where ``clone`` would pack what has gaps."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,10 @@ OPTIMIZER = "adamw_fused"
 LEARNING_RATE = (
     1e-5  # small: after a whole run the weights still look like the ones that were checked
 )
+
+
+OTHER_WEIGHTS = 0.5  # times the true ones: what the graph of a check is captured at
+REPLAYS = 2  # of it: the second reads what the first left
 
 
 class TrainingStep:
@@ -52,23 +58,33 @@ class TrainingStep:
     def autocast(self, dtype: str) -> Any:
         return autocast(self.device, dtype)
 
+    def serves(self, setting: Any, dtype: str) -> bool:
+        """Whether a setting is one for this device and dtype."""
+        return True
+
+    def offered(self, dtype: str) -> tuple[Any, ...]:
+        return tuple(setting for setting in self.settings if self.serves(setting, dtype))
+
     def choose(self, dtype: str, setting: Any) -> None:
         self._chosen[dtype] = setting
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
-        if len(self.settings) == 1:
+        offered = self.offered(dtype)
+        if len(offered) == 1:
+            self.choose(dtype, offered[0])
             return  # and below no update: the checks that follow need equal weights on all sides
-        taken = {}
-        for setting in self.settings:
-            self._chosen[dtype] = setting
+        taken, reasons = {}, []
+        for setting in offered:
+            self.choose(dtype, setting)
             try:
                 taken[setting] = seconds(lambda: self._gradients("timed", dtype))
-            except torch.OutOfMemoryError as error:
-                print(f"{self.name}, {setting}: {one_line(error)}", file=sys.stderr)
+            except RuntimeError as error:  # too large, or nothing in this PyTorch runs it
+                reasons.append(f"{self.name}, {self.setting(dtype)}: {one_line(error)}")
+                print(reasons[-1], file=sys.stderr)
             self.optimizer.zero_grad(set_to_none=True)
         if not taken:
-            raise Unavailable("no setting fits into the memory")
-        self._chosen[dtype] = min(taken, key=taken.__getitem__)
+            raise Unavailable("; ".join(reasons))
+        self.choose(dtype, min(taken, key=taken.__getitem__))
 
     def setting(self, dtype: str) -> str:
         return str(self._setting(dtype))
@@ -78,10 +94,15 @@ class TrainingStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def outcome(self, what: str, dtype: str) -> Outcome:
+    def outcome(
+        self, what: str, dtype: str, through: Callable[[Callable[[], Tensor]], Tensor] | None = None
+    ) -> Outcome:
+        """``through``: calls what it is given, or does the same by other means; gradients are left
+        and the loss is returned as by the call."""
+        call = partial(self._gradients, what, dtype)
         set_dropout(self.trained, 0.0)
         try:
-            loss = self._gradients(what, dtype)
+            loss = call() if through is None else through(call)
         finally:
             set_dropout(self.trained, self.dropout)
         gradients = {
@@ -94,7 +115,7 @@ class TrainingStep:
         return self.backward(self._batch(what, dtype), dtype, self._setting(dtype))
 
     def _setting(self, dtype: str) -> Any:
-        return self._chosen.get(dtype, self._chosen.get("fp32", self.settings[-1]))
+        return self._chosen.get(dtype, self._chosen.get("fp32", self.offered("fp32")[-1]))
 
     def _batch(self, what: str, dtype: str) -> Any:
         key = what, self._setting(dtype)
@@ -107,8 +128,9 @@ class GraphedStep:
     """The whole step of another provider, its update included, as one CUDA graph that is replayed.
 
     ``tune`` captures every setting of the step and keeps the fastest; the weights are then put
-    back, so that the checks find equal ones on all sides. The checks, and peak memory, are those of
-    the same step before its capture: a graph holds the memory of a whole step all the time.
+    back, so that the checks find equal ones on all sides. The checks replay a graph of their own,
+    of loss and gradients at dropout 0. Peak memory is that of the step before its capture: a graph
+    holds the memory of a whole step all the time.
     """
 
     def __init__(self, name: str, step: TrainingStep) -> None:
@@ -118,24 +140,21 @@ class GraphedStep:
         self._graphs: dict[str, Replay] = {}
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
-        weights = [p.detach().clone() for p in self.step.trained.parameters()]
         best: tuple[float, Any] | None = None
         reasons = []
-        for setting in self.step.settings:
-            self.step.choose(dtype, setting)
-            try:
-                graph = Replay(partial(self.step.run, dtype))
-                taken = seconds(partial(graph.run, dtype))
-            except Exception as error:  # noqa: BLE001  of the capture, memory or a compiler
-                self.step.optimizer.zero_grad(set_to_none=True)
-                reasons.append(f"{self.step.setting(dtype) or 'capture'}: {one_line(error)}")
-                continue
-            if best is None or taken < best[0]:
-                best, self._graphs[dtype] = (taken, setting), graph
-            del graph
-        with torch.no_grad():
-            for p, before in zip(self.step.trained.parameters(), weights, strict=True):
-                p.copy_(before)
+        with self._weights_put_back():
+            for setting in self.step.offered(dtype):
+                self.step.choose(dtype, setting)
+                try:
+                    graph = Replay(partial(self.step.run, dtype))
+                    taken = seconds(partial(graph.run, dtype))
+                except Exception as error:  # noqa: BLE001  of the capture, memory or a compiler
+                    self.step.optimizer.zero_grad(set_to_none=True)
+                    reasons.append(f"{self.step.setting(dtype) or 'capture'}: {one_line(error)}")
+                    continue
+                if best is None or taken < best[0]:
+                    best, self._graphs[dtype] = (taken, setting), graph
+                del graph
         if best is None:
             raise Unavailable("; ".join(reasons))
         if reasons:
@@ -154,7 +173,37 @@ class GraphedStep:
         self.step.run(dtype)
 
     def outcome(self, what: str, dtype: str) -> Outcome:
-        return self.step.outcome(what, dtype)
+        return self.step.outcome(what, dtype, partial(self._replayed, dtype))
+
+    def _replayed(self, dtype: str, gradients: Callable[[], Tensor]) -> Tensor:
+        """Captured at other weights than it is replayed at, and its results spoilt before each
+        replay: work that the graph lacks, and numbers made of weights outside of it, show."""
+        found: list[Tensor] = []
+
+        def call() -> None:
+            self.step.optimizer.zero_grad(set_to_none=True)  # so that gradients are written anew
+            found[:] = [gradients()]
+
+        trained = list(self.step.trained.parameters())
+        with self._weights_put_back():
+            with torch.no_grad():
+                torch._foreach_mul_(trained, OTHER_WEIGHTS)
+            graph = Replay(call)
+        for _ in range(REPLAYS):
+            for result in (*found, *(p.grad for p in trained if p.grad is not None)):
+                result.fill_(math.nan)
+            graph.run(dtype)
+        return found[0]
+
+    @contextmanager
+    def _weights_put_back(self) -> Iterator[None]:
+        trained = list(self.step.trained.parameters())
+        weights = [p.detach().clone() for p in trained]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(trained, weights)
 
 
 def adamw(trained: nn.Module, *, capturable: bool = False) -> torch.optim.Optimizer:
@@ -175,13 +224,17 @@ def sharing(model: nn.Module) -> Any:
 
 
 class Teacher:
-    """A frozen model as each dtype wants it: other than in fp32 as DistillationTrainer has it."""
+    """A frozen model as each dtype wants it: other than in fp32 as DistillationTrainer has it, or
+    what ``convert`` makes of a copy that shares its Parameters."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, convert: Mapping[Any, Callable[[Any], Any]] = CONVERT
+    ) -> None:
+        self._convert = convert
         self._models: dict[str, Any] = {"fp32": model.eval().requires_grad_(False)}
 
     def __call__(self, dtype: str) -> Any:
         if dtype not in self._models:
-            convert: Any = CONVERT[dtype]  # type: ignore[index]
-            self._models[dtype] = join_projections(convert(sharing(self._models["fp32"])))
+            made = self._convert[dtype](sharing(self._models["fp32"]))
+            self._models[dtype] = join_projections(made)
         return self._models[dtype]

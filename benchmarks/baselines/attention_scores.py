@@ -43,4 +43,22 @@ def gram_sum(q: Tensor, k: Tensor, p: Tensor, r: Tensor) -> Tensor:
     return student - 2 * a * b * ((p.mT @ q) * (r.mT @ k)).sum() + teacher
 
 
+def direct_sum_bf16(q: Tensor, k: Tensor, p: Tensor, r: Tensor) -> Tensor:
+    """The same of operands in bf16: each N x N tensor is written once, the differences by the
+    product that makes the student's scores, which subtracts in fp32. The sum is in fp32."""
+    q, k, p, r = (x.flatten(0, 1) for x in (q, k, p, r))
+    a, b = q.shape[-1] ** -0.5, p.shape[-1] ** -0.5
+    taught = torch.baddbmm(p.new_empty(()), p, r.mT, beta=0, alpha=b)
+    difference = torch.baddbmm(taught, q, k.mT, beta=-1, alpha=a)
+    return torch.linalg.vector_norm(difference, dtype=torch.float32).square()
+
+
+def score_sum(form: str, q: Tensor, k: Tensor, p: Tensor, r: Tensor) -> Tensor:
+    """The sum in fp32, by one of SUMS. The Gram form is computed in fp32 throughout: it subtracts
+    numbers of one size, too much for bf16."""
+    if form == "direct" and q.dtype == torch.bfloat16:
+        return direct_sum_bf16(q, k, p, r)
+    return SUMS[form](*(x.float() for x in (q, k, p, r)))
+
+
 SUMS = {"direct": direct_sum, "gram": gram_sum}

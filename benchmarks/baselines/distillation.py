@@ -7,6 +7,7 @@ leaves its dropout on and builds its graph: both cost time and neither is wanted
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from tinybert_fast.benchmarks.baselines.attention_scores import SUMS, gram_sum, official
-from tinybert_fast.benchmarks.baselines.plain_bert import compile_once, encode, forms
+from tinybert_fast.benchmarks.baselines import plain_bert
+from tinybert_fast.benchmarks.baselines.attention_scores import SUMS, official, score_sum
+from tinybert_fast.benchmarks.baselines.plain_bert import compile_once, encode, spread
 from tinybert_fast.benchmarks.batches import Batch, bucket_counts
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Outcome
 from tinybert_fast.benchmarks.training_step import Teacher, TrainingStep
@@ -113,7 +115,7 @@ class OfficialStep(DistillationBaseline):
 
 class Lesson(NamedTuple):
     """What the teacher says of a batch: states 0..M that are matched, of tokens (T, C), and of
-    matched layers queries and keys (B, N, C)."""
+    matched layers queries and keys, as `States` has them."""
 
     hidden: list[Tensor]
     heads: list[tuple[Tensor, Tensor]]
@@ -130,13 +132,16 @@ class Setting(NamedTuple):
 class CarefulStep(DistillationBaseline):
     """(b) SDPA in both models; queries and keys of the matched layers by hooks; real tokens alone
     in the losses; the batch sorted by length and cut into trimmed buckets, gradients accumulated.
-    Number of buckets and form of the attention loss are the fastest ones on this machine."""
+    Number of buckets and form of the attention loss are the fastest ones on this machine.
+
+    In bf16 the teacher is in bf16 as a whole, and the direct form of the loss too but for its sum:
+    the same products as under autocast, and fewer bytes, so nothing else is tried."""
 
     name, role = "careful", CAREFUL
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.taught_in = Teacher(self.teacher)
+        self.taught_in = Teacher(self.teacher, {"bf16": wholly_bf16})
         counts = bucket_counts(self.batches["timed"])
         self.settings = tuple(Setting(count, form) for count in counts for form in SUMS)
 
@@ -167,14 +172,13 @@ class CarefulStep(DistillationBaseline):
             for state, taught in zip(states, lesson.hidden, strict=True):
                 error = self.project(tokens_of(state, part)).float() - taught.float()
                 hidden = hidden + error.square().sum()
-        # Outside autocast: the Gram form subtracts numbers of one size, too much for bf16.
         attention = torch.zeros((), device=self.device)
         heads = self.student.config.num_attention_heads
-        score_sum, real = SUMS[setting.form], real_rows(part)
+        real = real_rows(part)
         for m in matched:
-            attention = attention + score_sum(
-                *(as_heads(x, heads, real) for x in ours[m]),
-                *(as_heads(x, heads, real) for x in lesson.heads[m - 1]),
+            q, k = ours[m]
+            attention = attention + score_term(
+                setting.form, q, k, *lesson.heads[m - 1], heads, real
             )
         return attention, hidden
 
@@ -182,37 +186,52 @@ class CarefulStep(DistillationBaseline):
     def lesson(self, part: Batch, dtype: str) -> Lesson:
         teacher = self.taught_in(dtype)
         layers = [m * self.every for m in range(1, self.layers + 1)]
-        with queries_and_keys(teacher, layers) as theirs:
+        # Without autocast, which would widen what lies between products of a teacher in bf16.
+        with self.autocast("fp32"), queries_and_keys(teacher, layers) as theirs:
             states = teacher(**part.inputs, output_hidden_states=True).hidden_states
         hidden = [tokens_of(state, part) for state in states[:: self.every]]
         return Lesson(hidden, [(theirs[m][0], theirs[m][1]) for m in layers])
 
 
 class Form(NamedTuple):
+    """That of plain_bert.py, and the attention loss's."""
+
     buckets: int
     compiled: bool
+    packed: bool
+    score: str
 
     def __str__(self) -> str:
-        return f"length buckets: {self.buckets}, gram{', compiled' if self.compiled else ''}"
+        layout = plain_bert.Form(*self[:3]).layout
+        return f"{layout}, {self.score}{', compiled' if self.compiled else ''}"
 
 
 class PlainStep(CarefulStep):
-    """The careful step on plain_bert.py, with the Gram form: nothing waits for the device, so that
-    it can be captured; and compiled, but for the checks, whose dropout rate would be compiled for
-    once more."""
+    """The careful step on plain_bert.py: nothing waits for the device, so that it can be captured;
+    and compiled, but for the checks, whose dropout rate would be compiled for once more. The
+    direct form of the loss is tried with one bucket alone: which form is faster is a matter of the
+    length, and buckets change that little."""
 
     name = role = "careful plain"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        chosen_from: Any = tuple(Form(*form) for form in forms(self.batches["timed"]))
+        chosen_from: Any = tuple(
+            Form(*form, score)
+            for form in plain_bert.forms(self.batches["timed"])
+            for score in SUMS
+            if score == "gram" or form.buckets == 1
+        )
         self.settings = chosen_from
         self.checking = False
 
-    def outcome(self, what: str, dtype: str) -> Outcome:
+    def serves(self, setting: Form, dtype: str) -> bool:
+        return plain_bert.serves(setting, self.device, dtype)
+
+    def outcome(self, what: str, dtype: str, through: Any = None) -> Outcome:
         self.checking = True
         try:
-            return super().outcome(what, dtype)
+            return super().outcome(what, dtype, through)
         finally:
             self.checking = False
 
@@ -222,25 +241,25 @@ class PlainStep(CarefulStep):
         hidden_term = compile_once(state_term) if compiled else state_term
         with self.autocast(dtype):
             lesson = self.lesson(part, dtype)
-            ours = encode(self.student, part.inputs, full=part.is_full, compiled=compiled)
+            ours = encode(self.student, part, compiled=compiled, packed=setting.packed)
             hidden = [
                 hidden_term(tokens_of(state, part), taught, self.project.weight, self.project.bias)
                 for state, taught in zip(ours.hidden, lesson.hidden, strict=True)
             ]
         heads, real = self.student.config.num_attention_heads, real_rows(part)
+        packed = (part.places, part.shape) if setting.packed else None
         attention = [
-            attention_term(q, k, *theirs, heads, real)
+            attention_term(setting.score, q, k, *theirs, heads, real, packed)
             for q, k, theirs in zip(ours.queries, ours.keys, lesson.heads, strict=True)
         ]
         return torch.stack(attention).sum(), torch.stack(hidden).sum()
 
     @torch.no_grad()
     def lesson(self, part: Batch, dtype: str) -> Lesson:
-        compiled = self._setting(dtype).compiled and not self.checking
-        with self.autocast(dtype):
-            theirs = encode(
-                self.taught_in(dtype), part.inputs, full=part.is_full, compiled=compiled
-            )
+        setting = self._setting(dtype)
+        compiled = setting.compiled and not self.checking
+        with self.autocast("fp32"):
+            theirs = encode(self.taught_in(dtype), part, compiled=compiled, packed=setting.packed)
         every = self.every
         heads = zip(theirs.queries[every - 1 :: every], theirs.keys[every - 1 :: every])
         return Lesson([tokens_of(state, part) for state in theirs.hidden[::every]], list(heads))
@@ -265,10 +284,25 @@ def state_term(state: Tensor, taught: Tensor, weight: Tensor, bias: Tensor) -> T
 
 
 def score_term(
-    q: Tensor, k: Tensor, p: Tensor, r: Tensor, heads: int, real: Tensor | None
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    p: Tensor,
+    r: Tensor,
+    heads: int,
+    real: Tensor | None,
+    packed: tuple[Tensor, tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Of queries and keys (B, N, C) of the student, then of the teacher."""
-    return gram_sum(*(as_heads(x, heads, real) for x in (q, k, p, r)))
+    """Of queries and keys (B, N, C) of the student, then of the teacher; of (T, H, D), if they are
+    ``packed``: places (T,), and (B, N)."""
+    if packed is None:
+        return score_sum(form, *(as_heads(x, heads, real) for x in (q, k, p, r)))
+    return score_sum(form, *(spread(x, *packed).transpose(1, 2) for x in (q, k, p, r)))
+
+
+def wholly_bf16(teacher: nn.Module) -> nn.Module:
+    """A copy that shares nothing."""
+    return copy.deepcopy(teacher).to(torch.bfloat16)
 
 
 @contextmanager
@@ -290,7 +324,9 @@ def queries_and_keys(model: Any, layers: list[int]) -> Iterator[dict[int, list[T
 
 
 def tokens_of(x: Tensor, part: Batch) -> Tensor:
-    """(B, N, C) -> (T, C)."""
+    """(B, N, C) -> (T, C), as it is if packed."""
+    if x.dim() == 2:
+        return x
     return x.flatten(0, 1) if part.is_full else x.flatten(0, 1).index_select(0, part.places)
 
 
@@ -300,8 +336,7 @@ def real_rows(part: Batch) -> Tensor | None:
 
 
 def as_heads(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
-    """(B, N, C) -> (B, H, N, D) in fp32, rows of padding zero."""
-    x = x.float()
+    """(B, N, C) -> (B, H, N, D), rows of padding zero."""
     if real is not None:
         x = x * real
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

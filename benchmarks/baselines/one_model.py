@@ -16,10 +16,12 @@ from tinybert_fast.benchmarks.baselines.plain_bert import (
     Form,
     available,
     compile_once,
+    eager_forms,
     encode,
     forms,
+    serves,
 )
-from tinybert_fast.benchmarks.batches import Batch, bucket_counts
+from tinybert_fast.benchmarks.batches import Batch
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, Outcome
 from tinybert_fast.benchmarks.training_step import TrainingStep
 
@@ -56,20 +58,23 @@ class TransformersStep(TaskStep):
 
 class CarefulStep(TaskStep):
     """(b) The encoder of plain_bert.py: SDPA, the batch sorted by length and cut into buckets that
-    are trimmed to their longest sequence, gradients accumulated; heads, and the last layer behind
-    its attention, on the rows alone that heads read. The number of buckets is the fastest one on
-    this machine."""
+    are trimmed to their longest sequence, gradients accumulated, or tokens alone; heads, and the
+    last layer behind its attention, on the rows alone that heads read. The form is the fastest one
+    on this machine."""
 
     name, role = "careful", CAREFUL
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.settings: tuple[Any, ...] = bucket_counts(self.batches["timed"])
+        self.settings = eager_forms(self.batches["timed"])
 
-    def prepare(self, batch: Batch, setting: Any) -> tuple[Batch, list[Batch]]:
-        return batch, batch.buckets(setting)
+    def serves(self, setting: Form, dtype: str) -> bool:
+        return serves(setting, self.device, dtype)
 
-    def backward(self, batch: tuple[Batch, list[Batch]], dtype: str, setting: Any) -> Tensor:
+    def prepare(self, batch: Batch, setting: Form) -> tuple[Batch, list[Batch]]:
+        return batch, batch.buckets(setting.buckets)
+
+    def backward(self, batch: tuple[Batch, list[Batch]], dtype: str, setting: Form) -> Tensor:
         whole, parts = batch
         model: Any = self.trained
         compiled = self.compiles(setting)
@@ -78,9 +83,9 @@ class CarefulStep(TaskStep):
             with self.autocast(dtype):
                 states = encode(
                     model.bert,
-                    part.inputs,
-                    full=part.is_full,
+                    part,
                     compiled=compiled,
+                    packed=setting.packed,
                     read=self.task.read(part),
                 )
                 compiler = compile_once if compiled else _eager
@@ -89,11 +94,8 @@ class CarefulStep(TaskStep):
             total += loss.detach()
         return total
 
-    def compiles(self, setting: Any) -> bool:
+    def compiles(self, setting: Form) -> bool:
         return False
-
-    def setting(self, dtype: str) -> str:
-        return f"length buckets: {self._setting(dtype)}"
 
 
 class PlainStep(CarefulStep):
@@ -102,13 +104,12 @@ class PlainStep(CarefulStep):
 
     def __init__(self, *args: Any, compiled_alone: bool = False) -> None:
         super().__init__(*args)
-        chosen_from = (Form(1, True),) if compiled_alone else forms(self.batches["timed"])
+        chosen_from = forms(self.batches["timed"])
+        if compiled_alone:
+            chosen_from = tuple(form for form in chosen_from if form.compiled and form.buckets == 1)
         self.settings = chosen_from
         self.name = self.role = "careful compile" if compiled_alone else "careful plain"
         self.checking = False
-
-    def prepare(self, batch: Batch, setting: Any) -> tuple[Batch, list[Batch]]:
-        return super().prepare(batch, setting.buckets)
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:
         with available():
@@ -116,18 +117,15 @@ class PlainStep(CarefulStep):
             self._gradients("timed", dtype)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def outcome(self, what: str, dtype: str) -> Outcome:
+    def outcome(self, what: str, dtype: str, through: Any = None) -> Outcome:
         self.checking = True
         try:
-            return super().outcome(what, dtype)
+            return super().outcome(what, dtype, through)
         finally:
             self.checking = False
 
     def compiles(self, setting: Form) -> bool:
         return setting.compiled and not self.checking
-
-    def setting(self, dtype: str) -> str:
-        return str(self._setting(dtype))
 
 
 def _eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinybert_fast.benchmarks.baselines.plain_bert import Form, encode, forms
+from tinybert_fast.benchmarks.baselines.plain_bert import Form, encode, forms, spread
 from tinybert_fast.benchmarks.batches import Batch, bucket_counts, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import (
     BASELINE,
@@ -80,7 +80,7 @@ class Transformers:
 
 class Careful(Transformers):
     """(b) Sorted by length and cut into trimmed buckets, as many as are fastest here; on a GPU also
-    compiled."""
+    compiled, in buckets or packed."""
 
     name, role = "careful", CAREFUL
 
@@ -88,7 +88,7 @@ class Careful(Transformers):
         super().__init__(model, batch)
         found = [Form(count, False) for count in bucket_counts(batch)]
         if self.device.type == "cuda":
-            found += [form for form in forms(batch) if form.compiled]
+            found += [form for form in forms(batch) if form.compiled]  # packed in bf16 alone
         self.forms = {str(form): form for form in found}
         self.parts = {count: batch.buckets(count) for count in {form.buckets for form in found}}
         self._chosen: dict[str, str] = {}
@@ -110,10 +110,13 @@ class Careful(Transformers):
             return [
                 (part, model(**part.inputs).last_hidden_state) for part in self.parts[form.buckets]
             ]
-        return [
-            (part, encode(model, part.inputs, full=part.is_full, compiled=True).hidden[-1])
-            for part in self.parts[form.buckets]
-        ]
+        states = []
+        for part in self.parts[form.buckets]:
+            hidden = encode(model, part, compiled=True, packed=form.packed).hidden[-1]
+            if form.packed:
+                hidden = spread(hidden, part.places, part.shape)
+            states.append((part, hidden))
+        return states
 
 
 class Ours(Transformers):

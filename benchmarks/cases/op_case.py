@@ -22,7 +22,7 @@ from tinybert_fast.benchmarks.case import (
     Setup,
     Work,
 )
-from tinybert_fast.benchmarks.op_call import OpCall, passes
+from tinybert_fast.benchmarks.op_call import BehindLinear, OpCall, passes
 
 TOKENS, GPU_TOKENS, SMOKE_TOKENS = 4096, 65536, 64  # of ops on rows: B N
 WIDTH, SMOKE_WIDTH = 128, 16
@@ -87,12 +87,18 @@ def row_case(
     *,
     dropout: float | None = None,
     others: dict[str, Callable[..., Tensor]] | None = None,
+    behind_linear: bool = False,
 ) -> Iterator[Case]:
-    """An op on rows: eager PyTorch (a), the same compiled (b), ``others`` by name, and ours."""
+    """An op on rows: eager PyTorch (a), the same compiled (b), ``others`` by name, and ours.
+
+    ``behind_linear``: the second operand is the bias of the linear layer before it, which is no
+    operand of ``eager``. As it comes the layer's product adds it (`BehindLinear`); Inductor takes
+    it out of the product, into what it makes of the rest.
+    """
     batch, width = batch_of(setup)
     calls: dict[str, tuple[str, Callable[..., Tensor]]] = {"eager": (BASELINE, eager)}
     if not setup.smoke:
-        calls["compile"] = (CAREFUL, compiled(eager))
+        calls["compile"] = (CAREFUL, compiled(with_bias(eager) if behind_linear else eager))
     calls |= {other: (other, op) for other, op in (others or {}).items()}
     optional = tuple(calls)[1:]
     calls["ours"] = (OURS, ours)
@@ -102,7 +108,9 @@ def row_case(
         batch,
         width,
         [
-            OpCall(provider, role, op, operands, trained, dropout)
+            (BehindLinear if behind_linear and role == BASELINE else OpCall)(
+                provider, role, op, operands, trained, dropout
+            )
             for provider, (role, op) in calls.items()
         ],
         work,
@@ -110,6 +118,13 @@ def row_case(
         optional=optional,
         cpu_calls=CPU_CALLS,
     )
+
+
+def with_bias(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(x: Tensor, bias: Tensor, *others: Tensor, **how: Any) -> Tensor:
+        return op(x + bias, *others, **how)
+
+    return call
 
 
 def batch_of(setup: Setup) -> tuple[int, int]:

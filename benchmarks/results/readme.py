@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -584,7 +585,8 @@ def projection(page: Path) -> str:
 
 
 def slower(page: Path) -> str:
-    """Every case of the newest rows in which somebody is faster than ours."""
+    """Every case of the newest rows in which somebody is faster than ours: launched from Python
+    beside launched, or replayed as a CUDA graph beside replayed."""
     lines, files = [], []
     for machine in (CPU, *GPUS):
         for file in sorted(RESULTS.glob(f"*-{machine}.csv")):
@@ -592,12 +594,13 @@ def slower(page: Path) -> str:
             for group in groups(newest(read(file))):
                 ours = group["ours"]
                 others = [row for row in everyone(group) if not is_ours(row)]
-                ratio, other = min(((gain(ours, row), row) for row in others), key=lambda x: x[0])
-                if ratio >= 1:
+                launched = [row for row in others if row["role"] != CAREFUL_GRAPH]
+                found = [fastest(ours, launched), fastest(ours, launched, "graph_ms")]
+                if "ours graph" in group:  # a step: its graph is a provider
+                    graphs = [row for row in others if row["role"] == CAREFUL_GRAPH]
+                    found[1] = fastest(group["ours graph"], graphs)
+                if all(ratio is None or ratio >= 1 for ratio, _ in found):
                     continue
-                captured = gain(ours, other, "graph_ms")  # both, or nothing
-                if other["role"] == CAREFUL_GRAPH and "ours graph" in group:
-                    captured = other["median_ms"] / group["ours graph"]["median_ms"]
                 which = "" if ours["pass"] == "both" else f", {ours['pass']}"
                 if ours["suite"] == "scaling":  # whose points may differ in this alone
                     which += f", {real_of(ours)} real"
@@ -605,11 +608,37 @@ def slower(page: Path) -> str:
                     [
                         ours["cpu"] if ours["gpu"] == "none" else ours["gpu"],
                         f"{name_of(ours)}{which}", ours["dtype"], shape_of(ours),
-                        other["provider"], f"{ratio:.2f}x", times(captured),
+                        *(who for _, who in found), *(times(ratio) for ratio, _ in found),
                     ]
                 )  # fmt: skip
-    heads = "machine|case|dtype|B, N|fastest other|ours beside it|both as CUDA graphs"
-    return f"{markdown(heads, 5, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+    heads = "machine|case|dtype|B, N|fastest other|fastest other graph"
+    heads += "|ours beside it|our graph beside it"
+    return f"{markdown(heads, 6, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
+
+
+def fastest(ours: Row, others: list[Row], column: str = "median_ms") -> tuple[float | None, str]:
+    """Its time over ours, and its provider."""
+    found = [(gain(ours, row, column), row["provider"]) for row in others]
+    return min((one for one in found if one[0]), key=itemgetter(0), default=(None, ""))
+
+
+def provided(page: Path) -> str:
+    """Of whom there are rows, but for ours and the references: by machine the cases, whatever their
+    sizes."""
+    lines, files = [], []
+    for machine in (CPU, *GPUS):
+        found: dict[str, list[str]] = {}
+        for file in sorted(RESULTS.glob(f"*-{machine}.csv")):
+            rows = newest(read(file))
+            files.append(file)
+            name = rows[0]["cpu"] if rows[0]["gpu"] == "none" else rows[0]["gpu"]
+            for row in rows:
+                if row["role"] != REFERENCE and not is_ours(row):
+                    case = re.sub(r"_[bd]\d+.*", "", row["case"])
+                    found.setdefault(row["provider"], []).append(f"`{case}`")
+        lines += [[name, provider, each(cases)] for provider, cases in sorted(found.items())]
+    heads = "machine|provider|of"
+    return f"{markdown(heads, 3, lines)}\n\nFrom {', '.join(link(f, page) for f in files)}."
 
 
 def baselines(page: Path) -> str:
@@ -665,6 +694,8 @@ def gain(ours: Row, other: Row, column: str = "median_ms") -> Any:
     named = {BASELINE: "speedup_a", CAREFUL: "speedup_b"}.get(other["role"])
     if column == "graph_ms":
         named = named and f"graph_{named}"
+    elif other["role"] == CAREFUL_GRAPH:
+        named = "speedup_graph"
     if named and ours[named]:
         return ours[named]
     return other[column] / ours[column] if ours[column] and other[column] else None
@@ -787,6 +818,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu-projection": projection,
     "slower": slower,
     "baselines": baselines,
+    "provided": provided,
     "agreement": agreement,
     "demo": partial(demo, "demo-full"),
     "demo-quick": partial(demo, "demo"),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tinybert_fast.benchmarks import checking, measuring
 from tinybert_fast.benchmarks.baselines.attention import padded_heads, sdpa
+from tinybert_fast.benchmarks.breakdown import breakdown
 from tinybert_fast.benchmarks.case import Case, Check, Disagreement, Setup, Work
 from tinybert_fast.benchmarks.cases import (
     attention,
@@ -103,6 +104,21 @@ def test_a_feed_forward_block_is_held_to_bf16_but_for_its_rounding(monkeypatch):
     monkeypatch.setattr(feed_forward_fp8.ops, "feed_forward_fp8", wrong)
     with pytest.raises(Disagreement, match="'ours' does not compute what 'eager' computes"):
         checking.check(first(build), "bf16")
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "adds"),
+    [(bias_gelu, "bias_gelu_d1200", 0), (dropout_add_layer_norm, "dropout_add_layer_norm_d312", 1)],
+)
+def test_as_it_comes_the_bias_is_added_by_the_layer(op, name, adds):
+    """The forward adds the residual alone, the backward sums the bias's gradient."""
+
+    forward, _, both = op.CASES[name](SMOKE)
+    for case, sums in ((forward, 0), (both, 1)):
+        run = partial(case.providers[0].run, "fp32")
+        calls = {one["name"]: one["calls"] for one in breakdown(run, CPU)["operators"]}
+        assert (calls.get("aten::add", 0), calls.get("aten::sum", 0)) == (adds, sums)
+    assert max(checking.check(forward, "fp32")["ours"]) < 1e-5
 
 
 def test_the_reference_is_timed_beside_ours(monkeypatch):

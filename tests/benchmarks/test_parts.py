@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tinybert_fast.benchmarks import hardware
-from tinybert_fast.benchmarks.baselines import attention_scores
+from tinybert_fast.benchmarks.baselines import attention_scores, plain_bert
 from tinybert_fast.benchmarks.baselines.distillation import OfficialStep
 from tinybert_fast.benchmarks.batches import IGNORED, bucket_counts, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import Setup
@@ -73,6 +73,34 @@ def test_direct_and_gram_sums_are_the_official_mean_without_padding():
     mean = attention_scores.official(attention_scores.scores(q, k), attention_scores.scores(p, r))
     for total in attention_scores.SUMS.values():
         torch.testing.assert_close(total(q, k, p, r) / (2 * 3 * 7 * 7), mean)
+
+
+def test_the_direct_sum_of_bf16_numbers_loses_little():
+    torch.manual_seed(0)
+    operands = [
+        torch.randn(2, 17, 3, width).bfloat16().transpose(1, 2).requires_grad_()
+        for width in (26, 26, 64, 64)
+    ]
+    wide = [x.detach().double().requires_grad_() for x in operands]
+    found = attention_scores.score_sum("direct", *operands)
+    exact = attention_scores.direct_sum(*wide)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=1e-3)
+    for mine, right in zip(*(torch.autograd.grad(*x) for x in ((found, operands), (exact, wide)))):
+        assert (mine - right).norm() < 2**-7 * right.norm()
+
+
+def test_packed_tokens_are_those_of_the_padded_batch():
+    batch = draw_batch([5, 16, 3], 16, 500, seeded(), CPU)
+    real = batch.attention_mask.bool()
+    inputs = batch.packed_inputs
+    assert torch.equal(inputs["input_ids"][0], batch.input_ids[real])
+    assert inputs["position_ids"][0].tolist() == [*range(5), *range(16), *range(3)]
+    assert batch.cu_seqlens.tolist() == [0, 5, 21, 24]
+    rows = batch.packed_rows.index_select(0, batch.labelled)
+    assert torch.equal(inputs["input_ids"][0][rows], batch.input_ids.flatten()[batch.labelled])
+    words = inputs["input_ids"][0].unsqueeze(1)
+    assert torch.equal(plain_bert.spread(words, batch.places, batch.shape)[..., 0], batch.input_ids)
 
 
 def test_official_baseline_is_the_official_loss_on_padded_batches():

@@ -150,6 +150,58 @@ def test_a_gpu_step_says_its_share_of_real_positions():
     assert said == ("classifier, TinyBERT-4L-312, 30 % real",)
 
 
+def slower_of(tmp_path, monkeypatch, *rows):
+    same = {"cpu": "c", "gpu": "none"}
+    CsvFile(tmp_path / "step-epyc-avx512.csv").write(
+        [dict.fromkeys(COLUMNS) | same | one for one in rows]
+    )
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    table = readme.slower(tmp_path / "README.md").partition("\n\n")[0]
+    heads = ("fastest other", "ours beside it", "fastest other graph", "our graph beside it")
+    return cells_of(table, *heads)
+
+
+@pytest.mark.parametrize(
+    ("launched", "replayed", "line"),
+    [(2.0, 3.0, []), (0.5, 3.0, [("compiled", "0.50x", "careful graph", "3.00x")]),
+     (2.0, 0.9, [("compiled", "2.00x", "careful graph", "0.90x")])],
+)  # fmt: skip
+def test_steps_are_compared_launched_with_launched_and_graph_with_graph(
+    tmp_path, monkeypatch, launched, replayed, line
+):
+    """Ours as a graph took 1 ms, launched 10 ms."""
+    lanes = (("slow", "a", 90.0), ("compiled", "compiled", 10 * launched),
+             ("careful graph", "careful graph", 77.0), ("ours", "ours", 10.0),
+             ("ours graph", "ours graph", 1.0))  # fmt: skip
+    gains = {"ours": {"speedup_a": 9.0}, "ours graph": {"speedup_graph": replayed}}
+    rows = [
+        row("2026-01-01", who, role, suite="step", median_ms=ms, **gains.get(who, {}))
+        for who, role, ms in lanes
+    ]
+    assert slower_of(tmp_path, monkeypatch, *rows) == line
+
+
+@pytest.mark.parametrize(
+    ("graph_ms", "line"),
+    [(0.5, [("b", "2.00x", "a", "0.50x")]), (3.0, []), (None, [])],
+)
+def test_an_op_that_loses_as_a_graph_alone_is_listed(tmp_path, monkeypatch, graph_ms, line):
+    same = {"suite": "ops", "case": "layer_norm_d312"}
+    rows = [
+        row("2026-01-01", who, role, **same, median_ms=ms, graph_ms=graph)
+        for who, role, ms, graph in (("a", "x", 9.0, graph_ms), ("b", "y", 6.0, 2.0),
+                                     ("ours", "ours", 3.0, graph_ms and 1.0))
+    ]  # fmt: skip
+    assert slower_of(tmp_path, monkeypatch, *rows) == line
+
+
+def test_who_has_rows_is_listed_by_machine():
+    page = readme.provided(readme.PAGES[2]).partition("\n\n")[0]
+    found = cells_of(page, "machine", "provider", "of")
+    assert ("NVIDIA H100 80GB HBM3", "careful compile", "`mlm_step`") in found
+    assert not {"ours", "ours graph", "reference"} & {who for _, who, _ in found}
+
+
 def test_repeated_suites_say_how_far_apart_they_lie(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     with pytest.raises(readme.NoRows, match="run twice by one commit"):
