@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -46,7 +46,8 @@ TESTS = (
     "tests/ops tests/modules tests/integrations tests/kernels tests/training/test_launches.py "
     "tests/training/test_teacher.py tests/training/test_graphs.py"
 )
-TESTS_DRY = "tests/ops/test_bias_gelu.py"
+TESTS_DRY = "tests/ops/test_bias_gelu.py::test_matches_reference"
+CALLS = [sys.executable, "benchmarks/gpu_calls.py"]  # for compute-sanitizer to watch
 NEEDED = (  # by the parts; pip names them alike, but for sklearn
     "transformers accelerate safetensors tensorboard matplotlib numpy rich typer datasets "
     "hypothesis pytest sklearn scipy triton"
@@ -70,8 +71,9 @@ GPU_OPS = {"feed_forward_fp8_d768"}  # of which a CPU has no case
 MAXIMAL_WORKERS = 14
 LEAST = 15.0  # seconds that a bench begins in: it imports and measures ceilings before a case
 GRACE = 20.0  # seconds from an interrupt to the kill: pytest takes 10 to print its summary
+PROBE, DRAWING = 60.0, 120.0  # seconds for the compiled module to load, for the plots
 INSIDE = 0.85  # of a part's time is what a command that can stop by itself is given
-LOG_BYTES = 1_500_000  # of a part: ten of them within 16 MB
+LOG_BYTES = 1_500_000  # of a part: all eleven within 16 MiB
 PRINTED = 11_000  # characters of the printed end
 TIMED_OUT, NOT_FOUND = 124, 127
 
@@ -91,6 +93,7 @@ class Run:
     dry: bool
     offline: bool
     cores: int
+    damaged: list[str] | None = None  # gets the files that cannot be read; if None, one raises
 
     def bench(self, suite: str, seconds: float, *more: str, number: int = 0) -> Command:
         """``number``: of several of a suite, whose rows share a .csv; a .json has those of one."""
@@ -105,8 +108,21 @@ class Run:
 
     def found(self, name: str) -> dict[str, Any]:
         """What a part wrote as JSON; empty if it did not come so far."""
-        file = self.work / f"{name}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return self._read(f"{name}.json", json.loads)
+
+    def tests(self) -> dict[str, Any]:
+        """What pytest wrote; see test_results."""
+        return self._read("tests.xml", test_results)
+
+    def _read(self, name: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+        file = self.work / name
+        try:
+            return parse(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (ValueError, ElementTree.ParseError) as error:  # its writer was killed
+            if self.damaged is None:
+                raise
+            self.damaged.append(f"{name}: {type(error).__name__}: {error}")
+            return {}
 
     def rows(self, suite: str) -> list[dict[str, Any]]:
         """Of all its benches so far."""
@@ -140,7 +156,9 @@ def install(run: Run, seconds: float) -> list[Command]:
 
 def read_install(run: Run, text: str) -> str:
     probe = "import tinybert_fast._native as n; print(n.cuda_architectures or 'no CUDA')"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, cwd="/", timeout=PROBE
+    )
     if done.returncode or "CUDA" in done.stdout:
         raise RuntimeError(f"no CUDA in the compiled module: {(done.stdout + done.stderr)[-200:]}")
     return f"compiled module for sm {done.stdout.strip()}{without()}"
@@ -222,11 +240,9 @@ def read_tests(run: Run, text: str) -> str:
     return counts[-1] if counts else f"no summary: {said[-1][:160]}"
 
 
-def test_results(file: Path) -> dict[str, Any]:
+def test_results(text: str) -> dict[str, Any]:
     """{"passed", "skipped", "seconds", "broken": [{"test", "error"}, ...]} of a JUnit file."""
-    if not file.exists():
-        return {}
-    cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    cases = list(ElementTree.fromstring(text).iter("testcase"))
     broken, skipped = [], 0
     for case in cases:
         wrong = next((e for e in case if e.tag in ("failure", "error")), None)
@@ -322,15 +338,24 @@ def read_distil(run: Run, text: str) -> str:
     return f"student {student:.1%}, teacher {teacher:.1%} on dev"
 
 
-def sanitize(run: Run, seconds: float) -> list[Command]:
-    calls = [sys.executable, "benchmarks/gpu_calls.py"]
+def memcheck(run: Run, seconds: float) -> list[Command]:
     if run.dry:
-        return [[*calls, "--device", "cpu"]]
+        return [[*CALLS, "--device", "cpu"]]
+    return sanitize("memcheck")
+
+
+def racecheck(run: Run, seconds: float) -> list[Command]:
+    """Races in shared memory, which compiled Triton kernels use as much as csrc/ does."""
+    if run.dry:
+        raise Skipped("a dry run has made the calls of memcheck")
+    return sanitize("racecheck")
+
+
+def sanitize(tool: str) -> list[Command]:
     if shutil.which("compute-sanitizer", path=path()) is None:
         raise Skipped("compute-sanitizer is not on the PATH; CUDA's bin folder has it")
     check = "compute-sanitizer --error-exitcode 9 --print-limit 20 --target-processes all --tool"
-    # Races are those in shared memory, which compiled Triton kernels use as much as csrc/ does.
-    return [[*check.split(), tool, *calls] for tool in ("memcheck", "racecheck")]
+    return [[*check.split(), tool, *CALLS]]
 
 
 def read_sanitize(run: Run, text: str) -> str:
@@ -349,7 +374,8 @@ PARTS = (
     Part("memory", 6, lambda run, s: [run.bench("memory", s)], rows_of("memory")),
     Part("tune", 8, tune, read_tune),
     Part("distil", 9, distil, read_distil),
-    Part("sanitize", 6, sanitize, read_sanitize),
+    Part("memcheck", 3, memcheck, read_sanitize),
+    Part("racecheck", 3, racecheck, read_sanitize),
 )
 
 
@@ -438,7 +464,10 @@ def environment(run: Run, part: Part) -> dict[str, str]:
         found["TINYBERT_FAST_SETTINGS"] = str(run.work / "none.json")
     if part.name in ("tests", "validate"):
         found["OMP_NUM_THREADS"] = "1"
-    if part.name == "sanitize":  # a block that torch keeps would hide what is beyond a tensor
+    if part.name in (
+        "memcheck",
+        "racecheck",
+    ):  # a block that torch keeps would hide what is beyond a tensor
         found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     found["PATH"] = path()
     return found
@@ -458,14 +487,15 @@ def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def collect(run: Run, outcomes: list[Outcome], out: Path) -> None:
-    """Writes OUT's files from what the parts have left so far."""
+    """Writes OUT's files from what the parts have left so far, but for what cannot be read."""
+    run = replace(run, damaged=[])
     steps = run.found("step")
     results = {
         "machine": run.found("info").get("machine", {}),
         "dry_run": run.dry,
         "parts": [outcome.__dict__ for outcome in outcomes],
         "missing_packages": missing(),
-        "tests": test_results(run.work / "tests.xml"),
+        "tests": run.tests(),
         "validation": {
             "calls": len(run.found("validate").get("findings", [])),
             "over_budget": over_budget(run),
@@ -476,6 +506,7 @@ def collect(run: Run, outcomes: list[Outcome], out: Path) -> None:
             name: run.found(f"distil-{name}") for name in ("general", "teacher", "student")
         },
     }
+    results["unreadable"] = unreadable = sorted(set(run.damaged or ()))
     put(out / "results.json", json.dumps(results, indent=1) + "\n")
     profiles = steps.get("profiles")
     if profiles:
@@ -488,7 +519,7 @@ def collect(run: Run, outcomes: list[Outcome], out: Path) -> None:
         put(out / "rows.csv", header + "".join(text.partition("\n")[2] for text in texts))
     if (run.work / "settings.json").exists():
         shutil.copy(run.work / "settings.json", out)
-    logs = []
+    logs = [f"==== unreadable: {said}\n".encode() for said in unreadable]
     for outcome in outcomes:
         log = run.work / f"{outcome.part}.log"
         body = log.read_bytes() if log.exists() else b""
@@ -508,25 +539,29 @@ def put(path: Path, content: str | bytes) -> None:
 
 def draw(run: Run, out: Path) -> str:
     """The plots, by a process of its own: here nothing can be imported yet. What it said, if it
-    failed."""
+    failed or took too long."""
     if not (out / "rows.csv").exists():
         return ""
-    done = subprocess.run(
-        [sys.executable, "benchmarks/plots.py", str(out / "rows.csv"), str(out)],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "benchmarks/plots.py", str(out / "rows.csv"), str(out)],
+            capture_output=True, text=True, cwd=ROOT, timeout=DRAWING,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"not drawn within {DRAWING:g} s"
     return done.stderr[-800:] if done.returncode else ""
 
 
 def ending(run: Run, outcomes: list[Outcome], more: Iterable[str] = ()) -> str:
     """What is printed last: failures, figures, and a line for each part."""
+    run = replace(run, damaged=[])
     said: list[str] = []
     for outcome in outcomes:
         if outcome.failed:
             log = run.work / f"{outcome.part}.log"
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             said += [f"-- {outcome.part}, the end of its log", *(x[:200] for x in lines[-8:])]
-    broken = test_results(run.work / "tests.xml").get("broken", [])
+    broken = run.tests().get("broken", [])
     said += [f"FAILED {b['test']}: {b['error']}"[:230] for b in broken[:20]]
     said += [f"... and {len(broken) - 20} more" for _ in broken[20:21]]
     for f in over_budget(run)[:10]:
@@ -542,7 +577,8 @@ def ending(run: Run, outcomes: list[Outcome], more: Iterable[str] = ()) -> str:
     for o in outcomes:
         code = "-" if o.code is None else str(o.code)
         table.append(f"{o.part:<9} {o.seconds:>7.1f} {code:>4}  {o.found[:300]}")
-    last = "\n".join([*more, *table])
+    lost = (f"UNREADABLE {name}"[:230] for name in sorted(set(run.damaged or ())))
+    last = "\n".join([*more, *lost, *table])
     first = "\n".join(said)
     room = PRINTED - len(last)
     if len(first) > room:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,17 +48,18 @@ def test_a_dry_run_leaves_everything_but_a_gpus(rehearsed):
     parts = {part["part"]: part for part in results["parts"]}
     assert list(parts) == [part.name for part in gpu_run.PARTS]
     for name, part in parts.items():
-        assert part["code"] == (None if name in ("install", "tune") else 0), part
+        assert part["code"] == (None if name in ("install", "tune", "racecheck") else 0), part
         assert f"{name} " in printed
         assert part["found"] in printed
     assert results["dry_run"] is True
+    assert results["unreadable"] == []
     assert results["tests"]["passed"] > 10
     assert results["validation"]["calls"] > 3
     assert results["distillation"]["student"]["dev"]["accuracy"] >= 0
     with (out / "rows.csv").open(newline="") as file:
         assert {row["suite"] for row in csv.DictReader(file)} == set(gpu_run.SUITES)
     assert len(printed) < 12_000
-    assert printed.rstrip().splitlines()[-1].startswith("sanitize")
+    assert printed.rstrip().splitlines()[-1].startswith("racecheck")
 
 
 # ---- parts that fail -----------------------------------------------------------------------------
@@ -185,6 +187,74 @@ def test_without_data_distillation_says_how_to_make_it(run):
     assert "skipped: no data; `python benchmarks/gpu_data.py" in outcome.found
 
 
+def test_races_are_looked_for_whatever_memcheck_takes(run, tmp_path, monkeypatch):
+    """Each has half of the time."""
+    compute_sanitizer = tmp_path / "compute-sanitizer"
+    compute_sanitizer.write_text(
+        "#!/bin/sh\ncase $* in *memcheck*) exec sleep 60;; esac\necho called attention; exit 9\n"
+    )
+    compute_sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = gpu_run.perform(given(tmp_path / "out", minutes=4 / 60), sanitizers(), run.work)
+    parts = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
+    assert found == 1
+    assert [(part["part"], part["code"], part["found"]) for part in parts] == [
+        ("memcheck", gpu_run.TIMED_OUT, "0 calls"), ("racecheck", 9, "1 calls"),
+    ]  # fmt: skip
+
+
+def sanitizers():
+    return [part for part in gpu_run.PARTS if part.name in ("memcheck", "racecheck")]
+
+
+def given(out, minutes):
+    """The command line, of a run that is none of a dry one."""
+    out.mkdir()
+    return Namespace(out=out, data=out, dry_run=False, offline=True, minutes=minutes)
+
+
+def test_what_a_killed_part_left_half_written_loses_nothing_else(run, tmp_path):
+    (run.work / "validate.json").write_text('{"findings": [')
+    (run.work / "tests.xml").write_text('<?xml version="1.0"?><testsuites><testsuite><testca')
+    (run.work / "tune.json").write_text('{"rows": [{"kernel": "dq"}]}')
+    (run.work / "step.json").write_bytes(b'{"rows": "\xff')
+    (run.work / "tests.log").write_text("killed\n")
+    outcomes = [Outcome("tests", 1.0, gpu_run.TIMED_OUT, "no summary")]
+    gpu_run.collect(run, outcomes, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["tests"], results["tuning"]) == ({}, [{"kernel": "dq"}])
+    said = [line.partition(": ")[::2] for line in results["unreadable"]]
+    assert [name for name, _ in said] == ["step.json", "tests.xml", "validate.json"]
+    assert said[1][1].startswith("ParseError: unclosed token")
+    log = (tmp_path / "log.txt").read_text()
+    printed = gpu_run.ending(run, outcomes)
+    for line in results["unreadable"]:
+        assert f"==== unreadable: {line}" in log
+        assert f"UNREADABLE {line}" in printed
+
+
+def test_its_own_outcome_says_what_a_part_left_half_written(run):
+    (run.work / "validate.json").write_text('{"findings": [')
+    part = Part("validate", 1, lambda run, seconds: [["true"]], gpu_run.read_validate)
+    outcome = gpu_run.execute(part, run, 5)
+    assert outcome.code == 1
+    assert outcome.found.startswith("JSONDecodeError: ")
+
+
+def test_plots_and_the_probe_of_the_module_end(run, tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").write_text("suite\n")
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(gpu_run.sys, "executable", str(slow))
+    monkeypatch.setattr(gpu_run, "DRAWING", 0.1)
+    monkeypatch.setattr(gpu_run, "PROBE", 0.1)
+    assert gpu_run.draw(run, tmp_path) == "not drawn within 0.1 s"
+    installed = Part("install", 1, lambda run, seconds: [["true"]], gpu_run.read_install)
+    outcome = gpu_run.execute(installed, run, 5)
+    assert (outcome.code, outcome.found.partition(":")[0]) == (1, "TimeoutExpired")
+
+
 def test_failing_tests_are_named_with_their_first_line(run, tmp_path):
     suite = tmp_path / "test_it.py"
     suite.write_text(
@@ -239,7 +309,7 @@ def test_a_folder_of_an_earlier_run_is_refused(name, tmp_path, capsys):
     """A part that leaves nothing this time would leave that run's file beside the new rows."""
     (tmp_path / name).write_text("measured")
     with pytest.raises(SystemExit, match="2"):
-        gpu_run.main([str(tmp_path), "--parts", "sanitize", "--dry-run", "--minutes", "0.01"])
+        gpu_run.main([str(tmp_path), "--parts", "memcheck", "--dry-run", "--minutes", "0.01"])
     assert f"{name} of an earlier run: name another folder" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "measured"

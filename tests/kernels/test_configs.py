@@ -1,5 +1,6 @@
 """Launch settings: what a call gets, and the file of one's own."""
 
+import itertools
 import json
 import warnings
 
@@ -26,25 +27,36 @@ def scores(**changes):
     return configs.Scores(**{**given, **changes})
 
 
+CALLS = tuple(
+    itertools.product(
+        [*configs.HALF, torch.float32],
+        [1, 26, 32, 64, 65, 128],  # wide
+        [1, 64, 65, 512, 1 << 20],  # long
+        ["all", "direction", "blocks"],
+    )
+)
+
+
 @pytest.mark.parametrize("family", configs.FAMILIES)
-@pytest.mark.parametrize("dtype", [*configs.HALF, torch.float32])
-@pytest.mark.parametrize("width", [1, 26, 32, 64, 65, 128])
-@pytest.mark.parametrize("longest", [1, 64, 65, 512, 1 << 20])
-@pytest.mark.parametrize("pattern", ["all", "direction", "blocks"])
-def test_every_call_is_served(family, dtype, width, longest, pattern):
-    call = scores(dtype=dtype, width=width, longest=longest, pattern=pattern)
+def test_every_call_is_served(family):
     with configs.forced(configs.FAMILIES[family]):
-        kernels = ["forward", "dq", "dkdv"]
-        if pattern == "all":
-            kernels += ["relation_statistics", "relation_gradient"]
-        for kernel in kernels:
-            assert min(configs.attention(kernel, call)[:2]) >= 32
-        if width <= 64 and pattern != "direction":
-            for kernel in ("direct",) if pattern == "blocks" else ("direct", "gram"):
-                assert min(configs.attention(kernel, call)[:2]) >= configs.SMALLEST_DOT
-        for kernel in ("one_tile", "relation_one_tile"):
-            one = configs.attention_if_served(kernel, call)
-            assert one is None or (pattern != "blocks" and one.block_m == one.block_n >= longest)
+        for dtype, width, longest, pattern in CALLS:
+            call = scores(dtype=dtype, width=width, longest=longest, pattern=pattern)
+            kernels = dict.fromkeys(("forward", "dq", "dkdv"), 32)  # the least side of a tile
+            if pattern == "all":
+                kernels |= dict.fromkeys(("relation_statistics", "relation_gradient"), 32)
+            if width <= 64 and pattern != "direction":
+                forms = ("direct",) if pattern == "blocks" else ("direct", "gram")
+                kernels |= dict.fromkeys(forms, configs.SMALLEST_DOT)
+            for kernel, least in kernels.items():
+                setting = configs.attention(kernel, call)
+                assert min(setting[:2]) >= least, (kernel, call, setting)
+            for kernel in ("one_tile", "relation_one_tile"):
+                one = configs.attention_if_served(kernel, call)
+                held = one is None or (
+                    pattern != "blocks" and one.block_m == one.block_n >= longest
+                )
+                assert held, (kernel, call, one)
 
 
 def test_an_entry_is_of_one_kernel_head_dtype_and_dropout():

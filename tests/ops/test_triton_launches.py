@@ -1,13 +1,16 @@
 """What a call makes Triton's kernels do, seen in their interpreter: settings, blocks visited."""
 
 import importlib
+import pkgutil
 from collections import Counter
 
 import pytest
 import torch
 
-from tinybert_fast import ops
+from tinybert_fast import kernels, ops
+from tinybert_fast.benchmarks import gpu_calls
 from tinybert_fast.ops import dispatch
+from tinybert_fast.testing import validation
 from tinybert_fast.testing.operands import (
     Case,
     attention,
@@ -88,3 +91,37 @@ def test_a_relation_has_the_students_settings(length, itself, monkeypatch):
     found = mixed.run("triton", upstream_dtype=torch.float32)
     assert set(asked) == {torch.float32}
     torch.testing.assert_close(found, case.run("triton"), rtol=0.0, atol=0.0)
+
+
+def every_kernel():
+    """(module, name) of each that is launched, but of those that GPUs alone have."""
+    names = [m.name for m in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")]
+    return {
+        (name, function)
+        for name in names
+        for function, kernel in vars(importlib.import_module(name)).items()
+        if function.endswith("_kernel") and kernel.fn.__module__ == name
+        if not name.endswith(".feed_forward_fp8")
+    }
+
+
+def test_calls_for_the_sanitizer_launch_every_kernel(monkeypatch):
+    """benchmarks/gpu_calls.py, whose labels are those of a GPU's calls."""
+    from triton.runtime.interpreter import GridExecutor
+
+    monkeypatch.setattr(gpu_calls, "COMPILED", ("triton",))
+    monkeypatch.setattr(validation, "ATTENTION_INTERPRETED", validation.ATTENTION)
+    monkeypatch.setattr(validation, "SEVERAL_TILES", (31, 129))
+    monkeypatch.setattr(
+        validation,
+        "RELATION_LENGTHS",
+        (*validation.RELATION_LENGTHS, (0, 31, 127, 128), (*validation.MIXED, 512)),
+    )
+    launched = set()
+    monkeypatch.setattr(
+        GridExecutor,
+        "__call__",
+        lambda executor, *_, **__: launched.add((executor.fn.__module__, executor.fn.__name__)),
+    )
+    assert list(gpu_calls.run(torch.device("cpu")))
+    assert launched == every_kernel()

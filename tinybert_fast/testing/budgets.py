@@ -7,12 +7,17 @@ follows the dtype, the shape and the op. Half precision is computed in fp32 and 
 fp32 the sums are rounded too, and a reference that sums in another order may be exact by luck. A
 tensor much smaller than the call's largest gradient is a difference of such: its roundings are
 relative to a quarter of that.
+
+In half precision each sequence of attention has a budget of its own: entries shrink with its
+length, and roundings of a short sequence's are as large as a key too many is to a long one. In fp32
+no rounding hides that, and the batch has one: of a sequence of one token or two the gradient may be
+0 but for the roundings of what cancels, which its own entries then say nothing of.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +42,8 @@ SLACK = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """The error of one tensor of a call beside its budget, both in max-norm."""
+    """The error of one tensor of a call beside its budget, both in max-norm; where sequences have
+    budgets of their own, of the one that uses most of it."""
 
     name: str
     error: float
@@ -49,10 +55,10 @@ class Verdict:
 
     @property
     def share(self) -> float:
-        """Error over budget; infinite for NaN, and beyond a budget of 0."""
-        if self.error == 0.0:
+        """Error over budget; infinite for NaN, beyond a budget of 0, and beside an infinite one."""
+        if self.error == 0.0 and self.budget < math.inf:
             return 0.0
-        return self.error / self.budget if self.budget > 0.0 and self.error < math.inf else math.inf
+        return self.error / self.budget if 0.0 < self.budget < math.inf > self.error else math.inf
 
     def __str__(self) -> str:
         return f"{self.name}: error {self.error:.3e}, budget {self.budget:.3e}"
@@ -66,7 +72,22 @@ def verdicts(case: Case, impl: Impl, slack: float | None = None) -> list[Verdict
     slack = SLACK.get(case.served, 1) if slack is None else slack
     actual, low = case.run(impl), case.run("reference")
     exact = case.to(torch.float64).run("reference", upstream_dtype=case.dtype)
-    return compare(actual, low, exact, slack * rounding(case.dtype))
+    return compare(actual, low, exact, slack * rounding(case.dtype), pieces=sequences_of(case))
+
+
+def sequences_of(case: Case) -> Callable[[Tensor], Sequence[Tensor]]:
+    """The sequences of a tensor of the call that have budgets of their own; or all of it, as one.
+
+    Rows are packed (T, H, D), or padded with the batch in front, (B, H, N, D).
+    """
+    layout = case.options.get("layout")
+
+    def sequences(x: Tensor) -> Sequence[Tensor]:
+        if layout is None or case.dtype == torch.float32 or x.dim() < 3 or not layout.batch_size:
+            return (x,)
+        return x.split(layout.lengths) if x.dim() == 3 else x.unbind()
+
+    return sequences
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -80,21 +101,25 @@ def compare(
     exact: dict[str, Tensor],
     rounding: float,
     group: Callable[[str], str] = lambda name: "",
+    pieces: Callable[[Tensor], Sequence[Tensor]] = lambda x: (x,),
 ) -> list[Verdict]:
     """A verdict per tensor: ``actual`` against ``exact`` (fp64), beside the error of ``low``.
 
     Names of gradients begin with "d"; their roundings are relative to SMALLEST_SHARE of the largest
-    gradient of their ``group`` at least, the others' to themselves alone.
+    gradient of their ``group`` at least, the others' to themselves alone. Each of the ``pieces`` of
+    a tensor is held alone, beside the same piece of other gradients, and the worst is the verdict.
 
     Raises:
         AssertionError: a name, shape or dtype is another than ``low``'s.
     """
     if actual.keys() != exact.keys():
         raise AssertionError(f"only one side has {sorted(actual.keys() ^ exact.keys())[0]}")
-    largest: dict[str, float] = {}
+    largest: dict[tuple[str, int], float] = {}
     for name, x in exact.items():
         if name.startswith("d"):
-            largest[group(name)] = max(largest.get(group(name), 0.0), largest_of(x))
+            for i, piece in enumerate(pieces(x)):
+                of = group(name), i
+                largest[of] = max(largest.get(of, 0.0), largest_of(piece))
     found = []
     for name, want in exact.items():
         if actual[name].shape != want.shape or actual[name].dtype != low[name].dtype:
@@ -102,11 +127,15 @@ def compare(
                 f"{name}: expected {low[name].dtype} {tuple(want.shape)}; got "
                 f"{actual[name].dtype} {tuple(actual[name].shape)}"
             )
-        scale = largest_of(want)
-        if name.startswith("d"):
-            scale = max(scale, SMALLEST_SHARE * largest[group(name)])
-        budget = 2 * largest_of(low[name].double() - want) + rounding * scale
-        found.append(Verdict(name, largest_of(actual[name].double() - want), budget))
+        held = []
+        sides = (pieces(x) for x in (actual[name], low[name], want))
+        for i, (ours, theirs, true) in enumerate(zip(*sides, strict=True)):
+            scale = largest_of(true)
+            if name.startswith("d"):
+                scale = max(scale, SMALLEST_SHARE * largest[group(name), i])
+            budget = 2 * largest_of(theirs.double() - true) + rounding * scale
+            held.append(Verdict(name, largest_of(ours.double() - true), budget))
+        found.append(max(held, key=lambda verdict: (verdict.share, verdict.budget)))
     return found
 
 

@@ -40,6 +40,7 @@ ATTENTION_INTERPRETED = {
     64: ((1, 31, 97),),
     128: ((5, 32), (31, 65)),
 }
+SEVERAL_TILES = (31, 65 if dispatch.INTERPRETED else 129)
 ROWS = ((0, 312), (1, 312), (131, 312), (33, 384), (1, 768), (33, 768))  # of a layer norm
 HIDDEN = (312, 384, 768)  # TinyBERT-4, MiniLM, BERT-base
 MASKED = 256  # tokens under a block mask
@@ -207,8 +208,8 @@ def _attention() -> Calls:
         for width, by_width in widths.items()
         for lengths in by_width
     }
-    several = (31, 65 if dispatch.INTERPRETED else 129)  # tiles
-    for direction, lengths in itertools.product(("causal", "anti_causal"), ((5, 32), several)):
+    both = itertools.product(("causal", "anti_causal"), ((5, 32), SEVERAL_TILES))
+    for direction, lengths in both:
         calls[f"heads of 26, {direction}, lengths {_list(lengths)}"] = partial(
             operands.attention, lengths, 1, 26, direction=direction
         )
