@@ -22,10 +22,10 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ AUTOMATIC = tuple(name for name in FASTEST_FIRST if not (name == "triton" and IN
 TRITON_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 
 Impl = str | tuple[str, str]
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 def _probe() -> dict[str, str | None]:
@@ -345,6 +346,21 @@ def without_autocast(function: Callable, *operands: Any) -> Any:
         return function(*operands)
     finally:
         torch.set_autocast_enabled(device, True)
+
+
+def outliving(make: Callable[P, T]) -> Callable[P, T]:
+    """``make``, for what is kept from one call to the next: never in inference mode, whose tensors
+    no backward may save.
+    """
+
+    @wraps(make)
+    def made(*args: P.args, **named: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return make(*args, **named)
+        with torch.inference_mode(False):
+            return make(*args, **named)
+
+    return made
 
 
 def autocast(x: Tensor) -> Tensor:
