@@ -25,6 +25,7 @@ import tinybert_fast as tbf
 from tinybert_fast import ops
 from tinybert_fast.integrations import bert as integration
 from tinybert_fast.modules import encoder
+from tinybert_fast.ops import dispatch
 
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
 CLASSES = (
@@ -742,8 +743,6 @@ def test_refusals(cases):
         tbf.accelerate("bert-base-uncased")
     with pytest.raises(ValueError, match="got int"):
         tbf.restore(3)
-    with pytest.raises(ValueError, match="impl='trition'"):
-        tbf.accelerate(fast, impl="trition")
     with pytest.raises(ValueError, match=r"hidden state 3, and this model has 0\.\.2"):
         fast(**batch, capture=tbf.Capture(hidden_states=(3,)))
     with pytest.raises(ValueError, match=r"attention of layer 0, and this model has 1\.\.2"):
@@ -751,6 +750,40 @@ def test_refusals(cases):
     layout = tbf.SequenceLayout.from_mask(batch.pop("attention_mask"))
     with pytest.raises(ValueError, match="without attention_mask"):
         fast(**batch, layout=layout, output_attentions=True)
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        ("trition", "impl='trition' is not one of auto, triton"),
+        (5, "impl=5 is not one of"),
+        (("reference",), r"nor a \(forward, backward\) pair"),
+        (("torch", ["reference"]), r"nor a \(forward, backward\) pair"),
+        (("torch", "native"), "accelerate: .* the backward must be 'torch' or 'reference'"),
+        ("triton", r"cannot run here: nobody installed it"),
+        ("native", "no native implementation of bias_gelu, layer_norm, linear_cross_entropy"),
+        (("native", "reference"), "TINYBERT_FAST_IMPL=native names it for the ops that have it"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_refuses_an_impl_that_can_never_run(cases, name, impl, message, monkeypatch):
+    unavailable = {"native": None, "triton": "nobody installed it"}
+    monkeypatch.setattr(dispatch, "UNAVAILABLE", dispatch.UNAVAILABLE | unavailable)
+    model = getattr(transformers, name)(cases.config())
+    with pytest.raises(ValueError, match=message):
+        tbf.accelerate(model, impl=impl)
+    assert not tbf.is_accelerated(model)
+    tbf.accelerate(model, impl=("auto", "reference"))
+    with pytest.raises(ValueError, match=message):
+        tbf.accelerate(model, impl=impl)  # again, of an accelerated one
+    assert model.bert.fast_impl == ("auto", "reference")
+
+
+def test_native_serves_what_has_no_masked_lm_head(cases, monkeypatch):
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "native", None)
+    for name in ("BertModel", "BertForSequenceClassification"):
+        assert tbf.is_accelerated(cases.pair(name, accelerate={"impl": "native"})[1])
 
 
 def test_layout_of_the_caller(cases):

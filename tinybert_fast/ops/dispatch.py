@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from importlib import import_module
@@ -165,11 +165,7 @@ def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[st
                 f"{limits.op}: impl={impl!r} must be one name or a (forward, backward) pair"
             )
         forward, backward = (_choose_one(name, limits, tensor, facts) for name in impl)
-        if backward not in (forward, "reference"):
-            raise ValueError(
-                f"{limits.op}: impl={impl!r} pairs forward {forward!r} with backward {backward!r}; "
-                f"the backward must be {forward!r} or 'reference'"
-            )
+        _check_pair(limits.op, impl, forward, backward)
         if forward == "torch" != backward and facts.get("dropout_p", 0.0) > 0.0:
             raise ValueError(
                 f"{limits.op}: impl={impl!r} at dropout_p={facts['dropout_p']}: the torch forward "
@@ -178,6 +174,37 @@ def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[st
         return forward, backward
     one = _choose_one(impl, limits, tensor, facts)
     return one, one
+
+
+def _check_pair(who: str, impl: Impl, forward: str, backward: str) -> None:
+    if backward not in (forward, "reference"):
+        raise ValueError(
+            f"{who}: impl={impl!r} pairs forward {forward!r} with backward {backward!r}; the "
+            f"backward must be {forward!r} or 'reference'"
+        )
+
+
+def check_impl(who: str, impl: Any, ops: Iterable[str]) -> None:
+    """ValueError for an ``impl`` with which one of ``ops`` could serve no call in this process."""
+    names = (impl, impl) if isinstance(impl, str) else impl
+    known = ("auto", *FASTEST_FIRST)
+    pair = isinstance(names, (tuple, list)) and len(names) == 2
+    if not pair or any(name not in known for name in names):
+        raise ValueError(
+            f"{who}: impl={impl!r} is not one of {', '.join(known)}, nor a (forward, backward) "
+            "pair of them"
+        )
+    if "auto" not in names:
+        _check_pair(who, impl, *names)
+    for name in (name for name in names if name != "auto"):
+        if UNAVAILABLE[name] is not None:
+            raise ValueError(f"{who}: impl={impl!r} cannot run here: {UNAVAILABLE[name]}")
+        lacking = [op for op in ops if getattr(OPS[op], name) is None]
+        if lacking:
+            raise ValueError(
+                f"{who}: impl={impl!r} cannot serve this model: no {name} implementation of "
+                f"{', '.join(lacking)}. TINYBERT_FAST_IMPL={name} names it for the ops that have it"
+            )
 
 
 def absent(impl: str) -> str | None:
