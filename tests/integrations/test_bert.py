@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, BertModel, EncoderDecoderModel
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils import output_capturing
@@ -147,6 +148,27 @@ def test_masked_lm_training_skips_unlabelled_rows(cases, name, padding):
     theirs.loss.backward()
     ours.loss.backward()
     cases.same_gradients(fast, plain)
+
+
+def test_flop_counters_see_what_is_computed(cases):
+    """As much as Transformers' own code computes, and less for padding; in the backward the scores
+    once more.
+    """
+    plain, fast = cases.pair("BertModel", attn_implementation="eager")
+    layers, width, pairs = 2, plain.config.hidden_size, cases.shape[0] * cases.shape[1] ** 2
+    found = {}
+    for name, model in (("plain", plain), ("fast", fast)):
+        for padding in ("full", "right"):
+            with FlopCounterMode(display=False) as counter:
+                hidden = model(**cases.batch(padding)).last_hidden_state
+            found[name, padding] = counter.get_total_flops()
+            with FlopCounterMode(display=False) as counter:
+                hidden.sum().backward()
+            found[name, padding, "backward"] = counter.get_total_flops()
+    assert found["fast", "full"] == found["plain", "full"] == found["plain", "right"]
+    assert found["fast", "right"] < found["fast", "full"]
+    more = found["fast", "full", "backward"] - found["plain", "full", "backward"]
+    assert more == 2 * pairs * width * layers
 
 
 def rows_of_the_last_ffn(model, batch):

@@ -95,6 +95,7 @@ UNAVAILABLE = _probe()
 NATIVE_DEVICES = ("cpu", "cuda")
 FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
+FORMULAS: dict[str, Callable[..., int]] = {}  # of operators that count_flops() has yet to register
 # Types of arguments that need no dispatch. Fake tensors, say, are none of them.
 TENSORS = {Tensor, Parameter}
 PLAIN = {*TENSORS, list, str, int, float, bool, type(None), torch.dtype}
@@ -251,6 +252,7 @@ def define(
     fake: Callable,
     fake_knows_impl: bool = False,
     sparing: tuple[str, ...] | None = None,
+    flops: Callable[..., int] | None = None,
     **implementations: str,
 ) -> Callable:
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its function.
@@ -267,6 +269,8 @@ def define(
         sparing: ``bool[] wanted`` is added behind the schema's arguments, one for each of the last
             outputs: what is not wanted is returned empty. These implementations take it too, last,
             and spare the work.
+        flops: of its matrix products, two for a multiplication and its sum, from all arguments but
+            ``impl``; what masks and directions leave out counts, as in PyTorch's own formulas.
         implementations: name -> "module:function", imported when first executed.
     """
     name, _, rest = schema.partition("(")
@@ -297,6 +301,8 @@ def define(
         return _without_unwanted(found, wanted)
 
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if flops is not None:
+        FORMULAS[name] = lambda *args, out_val=None: flops(*args[:-1])
 
     def call(*args):
         plain = PLAIN.issuperset(map(type, args)) and not _watched()
@@ -305,6 +311,18 @@ def define(
         return registered(*args)
 
     return call
+
+
+def count_flops() -> None:
+    """Give the operators' formulas to PyTorch's FlopCounterMode, to those made from now on.
+
+    Importing ``tinybert_fast.integrations`` does it, and ``tinybert_fast.ops`` behind PyTorch's
+    counter, which imports triton.
+    """
+    register = import_module("torch.utils.flop_counter").register_flop_formula
+    while FORMULAS:
+        name, formula = FORMULAS.popitem()
+        register(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(formula)
 
 
 _module = cache(import_module)

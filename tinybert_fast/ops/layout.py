@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinybert_fast.ops.dispatch import outliving
+from tinybert_fast.ops.dispatch import TENSORS, outliving
 from tinybert_fast.ops.sequence_layout import sequence_extents, sequence_layout
 
 Tables = tuple[Tensor, Tensor, Tensor]  # cu_seqlens, work, padded_work
@@ -303,6 +303,13 @@ class SequenceLayout:
         flat = packed.new_full((self.batch_size * self.width, *packed.shape[1:]), fill)
         padded = flat.index_copy(0, self.rows, packed).view(shape)
         return padded[: self.batch_size - self.dummies] if self.dummies else padded
+
+
+def counted_lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
+    """What a FLOP counter takes for the lengths: of tensors that hold nothing, the longest."""
+    if type(cu_seqlens) not in TENSORS or cu_seqlens.is_meta:
+        return [longest] * (len(cu_seqlens) - 1)
+    return cu_seqlens.diff().tolist()
 
 
 def full_cu_seqlens(batch_size: int, width: int, device: torch.device | str) -> Tensor:
