@@ -409,6 +409,28 @@ def test_nobody_is_recorded_without_a_gradient(op, impl, device, monkeypatch):
     )
 
 
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack((x, x))),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+}
+
+
+@each_op
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func_transforms_the_reference_alone(op, transform, impl, device):
+    whole = FACTORIES[op](device=device)
+    case = whole.freeze(*whole.trained()[1:])
+    (leaf,) = case.leaves()
+    call = partial(TRANSFORMS[transform], case.function(impl), leaf.detach())
+    if impl == "reference":
+        call()
+    else:
+        with pytest.raises(ValueError, match='impl="reference"'):
+            call()
+
+
 @each_op
 @pytest.mark.parametrize("impl", ["triton", "native", "torch"])  # a reference is plain PyTorch
 def test_refuses_forward_mode(op, impl, device):

@@ -338,12 +338,17 @@ def _without_unwanted(found: Any, wanted: Sequence[bool]) -> Any:
 
 def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     """``function.apply(*operands)``, which takes longer than some forwards, or where nobody wants a
-    gradient its forward alone.
+    gradient its forward alone. ValueError under a transform of torch.func.
     """
     recorded = torch.is_grad_enabled() and any(
         x.requires_grad for x in operands if isinstance(x, Tensor)
     )
     if recorded or forward_ad._current_level >= 0 or _watched():
+        if not torch.compiler.is_compiling() and _transformed():
+            raise ValueError(
+                "torch.func (grad, vmap, jvp, functionalize) transforms the reference alone, which "
+                'is plain PyTorch: give the op, or accelerate(), impl="reference"'
+            )
         return function.apply(*operands)
     return function.forward(_Unrecorded(len(operands)), *operands)
 
@@ -372,10 +377,14 @@ def _watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
+        or _transformed()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def without_autocast(function: Callable, *operands: Any) -> Any:
