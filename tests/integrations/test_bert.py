@@ -808,6 +808,19 @@ def test_native_serves_what_has_no_masked_lm_head(cases, monkeypatch):
         assert tbf.is_accelerated(cases.pair(name, accelerate={"impl": "native"})[1])
 
 
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
+def test_is_restored_before_it_is_exported_or_traced(cases, name):
+    plain, fast = cases.pair(name)
+    batch = cases.batch("right")
+    by_position = (batch["input_ids"], batch["attention_mask"])
+    with pytest.raises(ValueError, match=r"restore\(model\) before exporting or tracing"):
+        torch.export.export(fast, (), batch)
+    with pytest.raises(ValueError, match=r"restore\(model\) before exporting or tracing"):
+        torch.jit.trace(fast, by_position, strict=False)
+    restored = torch.export.export(tbf.restore(fast), (), batch).module()
+    assert_same_on_real_tokens(restored(**batch), plain(**batch), batch["attention_mask"])
+
+
 def test_layout_of_the_caller(cases):
     _, fast = cases.pair("BertForMaskedLM")
     batch = cases.batch("holes")

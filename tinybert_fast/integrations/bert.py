@@ -140,6 +140,11 @@ class AcceleratedBertModel(Accelerated, BertModel):
                 head gets no rows.
             packed: give a head its `Packed` rows, or None where Transformers' own code has to run.
         """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ValueError(
+                "an accelerated BERT reads its mask on the host, which no exported or traced graph "
+                "can hold: tinybert_fast.restore(model) before exporting or tracing"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -579,7 +584,8 @@ def _plan(
             f"the attention mask covers {layout.batch_size} sequences of {layout.width} positions, "
             f"and the inputs are {batch} of {width}; give each input position one mask position"
         )
-    if compiled:  # one graph for any number of tokens
+    if compiled:  # one graph for any number of tokens, which makes nothing that the layout keeps
+        _ = layout.counted.firsts
         for tensor in (layout.rows, layout.columns, layout.sequences, layout.positions):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     if bert.pooler is not None and layout.starts_padded:

@@ -403,13 +403,13 @@ def without_autocast(function: Callable, *operands: Any) -> Any:
 
 
 def outliving(make: Callable[P, T]) -> Callable[P, T]:
-    """``make``, for what is kept from one call to the next: never in inference mode, whose tensors
-    no backward may save.
+    """``make``, for what is kept from one call to the next: outside of inference mode, whose
+    tensors no backward may save. Compiled code, which cannot ask for the mode, stays in it.
     """
 
     @wraps(make)
     def made(*args: P.args, **named: P.kwargs) -> T:
-        if not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return make(*args, **named)
         with torch.inference_mode(False):
             return make(*args, **named)
