@@ -629,6 +629,27 @@ def test_a_replaced_module_runs_transformers(cases, caplog, where):
     assert len(served_by_transformers(caplog, "was replaced")) == 1
 
 
+class Wrapper(nn.Module):
+    """Around a module whose parts are then elsewhere, as tools put them."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+@pytest.mark.parametrize("where", ["encoder.layer.1", "encoder.layer.1.attention"])
+def test_a_wrapped_module_runs_transformers(cases, caplog, where):
+    plain, fast = cases.pair("BertModel")
+    for model in (plain, fast):
+        model.set_submodule(where, Wrapper(model.get_submodule(where)))
+    batch = cases.batch("right")
+    assert torch.equal(fast(**batch).last_hidden_state, plain(**batch).last_hidden_state)
+    assert len(served_by_transformers(caplog, "replaced by a Wrapper")) == 1
+
+
 def test_a_layer_norm_without_bias_runs_transformers(cases, caplog):
     plain, fast = cases.pair("BertModel")
     for model in (plain, fast):
