@@ -150,6 +150,19 @@ def test_masked_lm_training_skips_unlabelled_rows(cases, name, padding):
     cases.same_gradients(fast, plain)
 
 
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_on_padding_do_not_count(cases, name, training):
+    _, fast = cases.pair(name)
+    fast.train(training)
+    batch = cases.batch("right")
+    batch |= labels_of(name, batch["attention_mask"])
+    want = fast(**batch).loss
+    assert (batch["attention_mask"] == 0).any()
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, 5)
+    assert torch.equal(fast(**batch).loss, want)
+
+
 def test_flop_counters_see_what_is_computed(cases):
     """As much as Transformers' own code computes, and less for padding; in the backward the scores
     once more.

@@ -266,7 +266,7 @@ class AcceleratedHead(Accelerated):
 @stands_for(BertForMaskedLM)
 class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
     """With labels in training mode, the head runs on labelled rows alone and there are no logits
-    (training_logits=True gives them)."""
+    (training_logits=True gives them). Labels on padding count in no mode."""
 
     fast_head = bert_modules.BertOnlyMLMHead
 
@@ -303,7 +303,8 @@ class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
 @stands_for(BertForPreTraining)
 class AcceleratedBertForPreTraining(AcceleratedHead, BertForPreTraining):
     """With both labels in training mode, the vocabulary head runs on labelled rows alone and there
-    are no prediction_logits (training_logits=True gives them)."""
+    are no prediction_logits (training_logits=True gives them). Labels on padding count in no mode.
+    """
 
     fast_head = bert_modules.BertPreTrainingHeads
 
