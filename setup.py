@@ -25,6 +25,8 @@ CUDA_ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200 (nvcc 12.8
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 LINK_FLAGS = ["-static-libstdc++", "-static-libgcc"]
+if sys.platform == "darwin":  # whose linker has neither, and looks for Python's symbols at once
+    LINK_FLAGS = ["-undefined", "dynamic_lookup"]
 
 
 def wanted() -> str:

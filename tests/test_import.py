@@ -88,6 +88,12 @@ assert y.shape == x.grad.shape == (3, 312)
     assert result.returncode == 0, result.stderr
 
 
+def test_ops_import_without_forks():
+    """As on Windows, whose os lacks the function."""
+    result = python("import os, torch\ndel os.register_at_fork\nimport tinybert_fast.ops")
+    assert result.returncode == 0, result.stderr
+
+
 def test_transformers_part_names_its_extra():
     result = python(HIDE + "import tinybert_fast as tbf\ntbf.accelerate")
     assert result.returncode == 1

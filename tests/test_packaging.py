@@ -227,6 +227,20 @@ def test_commands_of_a_build(strict, setup_py, tmp_path, monkeypatch):
     assert link[-2:] == ["-o", str(tmp_path / "a target.so")]
 
 
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_flags_of_the_linker(platform, request, tmp_path, monkeypatch):
+    """Python's symbols are found at the load, which a linker on macOS has to be told."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("CXX", sys.executable)
+    with (tmp_path / "build.ninja").open("w") as file:
+        write = request.getfixturevalue("setup_py")["write_ninja"]
+        write(ninja_syntax.Writer(file), tmp_path / "target.so", cuda=False)
+    commands = run(Path(ninja.BIN_DIR, "ninja"), "-C", tmp_path, "-t", "commands", cwd=tmp_path)
+    (link,) = (line for line in commands.splitlines() if "-shared" in line)
+    assert ("-undefined dynamic_lookup" in link) == (platform == "darwin")
+    assert ("-static-libgcc" in link) == (platform == "linux")
+
+
 def test_editable_install(checkout, tmp_path):
     """`pip install -e .` in a throwaway venv finds the mapped folders and sees edits at once."""
     venv.create(tmp_path / "venv", symlinks=os.name != "nt")

@@ -180,6 +180,16 @@ def test_compiled_training_is_the_same_training(cases, checkpointed):
     torch.testing.assert_close(gradients_of(whole, batch), expected)
 
 
+def test_is_exported_and_not_traced(cases):
+    """What is exported takes any mask; a trace would hold that of the example."""
+    eager, fast = pair_of()
+    example, other = inputs_of(cases, "full"), inputs_of(cases, "left")
+    exported = torch.export.export(fast, (), example)
+    torch.testing.assert_close(real_of(exported.module(), other), real_of(eager, other), **FP32)
+    with pytest.raises(ValueError, match=r"torch.jit.trace would keep .*\"eager\"\) can"):
+        torch.jit.trace(fast, (example["input_ids"], example["attention_mask"]), strict=False)
+
+
 def test_layers_compile_one_by_one(cases, padding):
     torch._dynamo.reset()
     eager, fast = pair_of()

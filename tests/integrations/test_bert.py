@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForSequenceClassification, BertModel, EncoderDecoderModel
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils import output_capturing
@@ -25,6 +26,7 @@ import tinybert_fast as tbf
 from tinybert_fast import ops
 from tinybert_fast.integrations import bert as integration
 from tinybert_fast.modules import encoder
+from tinybert_fast.ops import dispatch
 
 FP32 = {"atol": 1e-5, "rtol": 1e-5}
 CLASSES = (
@@ -146,6 +148,40 @@ def test_masked_lm_training_skips_unlabelled_rows(cases, name, padding):
     theirs.loss.backward()
     ours.loss.backward()
     cases.same_gradients(fast, plain)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_on_padding_do_not_count(cases, name, training):
+    _, fast = cases.pair(name)
+    fast.train(training)
+    batch = cases.batch("right")
+    batch |= labels_of(name, batch["attention_mask"])
+    want = fast(**batch).loss
+    assert (batch["attention_mask"] == 0).any()
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, 5)
+    assert torch.equal(fast(**batch).loss, want)
+
+
+def test_flop_counters_see_what_is_computed(cases):
+    """As much as Transformers' own code computes, and less for padding; in the backward the scores
+    once more.
+    """
+    plain, fast = cases.pair("BertModel", attn_implementation="eager")
+    layers, width, pairs = 2, plain.config.hidden_size, cases.shape[0] * cases.shape[1] ** 2
+    found = {}
+    for name, model in (("plain", plain), ("fast", fast)):
+        for padding in ("full", "right"):
+            with FlopCounterMode(display=False) as counter:
+                hidden = model(**cases.batch(padding)).last_hidden_state
+            found[name, padding] = counter.get_total_flops()
+            with FlopCounterMode(display=False) as counter:
+                hidden.sum().backward()
+            found[name, padding, "backward"] = counter.get_total_flops()
+    assert found["fast", "full"] == found["plain", "full"] == found["plain", "right"]
+    assert found["fast", "right"] < found["fast", "full"]
+    more = found["fast", "full", "backward"] - found["plain", "full", "backward"]
+    assert more == 2 * pairs * width * layers
 
 
 def rows_of_the_last_ffn(model, batch):
@@ -606,6 +642,27 @@ def test_a_replaced_module_runs_transformers(cases, caplog, where):
     assert len(served_by_transformers(caplog, "was replaced")) == 1
 
 
+class Wrapper(nn.Module):
+    """Around a module whose parts are then elsewhere, as tools put them."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
+@pytest.mark.parametrize("where", ["encoder.layer.1", "encoder.layer.1.attention"])
+def test_a_wrapped_module_runs_transformers(cases, caplog, where):
+    plain, fast = cases.pair("BertModel")
+    for model in (plain, fast):
+        model.set_submodule(where, Wrapper(model.get_submodule(where)))
+    batch = cases.batch("right")
+    assert torch.equal(fast(**batch).last_hidden_state, plain(**batch).last_hidden_state)
+    assert len(served_by_transformers(caplog, "replaced by a Wrapper")) == 1
+
+
 def test_a_layer_norm_without_bias_runs_transformers(cases, caplog):
     plain, fast = cases.pair("BertModel")
     for model in (plain, fast):
@@ -742,8 +799,6 @@ def test_refusals(cases):
         tbf.accelerate("bert-base-uncased")
     with pytest.raises(ValueError, match="got int"):
         tbf.restore(3)
-    with pytest.raises(ValueError, match="impl='trition'"):
-        tbf.accelerate(fast, impl="trition")
     with pytest.raises(ValueError, match=r"hidden state 3, and this model has 0\.\.2"):
         fast(**batch, capture=tbf.Capture(hidden_states=(3,)))
     with pytest.raises(ValueError, match=r"attention of layer 0, and this model has 1\.\.2"):
@@ -751,6 +806,53 @@ def test_refusals(cases):
     layout = tbf.SequenceLayout.from_mask(batch.pop("attention_mask"))
     with pytest.raises(ValueError, match="without attention_mask"):
         fast(**batch, layout=layout, output_attentions=True)
+
+
+@pytest.mark.parametrize(
+    ("impl", "message"),
+    [
+        ("trition", "impl='trition' is not one of auto, triton"),
+        (5, "impl=5 is not one of"),
+        (("reference",), r"nor a \(forward, backward\) pair"),
+        (("torch", ["reference"]), r"nor a \(forward, backward\) pair"),
+        (("torch", "native"), "accelerate: .* the backward must be 'torch' or 'reference'"),
+        ("triton", r"cannot run here: nobody installed it"),
+        ("native", "no native implementation of bias_gelu, layer_norm, linear_cross_entropy"),
+        (("native", "reference"), "TINYBERT_FAST_IMPL=native names it for the ops that have it"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_refuses_an_impl_that_can_never_run(cases, name, impl, message, monkeypatch):
+    unavailable = {"native": None, "triton": "nobody installed it"}
+    monkeypatch.setattr(dispatch, "UNAVAILABLE", dispatch.UNAVAILABLE | unavailable)
+    model = getattr(transformers, name)(cases.config())
+    with pytest.raises(ValueError, match=message):
+        tbf.accelerate(model, impl=impl)
+    assert not tbf.is_accelerated(model)
+    tbf.accelerate(model, impl=("auto", "reference"))
+    with pytest.raises(ValueError, match=message):
+        tbf.accelerate(model, impl=impl)  # again, of an accelerated one
+    assert model.bert.fast_impl == ("auto", "reference")
+
+
+def test_native_serves_what_has_no_masked_lm_head(cases, monkeypatch):
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "native", None)
+    for name in ("BertModel", "BertForSequenceClassification"):
+        assert tbf.is_accelerated(cases.pair(name, accelerate={"impl": "native"})[1])
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
+def test_is_restored_before_it_is_exported_or_traced(cases, name):
+    plain, fast = cases.pair(name)
+    batch = cases.batch("right")
+    by_position = (batch["input_ids"], batch["attention_mask"])
+    with pytest.raises(ValueError, match=r"restore\(model\) before exporting or tracing"):
+        torch.export.export(fast, (), batch)
+    with pytest.raises(ValueError, match=r"restore\(model\) before exporting or tracing"):
+        torch.jit.trace(fast, by_position, strict=False)
+    restored = torch.export.export(tbf.restore(fast), (), batch).module()
+    assert_same_on_real_tokens(restored(**batch), plain(**batch), batch["attention_mask"])
 
 
 def test_layout_of_the_caller(cases):

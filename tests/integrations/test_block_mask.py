@@ -76,6 +76,18 @@ def test_settings_come_and_go():
     assert not [name for name in vars(model) if name.startswith("fast_")]
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_trains_after_an_evaluation(impl):
+    """Lists are made once, at the first forward, which may be in inference mode."""
+    model, batch = model_of(), batch_of()
+    tbf.accelerate(model, block_mask=PATTERN, impl=impl)
+    with torch.inference_mode():
+        want = model(**batch).last_hidden_state
+    got = model(**batch).last_hidden_state
+    got.sum().backward()
+    assert torch.equal(got, want)
+
+
 def test_refuses(caplog):
     model = model_of(attn_implementation="eager")
     with pytest.raises(ValueError, match="block_mask is Tensor; expected a BlockPattern or"):

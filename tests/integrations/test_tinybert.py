@@ -136,6 +136,20 @@ def test_restore_and_accelerate_again(cases, head, monkeypatch):
     assert torch.equal(model(**batch)[0], ours)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_auto_classes_take_the_config(tmp_path, head):
+    """And what is saved is read as BERT."""
+    auto = getattr(transformers, f"Auto{head}" if head == "Model" else f"AutoModel{head}")
+    model = auto.from_config(tiny())
+    assert type(model) is getattr(tbf, f"TinyBert{head}")
+    assert tbf.is_accelerated(model)
+    model.save_pretrained(tmp_path)
+    assert type(auto.from_pretrained(tmp_path)) is getattr(transformers, f"Bert{head}")
+    again = auto.from_pretrained(tmp_path, config=tiny())
+    assert type(again) is type(model)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+
+
 def test_takes_a_plain_config():
     assert tbf.is_accelerated(tbf.TinyBertModel(BertConfig(**tiny().to_dict())))
 

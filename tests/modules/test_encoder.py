@@ -289,6 +289,35 @@ def test_modules_import_without_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/", timeout=120)
 
 
+class Wrapped(torch.Tensor):
+    """Without memory of its own, as quantised weights are; products take what is inside."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        found = func(*(x.inner if isinstance(x, cls) else x for x in args), **(kwargs or {}))
+        return cls(found) if func is torch.ops.aten.detach.default else found
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_weights_of_a_class_of_their_own(together, monkeypatch):
+    monkeypatch.setattr(weights, "pays_to_prepare_together", lambda hidden: together)
+    monkeypatch.setattr(encoder, "ops_add_bias", lambda hidden: together)  # all on a GPU
+    bert = stand_in().requires_grad_(False)
+    layout = tbf.SequenceLayout.from_lengths([5, 2, 0, 5], 6)
+    ids = torch.randint(1, 17, (4, 6))
+    want = encode(bert, layout, input_ids=ids)
+    for dense in filter(is_plain, bert.modules()):
+        dense.weight = nn.Parameter(Wrapped(dense.weight.data), requires_grad=False)
+    torch.testing.assert_close(encode(bert, layout, input_ids=ids), want)
+
+
 def test_plain_layers_and_gelu_are_recognised():
     dense = nn.Linear(3, 3)
     assert is_plain(dense)
@@ -298,6 +327,10 @@ def test_plain_layers_and_gelu_are_recognised():
     assert not is_plain(dense)
     handle.remove()
     assert is_plain(dense)
+    for name in ("weight", "bias"):
+        other = nn.Linear(3, 3)
+        setattr(other, name, nn.Parameter(Wrapped(torch.ones(3, 3)), requires_grad=False))
+        assert not is_plain(other)
     assert is_erf_gelu(nn.GELU())
     assert not is_erf_gelu(nn.GELU("tanh"))
     assert not is_erf_gelu(nn.ReLU())

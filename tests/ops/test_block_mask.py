@@ -55,6 +55,14 @@ def test_lists_of_one_mask():
     assert cells[1, 139 - 128].tolist() == [0, 1 << (33 - 32)]
 
 
+def test_outlives_inference_mode(impl):
+    dense = torch.rand(70, 70, device=DEVICE) < 0.5
+    with torch.inference_mode():
+        made = BlockMask.from_dense(dense, impl=impl)
+        moved = made.to("meta")
+    assert not any(x.is_inference() for x in (*made.lists, *moved.lists))
+
+
 def test_the_last_bit_of_a_word():
     dense = torch.zeros(64, 64, dtype=torch.bool)
     dense[3, 31] = dense[4, 63] = True

@@ -16,6 +16,7 @@ from tinybert_fast.ops.dispatch import INTERPRETED
 from tinybert_fast.testing import operands, proofs
 from tinybert_fast.testing.budgets import assert_within_budget
 from tinybert_fast.testing.operands import FACTORIES, is_float
+from tinybert_fast.testing.proofs import implementations
 
 HALF = torch.float16 if INTERPRETED else torch.bfloat16  # Triton's interpreter has no bf16
 
@@ -283,6 +284,94 @@ def test_only_wanted_products(op, impl, device):
     assert counts == sorted(set(counts), reverse=True), counts
 
 
+def products(case, impl, *inside):
+    """FLOPs of both passes, as PyTorch's counter has them."""
+    dispatch.count_flops()
+    with contextlib.ExitStack() as modes:
+        counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
+        for mode in (counter, *inside):
+            modes.enter_context(mode)
+        case.function(impl)(*case.leaves()).sum().backward()
+    return counter.get_total_flops()
+
+
+LOSSES = [
+    {"form": f, "loss": loss} for f in ("direct", "gram", "auto") for loss in ("full", "student")
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("attention", {"dropout_p": 0.25}),  # in products that a counter sees
+        ("attention_relation_kl", {}),
+        *(("attention_score_mse", options) for options in LOSSES),
+        ("hidden_mse", {}),
+        ("linear_cross_entropy", {}),
+    ],
+    ids=str,
+)
+def test_counters_know_the_products(op, options, device):
+    """An operator's formula gives what is counted inside of it, whatever is frozen."""
+    whole = FACTORIES[op](device=device, **options).freeze("bias")  # whose sum is a product to some
+    for frozen in ((), *((name,) for name in whole.trained()[1:])):
+        case = whole.freeze(*frozen)
+        found = products(case, "torch")
+        assert found == products(case, "torch", Outputs()) > 0
+
+
+@pytest.mark.parametrize("impl", implementations("attention"))
+def test_attention_counts_pairs_of_tokens(impl, device):
+    """Of a head (n, D): two products in the forward, five in the backward."""
+    case = FACTORIES["attention"](device=device)
+    pairs = sum(n * n for n in case.options["layout"].lengths)
+    assert products(case, impl) == 7 * 2 * pairs * case.operands[0][0].numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "options", "flops"),
+    [
+        ("linear_gelu_fwd", [(5, 8), (16, 8), (16,)], (), 2 * 5 * 8 * 16),
+        (
+            "feed_forward_fp8_fwd",
+            [(5, 8), (9, 8), (9,), (9,), (3, 9), (3,), (3,), (2,)],
+            (),
+            2 * 5 * 9 * (8 + 3),
+        ),
+        # Lengths that nobody can read are the longest there can be.
+        (
+            "attention_fwd",
+            [(12, 2, 4), (12, 2, 4), (12, 2, 4), (4,)],
+            (None, 7, 1.0, "both", 0.0, None, 0, []),
+            2 * 2 * 3 * 7 * 7 * 2 * 4,
+        ),
+        (
+            "attention_stack_bwd",
+            [
+                (9, 2, 4),
+                (9, 3, 2, 4),
+                (9, 2, 4),
+                (9, 2, 4),
+                (9, 2, 4),
+                (9, 2, 4),
+                (9, 2),
+                (2,),
+                (2,),
+            ],
+            (None, 9, 1.0, "both", 0.0, None, 0, []),
+            2 * 5 * 9 * 9 * 2 * 4,
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_counters_know_the_products_of_kernels(name, shapes, options, flops):
+    dispatch.count_flops()
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    with FlopCounterMode(display=False) as counter:
+        getattr(torch.ops.tinybert_fast, name)(*tensors, *options, "triton")
+    assert counter.get_total_flops() == flops
+
+
 @each_op
 def test_backward_twice(op, impl, device):
     twice(FACTORIES[op](device=device), impl)
@@ -318,6 +407,28 @@ def test_nobody_is_recorded_without_a_gradient(op, impl, device, monkeypatch):
     torch.testing.assert_close(
         frozen.op(*frozen.operands, **frozen.options, impl=impl), want, rtol=0.0, atol=0.0
     )
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack((x, x))),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+}
+
+
+@each_op
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_torch_func_transforms_the_reference_alone(op, transform, impl, device):
+    whole = FACTORIES[op](device=device)
+    case = whole.freeze(*whole.trained()[1:])
+    (leaf,) = case.leaves()
+    call = partial(TRANSFORMS[transform], case.function(impl), leaf.detach())
+    if impl == "reference":
+        call()
+    else:
+        with pytest.raises(ValueError, match='impl="reference"'):
+            call()
 
 
 @each_op

@@ -1,5 +1,7 @@
 """SequenceLayout: any key-padding mask packs and pads back; what is refused."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,6 +150,25 @@ def test_waits_for_the_device_at_most_once(maker):
     )
     if maker == "full":  # a CUDA graph could not hold a copy
         assert not {"tensor", "to", "as_tensor"} & set(calls.names)
+
+
+@pytest.mark.parametrize("maker", [*MAKERS, "of_capacity"])
+def test_outlives_inference_mode(maker):
+    """A backward may save what a layout holds, and what it makes at first use, wherever it is."""
+    capacity = functools.partial(SequenceLayout.of_capacity, dummies=1, spare=4)
+    makers = MAKERS | {"of_capacity": lambda: capacity(torch.tensor([3, 0, 5]), 5, 8)}
+    with torch.inference_mode():
+        inside = makers[maker]()
+    for layout in (inside, makers[maker]()):
+        with torch.inference_mode():
+            parts = (layout, layout.counted)
+            made = [getattr(x, n) for x in parts for n in ("columns", "first_rows", "firsts")]
+        held = [x for part in parts for x in vars(part).values() if torch.is_tensor(x)]
+        assert len(held) >= len(made)
+        leaf = torch.ones(1, requires_grad=True)
+        (leaf * torch.cat([x.flatten() for x in (layout.dead, *held, *made)])).sum().backward()
+        for x in held:
+            (leaf * x).sum().backward()
 
 
 def test_width_defaults_to_the_longest():

@@ -13,6 +13,9 @@ from tinybert_fast.integrations.tinybert import (
     TinyBertModel,
     TinyBertTokenizer,
 )
+from tinybert_fast.ops.dispatch import count_flops
+
+count_flops()
 
 __all__ = [
     "TinyBertConfig",

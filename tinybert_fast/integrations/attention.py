@@ -117,6 +117,8 @@ def mask_function(
 
     One host sync with a mask, none without one or while torch.compile traces.
     """
+    if torch.jit.is_tracing():
+        raise _refusal("torch.jit.trace would keep this batch's padding, torch.export does not")
     if mask_function is not bidirectional_mask_function:
         raise _refusal("a causal, windowed or custom mask was asked for")
     if q_length != kv_length:

@@ -37,8 +37,9 @@ from transformers.utils import can_return_tuple, output_capturing
 
 from tinybert_fast.integrations.unserved import head_changed, pools_first_tokens, unserved
 from tinybert_fast.modules.capture import Capture
-from tinybert_fast.modules.encoder import encode
+from tinybert_fast.modules.encoder import ENCODER_OPS, encode
 from tinybert_fast.modules.heads import (
+    HEAD_OPS,
     IGNORED,
     first_tokens,
     predict,
@@ -46,7 +47,7 @@ from tinybert_fast.modules.heads import (
     without_empty,
 )
 from tinybert_fast.ops.block_mask import BlockMask, BlockPattern
-from tinybert_fast.ops.dispatch import FASTEST_FIRST, Impl, absent
+from tinybert_fast.ops.dispatch import Impl, check_impl
 from tinybert_fast.ops.layout import SequenceLayout
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Accelerated:
     fast_impl: Impl = "auto"
     fast_training_logits = False
     fast_block_mask: BlockMask | BlockPattern | None = None
+    fast_head: type | None = None  # the class of a masked-LM head, whose tensors are read
     fast_plain: type[nn.Module]  # the class that restore() gives back
 
 
@@ -138,6 +140,11 @@ class AcceleratedBertModel(Accelerated, BertModel):
                 head gets no rows.
             packed: give a head its `Packed` rows, or None where Transformers' own code has to run.
         """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ValueError(
+                "an accelerated BERT reads its mask on the host, which no exported or traced graph "
+                "can hold: tinybert_fast.restore(model) before exporting or tracing"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -243,7 +250,6 @@ class AcceleratedHead(Accelerated):
     """A class whose head reads packed rows."""
 
     bert: Any
-    fast_head: type | None = None  # the class of a masked-LM head, whose tensors are read
 
     def encode_packed(self, **inputs: Any) -> Packed | None:
         """Calls ``self.bert``, whose hooks run and are given `Packed`. None: Transformers' own head
@@ -260,7 +266,7 @@ class AcceleratedHead(Accelerated):
 @stands_for(BertForMaskedLM)
 class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
     """With labels in training mode, the head runs on labelled rows alone and there are no logits
-    (training_logits=True gives them)."""
+    (training_logits=True gives them). Labels on padding count in no mode."""
 
     fast_head = bert_modules.BertOnlyMLMHead
 
@@ -297,7 +303,8 @@ class AcceleratedBertForMaskedLM(AcceleratedHead, BertForMaskedLM):
 @stands_for(BertForPreTraining)
 class AcceleratedBertForPreTraining(AcceleratedHead, BertForPreTraining):
     """With both labels in training mode, the vocabulary head runs on labelled rows alone and there
-    are no prediction_logits (training_logits=True gives them)."""
+    are no prediction_logits (training_logits=True gives them). Labels on padding count in no mode.
+    """
 
     fast_head = bert_modules.BertPreTrainingHeads
 
@@ -437,7 +444,8 @@ def accelerate(
 
     Args:
         impl: of every op: "auto", "triton", "native", "torch", "reference", or a (forward,
-            backward) pair.
+            backward) pair. A named one that an op lacks (``native``: those of a masked-LM head) is
+            refused; ``TINYBERT_FAST_IMPL`` names one for the ops that have it.
         training_logits: masked-LM heads give logits of every row in training too, instead of the
             loss over labelled rows alone.
         block_mask: which tokens meet, in every layer, by their ranks among the real ones of a
@@ -446,8 +454,8 @@ def accelerate(
 
     Raises:
         ValueError: no module, or one without a BertModel; one whose forward somebody replaced on
-            the instance, as Accelerate's prepare() does; an ``impl`` that is unknown or cannot run
-            here; a ``block_mask`` of another type.
+            the instance, as Accelerate's prepare() does; an ``impl`` that is unknown, cannot run
+            here or that an op of the model lacks; a ``block_mask`` of another type.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -458,24 +466,17 @@ def accelerate(
             f"block_mask is {type(block_mask).__name__}; expected a BlockPattern or a BlockMask "
             "(BlockMask.from_dense makes one of a bool tensor)"
         )
-    names = (impl,) if isinstance(impl, str) else tuple(impl)
-    if len(names) not in (1, 2) or not {"auto", *FASTEST_FIRST}.issuperset(names):
-        raise ValueError(
-            f"impl={impl!r} is not one of auto, {', '.join(FASTEST_FIRST)}, "
-            "nor a (forward, backward) pair of them"
-        )
-    for name in names:
-        reason = None if name == "auto" else absent(name)
-        if reason is not None:
-            raise ValueError(f"impl={impl!r} cannot run here: {reason}")
-    found = [m for m in model.modules() if isinstance(m, Accelerated) or type(m) in FAST_CLASSES]
+    found: list[Any] = [
+        m for m in model.modules() if isinstance(m, Accelerated) or type(m) in FAST_CLASSES
+    ]
     if not any(isinstance(m, BertModel) for m in found):
         own = next((type(m).__name__ for m in model.modules() if isinstance(m, BertModel)), None)
         raise ValueError(
             f"no BertModel of Transformers inside {type(model).__name__}: nothing to accelerate"
             + (f" ({own}, a subclass, may compute something else and is left alone)" if own else "")
         )
-    module: Any
+    heads = any(FAST_CLASSES.get(type(m), type(m)).fast_head is not None for m in found)
+    check_impl("accelerate", impl, (*ENCODER_OPS, *HEAD_OPS) if heads else ENCODER_OPS)
     for module in found:
         if type(module) in FAST_CLASSES and "forward" in module.__dict__:
             raise ValueError(
@@ -584,7 +585,8 @@ def _plan(
             f"the attention mask covers {layout.batch_size} sequences of {layout.width} positions, "
             f"and the inputs are {batch} of {width}; give each input position one mask position"
         )
-    if compiled:  # one graph for any number of tokens
+    if compiled:  # one graph for any number of tokens, which makes nothing that the layout keeps
+        _ = layout.counted.firsts
         for tensor in (layout.rows, layout.columns, layout.sequences, layout.positions):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
     if bert.pooler is not None and layout.starts_padded:

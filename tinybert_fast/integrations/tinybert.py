@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertTokenizer,
+)
 from transformers.models.bert.modeling_bert import (
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -143,3 +153,15 @@ class TinyBertForQuestionAnswering(_AcceleratedAtConstruction, AcceleratedBertFo
 
 for _tiny in _AcceleratedAtConstruction.__subclasses__():
     bears_name_of(next(c for c in _tiny.__mro__ if c.__module__.startswith("transformers.")), _tiny)
+
+# Auto classes look a model up by the class of its config; folders say `bert` and stay BERT's.
+for _auto, _model in (
+    (AutoModel, TinyBertModel),
+    (AutoModelForPreTraining, TinyBertForPreTraining),
+    (AutoModelForMaskedLM, TinyBertForMaskedLM),
+    (AutoModelForNextSentencePrediction, TinyBertForNextSentencePrediction),
+    (AutoModelForSequenceClassification, TinyBertForSequenceClassification),
+    (AutoModelForTokenClassification, TinyBertForTokenClassification),
+    (AutoModelForQuestionAnswering, TinyBertForQuestionAnswering),
+):
+    _auto.register(TinyBertConfig, _model)

@@ -37,6 +37,7 @@ from tinybert_fast.ops.dispatch import autocast, wanted_gradients
 from tinybert_fast.ops.encoder_layer import LayerCall, LayerWeights, encoder_layer, serves
 from tinybert_fast.ops.layout import SequenceLayout
 
+ENCODER_OPS = ("embedding_layer_norm", "attention", "dropout_add_layer_norm")  # of every model
 SITES_PER_LAYER = 4
 ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = 0, 1, 2  # places in a layer; the embeddings are site 0
 

@@ -13,6 +13,7 @@ from tinybert_fast.modules.encoder import is_erf_gelu
 from tinybert_fast.modules.weights import is_plain
 from tinybert_fast.ops.layout import SequenceLayout
 
+HEAD_OPS = ("bias_gelu", "layer_norm", "linear_cross_entropy")  # of a masked-LM head
 IGNORED = -100  # the label of a position that has none
 
 

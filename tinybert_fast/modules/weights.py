@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tinybert_fast.ops.dispatch import apply
+from tinybert_fast.ops.dispatch import TENSORS, apply
 
 ROWS, COLUMNS = 0, 1  # along which a matrix is cut into heads
 STACKED = 3  # queries, keys and values
@@ -200,11 +200,12 @@ def _copy(cut: Any, sizes: tuple[int, int], others: Any, from_others: Any) -> No
 
 
 def is_plain(dense: nn.Module) -> bool:
-    """True if a layer is its weight and bias alone; adapters, hooks and a forward that somebody
-    set on it need it to be called."""
+    """True if a layer is its weight and bias alone; adapters, hooks, a forward that somebody set on
+    it and tensors of a class of their own (as of quantised weights) need it to be called."""
     return (
         type(dense) is nn.Linear
-        and dense.bias is not None
+        and type(dense.weight) in TENSORS
+        and type(dense.bias) in TENSORS
         and "forward" not in dense.__dict__
         and not hooks_of(dense)
     )

@@ -1,5 +1,7 @@
 """The operators: one public function each, with ``impl=`` to name an implementation."""
 
+import sys
+
 from tinybert_fast.ops import dispatch
 from tinybert_fast.ops.attention import attention
 from tinybert_fast.ops.attention_relation_kl import attention_relation_kl
@@ -18,6 +20,8 @@ from tinybert_fast.ops.sequence_layout import sequence_layout
 from tinybert_fast.ops.soft_cross_entropy import soft_cross_entropy
 
 dispatch.check_environment()
+if "torch.utils.flop_counter" in sys.modules:
+    dispatch.count_flops()
 
 __all__ = [
     "BlockMask",

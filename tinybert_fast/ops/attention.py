@@ -24,7 +24,7 @@ from tinybert_fast.ops.dispatch import (
     reference_gradient,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout, full_tables
+from tinybert_fast.ops.layout import SequenceLayout, counted_lengths, full_tables
 from tinybert_fast.ops.native import DIRECTIONS
 from tinybert_fast.ops.packed import check_layout
 from tinybert_fast.reference.attention import attention as reference
@@ -61,6 +61,12 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _flops(products: int, heads: Tensor, cu_seqlens: Tensor, longest: int) -> int:
+    """Of so many products for each head of (T, H, D) or (T, 3, H, D)."""
+    pairs = sum(n * n for n in counted_lengths(cu_seqlens, longest))
+    return 2 * products * pairs * heads.shape[-2] * heads.shape[-1]
+
+
 _forward = define(
     f"attention_fwd(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor out, Tensor lse, Tensor rng)",
     fake=lambda q, k, v, *call: (
@@ -68,6 +74,7 @@ _forward = define(
         q.new_empty(q.shape[:-1], dtype=_wide(q)),
         q.new_empty(2, dtype=torch.int64),
     ),
+    flops=lambda q, k, v, cu_seqlens, work, longest, *rest: _flops(2, q, cu_seqlens, longest),
     torch="tinybert_fast.tuned.attention:forward",
     native="tinybert_fast.tuned.attention:forward_native",
     triton="tinybert_fast.kernels.attention:forward",
@@ -76,6 +83,7 @@ _backward = define(
     "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor rng,"
     f" {_CALL}) -> (Tensor dq, Tensor dk, Tensor dv)",
     fake=lambda grad, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    flops=lambda *args: _flops(5, args[1], args[7], args[9]),  # scores once more
     torch="tinybert_fast.tuned.attention:backward",
     native="tinybert_fast.tuned.attention:backward_native",
     triton="tinybert_fast.kernels.attention:backward",
@@ -84,6 +92,7 @@ _backward_of_stack = define(
     "attention_stack_bwd(Tensor grad, Tensor stack, Tensor? dq, Tensor? dk, Tensor? dv, Tensor out,"
     f" Tensor lse, Tensor rng, {_CALL}) -> Tensor gradient",
     fake=lambda grad, stack, *rest: torch.empty_like(stack),
+    flops=lambda *args: _flops(5, args[1], args[8], args[10]),
     triton="tinybert_fast.kernels.attention:backward_of_stack",
 )
 

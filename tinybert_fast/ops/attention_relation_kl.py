@@ -19,7 +19,7 @@ from tinybert_fast.ops.dispatch import (
     integer,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout, full_tables
+from tinybert_fast.ops.layout import SequenceLayout, counted_lengths, full_tables
 from tinybert_fast.ops.loss import check_sides, clearing, in_fp32, scalar_loss
 from tinybert_fast.reference.attention_relation_kl import attention_relation_kl as reference
 
@@ -39,11 +39,19 @@ LIMITS = Limits(
     triton=Limit(FLOATS, TRITON_DEVICES, _refuses),
 )
 
+
+def _flops(a, b, c, d, cu_seqlens, work, longest, wanted) -> int:
+    pairs = sum(n * n for n in counted_lengths(cu_seqlens, longest))
+    gradients = any(wanted) * (1 if b is None else 2)
+    return 2 * pairs * a.shape[1] * (a.shape[2] * (1 + gradients) + c.shape[2])
+
+
 _forward = define(
     "attention_relation_kl_fwd(Tensor a, Tensor? b, Tensor c, Tensor? d, Tensor cu_seqlens,"
     " Tensor work, SymInt max_length) -> (Tensor loss, Tensor da, Tensor db)",
     fake=lambda a, b, *rest: (in_fp32(a, ()), in_fp32(a), in_fp32(a, (0,) if b is None else None)),
     sparing=("torch", "native"),
+    flops=_flops,
     torch="tinybert_fast.tuned.attention_relation_kl:forward",
     native="tinybert_fast.tuned.attention_relation_kl:forward_native",
     triton="tinybert_fast.kernels.attention_relation_kl:forward",

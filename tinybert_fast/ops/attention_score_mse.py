@@ -20,7 +20,7 @@ from tinybert_fast.ops.dispatch import (
     define,
     without_autocast,
 )
-from tinybert_fast.ops.layout import SequenceLayout, full_cu_seqlens
+from tinybert_fast.ops.layout import SequenceLayout, counted_lengths, full_cu_seqlens
 from tinybert_fast.ops.loss import check_sides, clearing, in_fp32, scalar_loss
 from tinybert_fast.reference.attention_score_mse import attention_score_mse as reference
 from tinybert_fast.reference.block_mask import allowed_pairs
@@ -51,6 +51,20 @@ def _gradient(x: Tensor, impl: str) -> Tensor:
     return x.new_empty(x.shape) if bf16 else in_fp32(x)
 
 
+def _flops(q, k, p, r, cu_seqlens, longest, form, loss, block_mask, wanted) -> int:
+    """Of tuned/attention_score_mse.py, in either form."""
+    heads, d, d_teacher = *q.shape[1:], p.shape[2]
+    both, numbers = d + d_teacher, 0
+    for n in counted_lengths(cu_seqlens, longest):
+        if form == "gram" or (form == "auto" and n > crossover(d, d_teacher)):
+            numbers += 2 * n * both * d * (1 + any(wanted))
+            numbers += 2 * n * d_teacher**2 if loss == "full" else 0
+        else:
+            numbers += n * n * (both + 2 * d * any(wanted))
+            numbers += n * n * d_teacher if loss == "student" else 0
+    return 2 * heads * numbers
+
+
 _forward = define(
     "attention_score_mse_fwd(Tensor q, Tensor k, Tensor p, Tensor r, Tensor cu_seqlens,"
     " SymInt max_length, str form, str loss, Tensor[] block_mask)"
@@ -58,6 +72,7 @@ _forward = define(
     fake=lambda q, k, *rest: (in_fp32(q, ()), *(_gradient(x, rest[-1]) for x in (q, k))),
     fake_knows_impl=True,
     sparing=("torch", "native"),
+    flops=_flops,
     torch="tinybert_fast.tuned.attention_score_mse:forward",
     native="tinybert_fast.tuned.attention_score_mse:forward_native",
     triton="tinybert_fast.kernels.attention_score_mse:forward",

@@ -18,6 +18,7 @@ from tinybert_fast.ops.dispatch import (
     choose,
     define,
     integer,
+    outliving,
 )
 from tinybert_fast.reference.block_mask import Conditions, allowed_pairs, conditions_met
 from tinybert_fast.reference.block_mask import block_mask as reference
@@ -166,6 +167,7 @@ class BlockMask:
         return cls.from_pattern(pattern, allowed.shape[-1], dense=whole, impl=impl)
 
     @classmethod
+    @outliving
     def from_pattern(
         cls,
         pattern: BlockPattern,
@@ -222,6 +224,7 @@ class BlockMask:
             return cls(size, tuple(reference(pairs, pattern.side)))
         return cls(size, tuple(_native_lists(probe, conditions)))
 
+    @outliving
     def to(self, device: torch.device | str) -> BlockMask:
         """The same on another device."""
         return BlockMask(self.size, tuple(x.to(device) for x in self.lists))

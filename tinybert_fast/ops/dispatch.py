@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ AUTOMATIC = tuple(name for name in FASTEST_FIRST if not (name == "triton" and IN
 TRITON_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 
 Impl = str | tuple[str, str]
+P, T = ParamSpec("P"), TypeVar("T")
 
 
 def _probe() -> dict[str, str | None]:
@@ -94,6 +95,7 @@ UNAVAILABLE = _probe()
 NATIVE_DEVICES = ("cpu", "cuda")
 FROM_ENVIRONMENT = _parse(os.environ.get("TINYBERT_FAST_IMPL", ""))
 OPS: dict[str, Limits] = {}
+FORMULAS: dict[str, Callable[..., int]] = {}  # of operators that count_flops() has yet to register
 # Types of arguments that need no dispatch. Fake tensors, say, are none of them.
 TENSORS = {Tensor, Parameter}
 PLAIN = {*TENSORS, list, str, int, float, bool, type(None), torch.dtype}
@@ -164,11 +166,7 @@ def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[st
                 f"{limits.op}: impl={impl!r} must be one name or a (forward, backward) pair"
             )
         forward, backward = (_choose_one(name, limits, tensor, facts) for name in impl)
-        if backward not in (forward, "reference"):
-            raise ValueError(
-                f"{limits.op}: impl={impl!r} pairs forward {forward!r} with backward {backward!r}; "
-                f"the backward must be {forward!r} or 'reference'"
-            )
+        _check_pair(limits.op, impl, forward, backward)
         if forward == "torch" != backward and facts.get("dropout_p", 0.0) > 0.0:
             raise ValueError(
                 f"{limits.op}: impl={impl!r} at dropout_p={facts['dropout_p']}: the torch forward "
@@ -177,6 +175,37 @@ def choose(impl: Impl, limits: Limits, tensor: Tensor, **facts: Any) -> tuple[st
         return forward, backward
     one = _choose_one(impl, limits, tensor, facts)
     return one, one
+
+
+def _check_pair(who: str, impl: Impl, forward: str, backward: str) -> None:
+    if backward not in (forward, "reference"):
+        raise ValueError(
+            f"{who}: impl={impl!r} pairs forward {forward!r} with backward {backward!r}; the "
+            f"backward must be {forward!r} or 'reference'"
+        )
+
+
+def check_impl(who: str, impl: Any, ops: Iterable[str]) -> None:
+    """ValueError for an ``impl`` with which one of ``ops`` could serve no call in this process."""
+    names = (impl, impl) if isinstance(impl, str) else impl
+    known = ("auto", *FASTEST_FIRST)
+    pair = isinstance(names, (tuple, list)) and len(names) == 2
+    if not pair or any(name not in known for name in names):
+        raise ValueError(
+            f"{who}: impl={impl!r} is not one of {', '.join(known)}, nor a (forward, backward) "
+            "pair of them"
+        )
+    if "auto" not in names:
+        _check_pair(who, impl, *names)
+    for name in (name for name in names if name != "auto"):
+        if UNAVAILABLE[name] is not None:
+            raise ValueError(f"{who}: impl={impl!r} cannot run here: {UNAVAILABLE[name]}")
+        lacking = [op for op in ops if getattr(OPS[op], name) is None]
+        if lacking:
+            raise ValueError(
+                f"{who}: impl={impl!r} cannot serve this model: no {name} implementation of "
+                f"{', '.join(lacking)}. TINYBERT_FAST_IMPL={name} names it for the ops that have it"
+            )
 
 
 def absent(impl: str) -> str | None:
@@ -223,6 +252,7 @@ def define(
     fake: Callable,
     fake_knows_impl: bool = False,
     sparing: tuple[str, ...] | None = None,
+    flops: Callable[..., int] | None = None,
     **implementations: str,
 ) -> Callable:
     """Register ``schema`` (its last argument, ``str impl``, is added here) and return its function.
@@ -239,6 +269,8 @@ def define(
         sparing: ``bool[] wanted`` is added behind the schema's arguments, one for each of the last
             outputs: what is not wanted is returned empty. These implementations take it too, last,
             and spare the work.
+        flops: of its matrix products, two for a multiplication and its sum, from all arguments but
+            ``impl``; what masks and directions leave out counts, as in PyTorch's own formulas.
         implementations: name -> "module:function", imported when first executed.
     """
     name, _, rest = schema.partition("(")
@@ -269,6 +301,8 @@ def define(
         return _without_unwanted(found, wanted)
 
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if flops is not None:
+        FORMULAS[name] = lambda *args, out_val=None: flops(*args[:-1])
 
     def call(*args):
         plain = PLAIN.issuperset(map(type, args)) and not _watched()
@@ -277,6 +311,18 @@ def define(
         return registered(*args)
 
     return call
+
+
+def count_flops() -> None:
+    """Give the operators' formulas to PyTorch's FlopCounterMode, to those made from now on.
+
+    Importing ``tinybert_fast.integrations`` does it, and ``tinybert_fast.ops`` behind PyTorch's
+    counter, which imports triton.
+    """
+    register = import_module("torch.utils.flop_counter").register_flop_formula
+    while FORMULAS:
+        name, formula = FORMULAS.popitem()
+        register(getattr(getattr(torch.ops, NAMESPACE), name), get_raw=True)(formula)
 
 
 _module = cache(import_module)
@@ -292,12 +338,17 @@ def _without_unwanted(found: Any, wanted: Sequence[bool]) -> Any:
 
 def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     """``function.apply(*operands)``, which takes longer than some forwards, or where nobody wants a
-    gradient its forward alone.
+    gradient its forward alone. ValueError under a transform of torch.func.
     """
     recorded = torch.is_grad_enabled() and any(
         x.requires_grad for x in operands if isinstance(x, Tensor)
     )
     if recorded or forward_ad._current_level >= 0 or _watched():
+        if not torch.compiler.is_compiling() and _transformed():
+            raise ValueError(
+                "torch.func (grad, vmap, jvp, functionalize) transforms the reference alone, which "
+                'is plain PyTorch: give the op, or accelerate(), impl="reference"'
+            )
         return function.apply(*operands)
     return function.forward(_Unrecorded(len(operands)), *operands)
 
@@ -326,10 +377,14 @@ def _watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
+        or _transformed()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
     )
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def without_autocast(function: Callable, *operands: Any) -> Any:
@@ -345,6 +400,21 @@ def without_autocast(function: Callable, *operands: Any) -> Any:
         return function(*operands)
     finally:
         torch.set_autocast_enabled(device, True)
+
+
+def outliving(make: Callable[P, T]) -> Callable[P, T]:
+    """``make``, for what is kept from one call to the next: outside of inference mode, whose
+    tensors no backward may save. Compiled code, which cannot ask for the mode, stays in it.
+    """
+
+    @wraps(make)
+    def made(*args: P.args, **named: P.kwargs) -> T:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return make(*args, **named)
+        with torch.inference_mode(False):
+            return make(*args, **named)
+
+    return made
 
 
 def autocast(x: Tensor) -> Tensor:

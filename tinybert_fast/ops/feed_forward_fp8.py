@@ -55,6 +55,7 @@ _forward = define(
     "feed_forward_fp8_fwd(Tensor x, Tensor inner, Tensor inner_scale, Tensor inner_bias,"
     " Tensor outer, Tensor outer_scale, Tensor outer_bias, Tensor reach) -> Tensor y",
     fake=lambda x, *weights: x.new_empty((x.shape[0], weights[3].shape[0])),
+    flops=lambda x, *weights: 2 * x.shape[0] * (weights[0].numel() + weights[3].numel()),
     triton="tinybert_fast.kernels.feed_forward_fp8:forward",
 )
 

@@ -31,6 +31,11 @@ LIMITS = Limits(
     triton=Limit(FLOATS, TRITON_DEVICES, refuses_columns),
 )
 
+
+def _flops(student, weight, bias, teacher, wanted):
+    return 0 if weight is None else 2 * len(student) * weight.numel() * (1 + sum(wanted[:2]))
+
+
 _forward = define(
     "hidden_mse_fwd(Tensor student, Tensor? weight, Tensor? bias, Tensor teacher)"
     " -> (Tensor loss, Tensor dstudent, Tensor dweight, Tensor dbias)",
@@ -41,6 +46,7 @@ _forward = define(
         in_fp32(student, (0,) if bias is None else bias.shape),
     ),
     sparing=("torch", "triton"),
+    flops=_flops,
     torch="tinybert_fast.tuned.hidden_mse:forward",
     triton="tinybert_fast.kernels.hidden_mse:forward",
 )

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinybert_fast.ops.dispatch import TENSORS, outliving
 from tinybert_fast.ops.sequence_layout import sequence_extents, sequence_layout
 
 Tables = tuple[Tensor, Tensor, Tensor]  # cu_seqlens, work, padded_work
@@ -76,6 +77,7 @@ class SequenceLayout:
     spare: int = field(default=0, kw_only=True)
 
     @classmethod
+    @outliving
     def from_mask(cls, mask: Tensor, impl: str = "auto") -> SequenceLayout:
         """From a (B, N) key-padding mask of any dtype, non-zero where a token is real. One host
         sync. ValueError for another number of dimensions."""
@@ -100,6 +102,7 @@ class SequenceLayout:
         )
 
     @classmethod
+    @outliving
     def from_lengths(
         cls, lengths: Sequence[int], width: int | None = None, device: torch.device | str = "cpu"
     ) -> SequenceLayout:
@@ -133,6 +136,7 @@ class SequenceLayout:
         return cls.from_lengths(lengths, width, cu_seqlens.device)
 
     @classmethod
+    @outliving
     def full(
         cls, batch_size: int, width: int, device: torch.device | str = "cpu"
     ) -> SequenceLayout:
@@ -141,6 +145,7 @@ class SequenceLayout:
         return cls._build(width, [width] * batch_size, rows, full_tables(batch_size, width, device))
 
     @classmethod
+    @outliving
     def of_capacity(
         cls, lengths: Tensor, width: int, total: int, *, dummies: int, spare: int
     ) -> SequenceLayout:
@@ -217,17 +222,20 @@ class SequenceLayout:
         return self.rows.shape[0]
 
     @cached_property
+    @outliving
     def columns(self) -> Tensor:
         """int64 (T,): the padded column n of each token, which BERT's position ids default to."""
         return self.rows - self.sequences.long() * self.width
 
     @cached_property
+    @outliving
     def first_rows(self) -> Tensor:
         """int64 (B,): packed row of each sequence's first token, -1 where a sequence is empty."""
         starts = self.cu_seqlens.long()
         return torch.where(starts[1:] > starts[:-1], starts[:-1], -1)
 
     @cached_property
+    @outliving
     def firsts(self) -> Tensor:
         """int64 (B,): likewise, row 0 where a sequence is empty."""
         return self.first_rows.clamp(min=0)
@@ -248,6 +256,7 @@ class SequenceLayout:
         return self._counted if self.dummies else self
 
     @cached_property
+    @outliving
     def _counted(self) -> SequenceLayout:
         real = self.batch_size - self.dummies
         return replace(
@@ -260,6 +269,7 @@ class SequenceLayout:
         )
 
     @cached_property
+    @outliving
     def dead(self) -> Tensor:
         """bool (spare,), of the last rows: those behind all sequences."""
         places = torch.arange(self.total - self.spare, self.total, device=self.rows.device)
@@ -293,6 +303,13 @@ class SequenceLayout:
         flat = packed.new_full((self.batch_size * self.width, *packed.shape[1:]), fill)
         padded = flat.index_copy(0, self.rows, packed).view(shape)
         return padded[: self.batch_size - self.dummies] if self.dummies else padded
+
+
+def counted_lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
+    """What a FLOP counter takes for the lengths: of tensors that hold nothing, the longest."""
+    if type(cu_seqlens) not in TENSORS or cu_seqlens.is_meta:
+        return [longest] * (len(cu_seqlens) - 1)
+    return cu_seqlens.diff().tolist()
 
 
 def full_cu_seqlens(batch_size: int, width: int, device: torch.device | str) -> Tensor:

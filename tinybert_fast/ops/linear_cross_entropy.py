@@ -36,12 +36,17 @@ def _fake(hidden, weight, bias, rows, labels, *options):
     return in_fp32(hidden, labels.shape), in_fp32(hidden), in_fp32(hidden, weight.shape), dbias
 
 
+def _flops(hidden, weight, bias, rows, *rest):
+    return 2 * len(rows) * weight.numel() * (1 + sum(rest[-1][:2]))
+
+
 _forward = define(
     "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor rows,"
     " Tensor labels, int ignore_index, float label_smoothing, Tensor? upstream)"
     " -> (Tensor losses, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
     sparing=("torch", "triton"),
+    flops=_flops,
     torch="tinybert_fast.tuned.linear_cross_entropy:forward",
     triton="tinybert_fast.kernels.linear_cross_entropy:forward",
 )
