@@ -184,7 +184,7 @@ class GraphedStep:
             self.step.optimizer.zero_grad(set_to_none=True)  # so that gradients are written anew
             found[:] = [gradients()]
 
-        trained = list(self.step.trained.parameters())
+        trained: list[Tensor] = list(self.step.trained.parameters())
         with self._weights_put_back():
             with torch.no_grad():
                 torch._foreach_mul_(trained, OTHER_WEIGHTS)
@@ -197,7 +197,7 @@ class GraphedStep:
 
     @contextmanager
     def _weights_put_back(self) -> Iterator[None]:
-        trained = list(self.step.trained.parameters())
+        trained: list[Tensor] = list(self.step.trained.parameters())
         weights = [p.detach().clone() for p in trained]
         try:
             yield

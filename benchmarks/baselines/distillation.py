@@ -217,7 +217,7 @@ class PlainStep(CarefulStep):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         chosen_from: Any = tuple(
-            Form(*form, score)
+            Form(form.buckets, form.compiled, form.packed, score)
             for form in plain_bert.forms(self.batches["timed"])
             for score in SUMS
             if score == "gram" or form.buckets == 1

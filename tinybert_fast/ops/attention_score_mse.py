@@ -53,7 +53,7 @@ def _gradient(x: Tensor, impl: str) -> Tensor:
 
 def _flops(q, k, p, r, cu_seqlens, longest, form, loss, block_mask, wanted) -> int:
     """Of tuned/attention_score_mse.py, in either form."""
-    heads, d, d_teacher = *q.shape[1:], p.shape[2]
+    heads, d, d_teacher = q.shape[1], q.shape[2], p.shape[2]
     both, numbers = d + d_teacher, 0
     for n in counted_lengths(cu_seqlens, longest):
         if form == "gram" or (form == "auto" and n > crossover(d, d_teacher)):

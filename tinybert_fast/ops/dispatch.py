@@ -46,7 +46,8 @@ AUTOMATIC = tuple(name for name in FASTEST_FIRST if not (name == "triton" and IN
 TRITON_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 
 Impl = str | tuple[str, str]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _probe() -> dict[str, str | None]:
