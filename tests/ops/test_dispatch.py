@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,3 +232,20 @@ def test_whoever_intercepts_sees_the_operator():
     with Names():
         sequence_extents(real)
     assert any("sequence_extents" in name for name in seen), seen
+
+
+def test_kernels_are_for_nvidias_gpus_from_sm_80_on(limits, monkeypatch):
+    """Others take PyTorch's: tiles would not fit, or the tables would be of another maker's GPU."""
+    monkeypatch.setitem(dispatch.UNAVAILABLE, "triton", None)
+    dispatch._too_old.cache_clear()
+    for capability, reason in (
+        ((7, 5), "kernels need an sm_80 or newer; this GPU is an sm_75"),
+        ((8, 0), None),
+        ((12, 0), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float16)
+        assert limits.refusal("triton", x, {"columns": 8}) == reason
+        dispatch._too_old.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "this torch is for AMD's" in dispatch._probe()["triton"]

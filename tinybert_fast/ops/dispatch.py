@@ -60,16 +60,34 @@ def _probe() -> dict[str, str | None]:
         )
     if find_spec("triton") is None:
         why["triton"] = "the package triton is not installed"
+    elif torch.version.hip is not None:
+        why["triton"] = "the kernels are written for NVIDIA's GPUs, and this torch is for AMD's"
     elif not torch.cuda.is_available() and not INTERPRETED:
         why["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs kernels on the CPU, slowly)"
     return why
 
 
+def _lacking(impl: str, limit: Limit, gpu: torch.device) -> str | None:
+    """Why a GPU is none for an implementation; asked when a tensor on it comes by, since looking at
+    a GPU would take it from processes that are forked later.
+    """
+    if impl == "native":
+        return _not_built_for(gpu)
+    return (_too_old(gpu) if impl == "triton" else None) or limit.lacks(gpu)
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    """Tiles are chosen for the registers and the shared memory of an sm_80."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"kernels need an sm_80 or newer; this GPU is an sm_{major}{minor}"
+
+
 @cache
 def _not_built_for(device: torch.device) -> str | None:
-    """Why the compiled module cannot run on this GPU; asked when a tensor on it comes by, since
-    looking at a GPU would take it from processes that are forked later.
-    """
+    """Why the compiled module cannot run on this GPU."""
     built_for = import_module("tinybert_fast._native").cuda_architectures.split()
     major, minor = torch.cuda.get_device_capability(device)
     if str(major) in {arch[:-1] for arch in built_for}:  # a binary runs on all minors of its major
@@ -146,8 +164,7 @@ class Limits:
             return UNAVAILABLE[impl]
         # While torch.compile traces, nobody looks at a GPU; a module built for others fails aloud.
         asked = tensor.is_cuda and "cuda" in limit.devices and not torch.compiler.is_compiling()
-        lacks = _not_built_for if impl == "native" else limit.lacks
-        reason = lacks(tensor.device) if asked else None
+        reason = _lacking(impl, limit, tensor.device) if asked else None
         if reason is not None:
             return reason
         if tensor.dtype not in limit.dtypes:

@@ -110,7 +110,8 @@ def linear_cross_entropy(
     Args:
         hidden: (T, C). weight: (V, C), the tied word embeddings. bias: (V,) or None. fp16, bf16,
             fp32 or fp64 each (``triton``: no fp64 hidden); any strides.
-        rows, labels: int64 (R,), which rows are labelled and with what, 0..V-1.
+        rows, labels: int64 (R,), which rows are labelled and with what, 0..V-1. Of a row that is
+            named several times a GPU adds up the gradients in no fixed order, fp32's last bits.
         ignore_index: a label that has no loss and does not count, as behind what ``mlm_mask`` has
             masked when it is given a capacity.
         label_smoothing, reduction: as ``F.cross_entropy`` takes them.
