@@ -400,8 +400,9 @@ def forward(q, k, p, r, cu_seqlens, max_length, form, loss, block_mask):
         counted = sequences * configs.cdiv(max_length, COUNTED)
         of_blocks = torch.empty(counted, dtype=torch.int64, device=dq.device)
         _pairs_kernel[counted,](
-            cu_seqlens, of_blocks, by_query, max_length, BLOCK=COUNTED, SIDE=side
-        )
+            cu_seqlens, of_blocks, by_query, max_length,
+            BLOCK=COUNTED, SIDE=side, **configs.COMPILED,
+        )  # fmt: skip
         pairs = of_blocks.sum()
     programs = sequences * configs.cdiv(max_length, setting.block_m)
     losses = torch.empty(programs, heads, dtype=torch.float32, device=dq.device)

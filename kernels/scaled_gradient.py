@@ -28,12 +28,7 @@ def forward(gradient, upstream, dtype):
     block = tile.block_m * tile.block_n
     if size > 0:
         _scale_kernel[(configs.cdiv(size, block),)](
-            gradient.contiguous(),
-            upstream,
-            y,
-            size,
-            BLOCK=block,
-            num_warps=tile.num_warps,
-            **configs.COMPILED,
-        )
+            gradient.contiguous(), upstream, y, size,
+            BLOCK=block, num_warps=tile.num_warps, **configs.COMPILED,
+        )  # fmt: skip
     return y

@@ -226,3 +226,19 @@ def test_faster_implementations_keep_the_word():
     for folder in (f"{PACKAGE}/tuned", "kernels"):
         strangers = stems(folder) - words - shared
         assert not strangers, f"{folder} has {strangers}, which reference/ does not define"
+
+
+def test_every_launch_says_how_it_is_compiled():
+    """What Triton leaves open, its versions answer differently."""
+    launches = 0
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+                continue
+            if not ast.unparse(node.func.value).endswith("_kernel"):
+                continue
+            launches += 1
+            unpacked = [ast.unparse(word.value) for word in node.keywords if word.arg is None]
+            said = [w for w in unpacked if w.endswith(("COMPILED", "launch()", "vocabulary()"))]
+            assert len(said) == 1, f"{file.name}: {ast.unparse(node)}"
+    assert launches > 20
