@@ -67,7 +67,6 @@ OTHER_OPS = (
     "linear_cross_entropy_d768 hidden_mse_d768 layer_norm_d768 embedding_layer_norm_d768 "
     "attention_relation_kl_vv bias_gelu_d3072"
 ).split()
-GPU_OPS = {"feed_forward_fp8_d768"}  # of which a CPU has no case
 MAXIMAL_WORKERS = 14
 LEAST = 15.0  # seconds that a bench begins in: it imports and measures ceilings before a case
 GRACE = 20.0  # seconds from an interrupt to the kill: pytest takes 10 to print its summary
@@ -201,15 +200,15 @@ def rows_of(suite: str) -> Callable[[Run, str], str]:
 
 def ops(run: Run, seconds: float) -> Iterator[Command]:
     """Every op before any width of it is repeated, and whole ops before their passes: the clock may
-    cut off the end. A bench begins in the time that those before it left."""
+    cut off the end. A bench begins in the time that those before it left. A dry run has a case of
+    each command."""
     end = time.monotonic() + seconds
-    absent = GPU_OPS if run.dry else set()
-    first, others = (
-        [f"--case={name}" for name in names if name not in absent]
-        for names in (FIRST_OPS, OTHER_OPS)
-    )
+    first, others = ([f"--case={name}" for name in names] for names in (FIRST_OPS, OTHER_OPS))
     both, forward, backward = (["--pass", name] for name in ("both", "forward", "backward"))
-    for number, words in enumerate(([*both, *first], [*both, *others], forward, backward)):
+    commands = [[*both, *first], [*both, *others], forward, backward]
+    if run.dry:
+        commands = [[*words, *first][:3] for words in commands]
+    for number, words in enumerate(commands):
         left = end - time.monotonic()
         if number == 0 or left > LEAST:
             yield run.bench("ops", left, *words, number=number)
