@@ -100,13 +100,20 @@ def train(case: str, text: Path, output: Path, ranks: int, corpus=None, folder=N
         )
 
 
+class Stop(Exception):
+    pass
+
+
 def one(text: str, output: str) -> None:
     for case in CASES:
         train(case, Path(text), Path(output), 1)
 
+    def stop(rank: int) -> None:
+        raise Stop
 
-class Stop(Exception):
-    pass
+    where = (Path(text), Path(output).parent / "moved", 1)
+    with pytest.raises(Stop):
+        train("uniform", *where, callbacks=[AtStep2(stop)])
 
 
 def interrupted(text: str, output: str) -> None:
@@ -126,6 +133,7 @@ def two(text: str, output: str) -> None:
         train(case, *where)
     for case in ("loss", "fsdp"):
         train(case, *where, folder=f"{case} again", resume=True)
+    train("uniform", Path(text), Path(output).parent / "moved", 2, resume=True)
     in_bf16(*where)
     disagree(*where)
     die(*where)
@@ -218,6 +226,14 @@ def test_two_processes_resume(trained, case):
     """After an error, and a sharded model after kill -9: the same bits."""
     whole, resumed = (weights_of(trained[0] / "two" / name) for name in (case, f"{case} again"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_processes_go_on_with_the_run_of_one(trained):
+    whole, moved = (weights_of(trained[0] / name / "uniform") for name in ("one", "moved"))
+    for name in whole:
+        torch.testing.assert_close(moved[name], whole[name], atol=1e-5, rtol=0, msg=name)
+    run = json.loads((trained[0] / "moved" / "uniform" / "run.json").read_text())
+    assert run["processes"] == [1, 2]
 
 
 def test_sharding_rounds_no_sum(trained):

@@ -159,6 +159,28 @@ def test_resume_wants_the_same_settings(tmp_path):
         RunFolder(tmp_path / "run", resume=True).finished({**SETTINGS, "lr": 0.1})
 
 
+def test_a_steps_examples_may_be_shared_out_anew(tmp_path, caplog):
+    run = begun(tmp_path / "run", processes=8, batch_size=4)
+    checkpoint(run, 5)
+    for rank in range(8):
+        torch.save({}, run.checkpoints() / "checkpoint-5" / f"rng_state_{rank}.pth")
+    moved = {**SETTINGS, "processes": 2, "batch_size": 8, "accumulation": 2}
+    for _ in range(2):  # the second time before there is a checkpoint of two processes
+        again = RunFolder(tmp_path / "run", resume=True)
+        assert not again.finished(moved)
+        again.begin(moved)
+        assert again.last_checkpoint().endswith("checkpoint-5")
+    assert caplog.messages == [
+        "going on with 2 processes x 8 batch_size x 2 accumulation, after 8 processes x 4 "
+        "batch_size x 1 accumulation: the same steps, other dropout"
+    ]
+    with pytest.raises(ValueError, match=r"\(examples of a step was 32, now 64\)"):
+        RunFolder(tmp_path / "run", resume=True).finished({**moved, "batch_size": 16})
+    (run.checkpoints() / "checkpoint-5" / "rng_state_1.pth").unlink()
+    with pytest.raises(ValueError, match=r"rng_state_1\.pth is missing"):
+        again.last_checkpoint()
+
+
 def test_processes_agree_before_they_go_on(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run_folder, "agree", asked.append)

@@ -16,10 +16,11 @@ import fnmatch
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +43,8 @@ FOLDERS = ("checkpoints", "logs", INTERMEDIATE)
 FILES = (METRICS, REPORT, CURVES)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 HASH_BYTES = 1 << 20  # of a file read at a time
+# Settings that share the examples of a step out, of which their product alone decides the weights.
+SHARING = ("processes", "batch_size", "accumulation")
 LAST_FILE = "trainer_state.json"  # that Trainer writes of a checkpoint
 CHECKPOINT_FILES = {  # name -> pattern: sharded weights number theirs
     LAST_FILE: LAST_FILE,
@@ -100,8 +103,8 @@ class RunFolder:
         """True when a resumed run has nothing left to do: its answer is `metrics()`.
 
         `settings`: what decides the weights; JSON values. Raises ValueError if the run was begun
-        with others, or if its processes do not `agree`: call it after TrainingArguments, which
-        start torchrun's group.
+        with others, but for SHARING, or if its processes do not `agree`: call it after
+        TrainingArguments, which start torchrun's group.
         """
         agree(settings)
         if self.resuming:
@@ -113,10 +116,16 @@ class RunFolder:
 
         Call it when every input has been read: nothing is left behind by a bad one.
         """
+        processes = settings.get("processes", 1)
         if self.resuming:
             self._compare(_as_json(settings))
+            self._go_on_as(settings)
+            known = {*self.recorded("processes", [processes]), processes}
+            self.record(settings=_as_json(settings), processes=sorted(known))
         else:
-            self._run = {"settings": _as_json(settings), "finished": False}
+            self._run = {
+                "settings": _as_json(settings), "processes": [processes], "finished": False
+            }  # fmt: skip
             if self.main:
                 self.path.mkdir(parents=True, exist_ok=True)
                 for name in FOLDERS:
@@ -126,8 +135,17 @@ class RunFolder:
             self._write_run()
         _barrier()
 
+    def _go_on_as(self, settings: Mapping[str, Any]) -> None:
+        """Says that a step's examples are shared out in another way than they were."""
+        then, now = (
+            " x ".join(f"{one.get(name, 1)} {name}" for name in SHARING)
+            for one in (self.recorded("settings", {}), settings)
+        )
+        if then != now and self.main:
+            log.warning("going on with %s, after %s: the same steps, other dropout", now, then)
+
     def _compare(self, settings: dict) -> None:
-        old = self.recorded("settings", {})
+        old, settings = _decisive(self.recorded("settings", {})), _decisive(settings)
         changed = [
             f"{name} was {old.get(name)!r}, now {settings.get(name)!r}"
             for name in {**old, **settings}
@@ -180,7 +198,7 @@ class RunFolder:
         if not found:
             return None
         before = f"resume from {found[-2].name}" if len(found) > 1 else "start from the beginning"
-        processes = self.recorded("settings", {}).get("processes", 1)
+        processes = self.recorded("processes", [1])
         check_checkpoint(found[-1], processes, f"delete the folder {found[-1]} to {before}")
         return str(found[-1])
 
@@ -244,14 +262,17 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
-def check_checkpoint(folder: Path, processes: int, remedy: str) -> None:
+def check_checkpoint(folder: Path, processes: Sequence[int], remedy: str) -> None:
     """Raises ValueError that names the first missing, truncated or damaged file of a checkpoint
-    that so many processes of a Trainer wrote.
+    that a Trainer wrote, as one of so many ``processes``.
     """
-    own = [f"rng_state_{rank}.pth" for rank in range(processes)]
-    own = own if processes > 1 else ["rng_state.pth"]
     present = sorted(file for file in folder.iterdir() if file.is_file())
     names = {file.name for file in present}
+    each = [
+        [f"rng_state_{rank}.pth" for rank in range(n)] if n > 1 else ["rng_state.pth"]
+        for n in processes
+    ]
+    own = next((files for files in each if names.issuperset(files)), each[0])
     for name, pattern in {**CHECKPOINT_FILES, **dict(zip(own, own))}.items():
         if not fnmatch.filter(names, pattern):
             raise ValueError(
@@ -331,6 +352,12 @@ def agree(facts: Mapping[str, Any]) -> None:
                 f"{other.get(name)!r} in process {rank}); give all of them the same files and "
                 "options"
             )
+
+
+def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the examples of a step in the place of how they are shared out."""
+    found = {name: value for name, value in settings.items() if name not in SHARING}
+    return {**found, "examples of a step": math.prod(settings.get(name, 1) for name in SHARING)}
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
