@@ -463,10 +463,8 @@ def environment(run: Run, part: Part) -> dict[str, str]:
         found["TINYBERT_FAST_SETTINGS"] = str(run.work / "none.json")
     if part.name in ("tests", "validate"):
         found["OMP_NUM_THREADS"] = "1"
-    if part.name in (
-        "memcheck",
-        "racecheck",
-    ):  # a block that torch keeps would hide what is beyond a tensor
+    if part.name in ("memcheck", "racecheck"):
+        # A block that torch keeps would hide what is beyond a tensor.
         found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     found["PATH"] = path()
     return found
