@@ -132,6 +132,7 @@ def pretrain(
         raise NotADirectoryError(f"{data} is a file; expected a folder for tokenizer and shards")
     if held_out is None and eval_steps is not None:
         raise ValueError("eval_steps is for held-out text, and there is none; leave it out")
+    eval_steps = EVAL_STEPS if eval_steps is None else eval_steps
     masking = masking or Masking()
     objectives = Objectives(mlm, nsp, bidirectional)
     objectives.check_packed(accelerate)
@@ -161,7 +162,7 @@ def pretrain(
         run.checkpoints("pretrain"),
         **recipe,
         evaluate="held_out" in parts,
-        eval_steps=EVAL_STEPS if eval_steps is None else eval_steps,
+        eval_steps=eval_steps,
         log_steps=log_steps,
         checkpoint_steps=checkpoint_steps,
         dataloader_drop_last=True,  # steps are the same for any number of processes
