@@ -121,9 +121,13 @@ from tinybert_fast.data.atomic import replacing_folder
 def app(**given):
     with replacing_folder(Path(sys.argv[1])) as partial:
         (partial / "00000").write_text("half")
+        ready, say = os.pipe()
         worker = os.fork()
         if worker == 0:
+            os.write(say, b"!")  # a signal that comes before Python has forked too is lost
             time.sleep(60)
+            os._exit(1)
+        os.read(ready, 1)
         os.kill(worker, signal.SIGTERM)
         print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
         time.sleep(60)
