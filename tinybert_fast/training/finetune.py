@@ -82,7 +82,9 @@ def finetune(
     train = load_examples(train_file, *columns, kind=kind)
     config = load_config(model_path)
     if dev_file is None and eval_steps is not None:
-        raise ValueError("eval_steps is for a dev file, and there is none: give --dev, or leave it")
+        raise ValueError(
+            "eval_steps is for a dev file, and there is none: give --dev, or leave it out"
+        )
     task = Task.of(train, tuple((config.id2label or {}).values()), class_order(train_file, label))
     dev = None if dev_file is None else load_dev(dev_file, task, *columns)
     select_by = check_metric(select_by, task, dev_file)
