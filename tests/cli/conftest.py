@@ -1,5 +1,6 @@
 """One command in this process, and tiny files for it to work on."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Answer:
 def cli(capsys, monkeypatch):
     """cli("evaluate", folder, file) -> Answer"""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    log = logging.getLogger("tinybert_fast")
+    level = log.level
 
     def run(*arguments) -> Answer:
         capsys.readouterr()
@@ -42,7 +45,8 @@ def cli(capsys, monkeypatch):
             main([str(argument) for argument in arguments])
         return Answer(end.value.code or 0, *capsys.readouterr())
 
-    return run
+    yield run
+    log.setLevel(level)  # main() sets it for its whole process
 
 
 @pytest.fixture(scope="session")

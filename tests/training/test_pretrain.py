@@ -149,7 +149,7 @@ def test_evaluations_while_training_read_few_examples(text, tmp_path, monkeypatc
         return evaluate(trainer, rows, **more)
 
     monkeypatch.setattr(PreTrainingTrainer, "evaluate", watched)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="tinybert_fast")
     metrics = run(text, tmp_path / "out", held_out=0.2, held_out_examples=7, eval_steps=3)
     every = metrics["held_out_examples"]
     assert f"evaluating on 7 of {every} held-out examples every 3 steps" in caplog.text
