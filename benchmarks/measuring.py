@@ -1,6 +1,7 @@
 """The rows of one case, measured at full size:
 
-1. each provider that has settings times them and keeps its fastest, by all sweeps so far;
+1. each provider that has settings times them and keeps its fastest, by all sweeps so far (those
+   far from it in two sweeps are out of the race);
 2. at dropout 0 the providers must agree in loss and gradients, or there are no rows (checking.py);
 3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios (rounds.py);
 4. on a GPU, calls of a single op are timed as CUDA graphs too, in rounds of their own; a graph of a
@@ -38,6 +39,7 @@ from tinybert_fast.benchmarks.rounds import (
 )
 from tinybert_fast.benchmarks.table import COLUMNS, Row, digits
 
+FAR = 1.25  # times the fastest setting's seconds: more than another place of its tensors moves it
 Say = Callable[[str], None]
 
 
@@ -165,11 +167,14 @@ def tune(
     """Every provider keeps its fastest setting; who can't run is left out."""
 
     def seconds(provider: Any, dtype: str, call: Callable[[], Any]) -> float:
-        taken = clock.best(partial(in_a_row, call, case.calls)) / case.calls
-        setting = Who(provider.name, provider.role, dtype), provider.setting(dtype)
-        tried = sweeps.tried.setdefault(setting, [])
-        tried.append(taken)
-        return statistics.median(tried)  # of this sweep and those before: one may be disturbed
+        """Of this sweep and those before, as one may be disturbed; what was far from the fastest
+        in two of them is not run again."""
+        who = Who(provider.name, provider.role, dtype)
+        tried = sweeps.tried.setdefault((who, provider.setting(dtype)), [])
+        all_tried = [t for (one, _), times in sweeps.tried.items() if one == who for t in times]
+        if len(tried) < 2 or min(tried) < FAR * min(all_tried):
+            tried.append(clock.best(partial(in_a_row, call, case.calls)) / case.calls)
+        return statistics.median(tried)
 
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(clock.device) else ("fp32",):

@@ -972,6 +972,27 @@ def test_settings_are_chosen_by_all_sweeps_so_far():
     assert chosen == ["x", "x", "x"]
 
 
+def test_a_setting_far_from_the_fastest_in_two_sweeps_is_not_timed_again():
+    sweeps, timed = measuring.Sweeps(), []
+    provider = Fake("o", "ours", [])
+    at = {"setting": "x"}
+    provider.setting = lambda dtype: at["setting"]
+    provider.tune = lambda dtype, seconds: op_call.fastest(
+        provider, dtype, ("x", "y", "z"), lambda name: at.update(setting=name), seconds
+    )
+    takes = {"x": 1.0, "y": 0.99 * measuring.FAR, "z": 1.01 * measuring.FAR}
+
+    def best(call):
+        timed.append(at["setting"])
+        return takes[at["setting"]]
+
+    clock = SimpleNamespace(device=CPU, best=best)
+    for _ in range(4):
+        measuring.tune(fake_case(provider), ("fp32",), clock, lambda text: None, sweeps)
+    assert "".join(timed) == "xyz" * 2 + "xy" * 2
+    assert at["setting"] == "x"
+
+
 def test_a_setting_chosen_in_a_later_sweep_is_checked():
     sweeps = measuring.Sweeps()
     providers = [Fake("a", "a", []), Fake("o", "ours", [])]
