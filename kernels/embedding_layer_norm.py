@@ -157,7 +157,8 @@ def backward(
 
     The mask is drawn again; ``cells`` is empty. A token type's row sums over nearly all rows, like
     dbias, and is summed with it. The other tables' rows are many and short sums: PyTorch sorts the
-    ids and adds segments in a fixed order, without atomics.
+    ids, in half as many passes if they have half as many bits, and adds segments in a fixed order,
+    without atomics.
     """
     rows, columns = total.shape
     dtotal = torch.empty(total.shape, dtype=total.dtype, device=total.device)
@@ -172,6 +173,7 @@ def backward(
             C=columns, TYPES=types, DROPOUT=dropout_p > 0.0, **setting.launch(),
         )  # fmt: skip
     add_partials(partial, dweight, dbias, *dtoken_type.unbind())
-    dword = aten.embedding_dense_backward(dtotal, input_ids, words, padding_idx, False)
-    dposition = aten.embedding_dense_backward(dtotal, position_ids, position_rows, -1, False)
+    dense = aten.embedding_dense_backward
+    dword = dense(dtotal, input_ids.int(), words, padding_idx, False)
+    dposition = dense(dtotal, position_ids.int(), position_rows, -1, False)
     return dword, dposition, dtoken_type, dweight, dbias

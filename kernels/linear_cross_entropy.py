@@ -7,6 +7,9 @@ Shapes: h (R, C), W (V, C), bias (V,), l and u z (R, V), loss and u (R,) fp32. T
 cuBLAS's, on chunks of rows whose logits stay in the L2 cache; between them one kernel, one program
 a row, reads the logits twice and leaves u z in their place. Sums are fp32; u z is rounded once, to
 the operands' dtype. A label outside the vocabulary makes its loss NaN.
+
+Inside, V is a multiple of ALIGN. BERT's 30,522 words are no multiple of 8 numbers, and for such
+products cuBLAS has no Hopper kernel: it takes those of sm_80 that load two numbers at a time.
 """
 
 import torch
@@ -16,8 +19,8 @@ import triton.language as tl
 from tinybert_fast.kernels import configs
 from tinybert_fast.kernels.products import add_product, multiply_into
 
-# Rows of logits are multiples of so many numbers long: wide loads, aligned products. Beyond the
-# vocabulary the bias is -inf.
+# Words are added up to a multiple of so many: wide loads, aligned products. Their weights are 0 and
+# their bias is -inf.
 ALIGN = 16
 # A chunk's rows are a multiple too: its labels and losses then begin at a multiple of 16 bytes, as
 # those of the first chunk do, and the kernel is compiled once.
@@ -68,7 +71,7 @@ def _loss_kernel(
             offs_n = first + lanes
             z = tl.exp(_numbers(logits_ptr, bias_ptr, offs_n, width) - logsumexp)
             z -= smoothing / words + tl.where(offs_n == label, 1.0 - smoothing, 0.0)
-            # Zero beyond the vocabulary, even of a row that is NaN: the next chunk's row reads it.
+            # Zero beyond the vocabulary, even of a row that is NaN.
             # A mask by ``words``, which need be no multiple of ALIGN, would store one at a time.
             z = tl.where(offs_n < words, z * scale, 0.0).to(logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + offs_n, z, mask=offs_n < width)
@@ -82,27 +85,27 @@ def forward(
     """
     with_hidden, with_weight, with_bias = wanted
     words, count = weight.shape[0], len(labels)
-    selected, projection = hidden.index_select(0, rows), weight.to(hidden.dtype)
+    width = configs.cdiv(words, ALIGN) * ALIGN
+    selected, projection = hidden.index_select(0, rows), _padded(weight, width, hidden.dtype, 0.0)
     losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
     dselected = losses.new_empty(selected.shape if with_hidden else (0,))
-    dweight = losses.new_zeros(weight.shape if with_weight else (0,))
-    dbias = losses.new_zeros(words if with_bias else 0)
+    dweight = losses.new_zeros(projection.shape if with_weight else (0,))
+    dbias = losses.new_zeros(width if with_bias else 0)
     labels = labels.contiguous()
     if upstream is not None:
         upstream = upstream.float().contiguous()
-    width = configs.cdiv(words, ALIGN) * ALIGN
-    padded_bias = losses.new_full((width,), -torch.inf)
-    padded_bias[:words] = 0.0 if bias is None else bias
+    bias = losses.new_zeros(words) if bias is None else bias
+    bias = _padded(bias, width, torch.float32, -torch.inf)
     fitting = configs.L2_BYTES // (width * hidden.element_size())
     size = max(1, min(count, max(CHUNK, fitting // CHUNK * CHUNK)))
-    logits = hidden.new_zeros(size, width)  # what lies beyond the vocabulary has to be finite
+    logits = hidden.new_empty(size, width)
     for first in range(0, count, size):
         chunk = slice(first, min(first + size, count))
         some = selected[chunk]
-        z = logits[: len(some), :words]
+        z = logits[: len(some)]
         torch.mm(some, projection.mT, out=z)
         _loss_kernel[(len(some),)](
-            z, padded_bias, labels[chunk], None if upstream is None else upstream[chunk],
+            z, bias, labels[chunk], None if upstream is None else upstream[chunk],
             losses[chunk], words, width, ignore_index, label_smoothing,
             GRADIENTS=any(wanted), **configs.vocabulary(),
         )  # fmt: skip
@@ -114,4 +117,14 @@ def forward(
             dbias += z.sum(0, dtype=torch.float32)
     if with_hidden:
         dselected = losses.new_zeros(hidden.shape).index_add_(0, rows, dselected)
-    return losses, dselected, dweight, dbias
+    return losses, dselected, dweight[:words], dbias[:words]
+
+
+def _padded(x, rows, dtype, value):
+    """x in ``dtype``, followed by rows of ``value`` if it has fewer than ``rows``."""
+    if len(x) == rows:
+        return x.to(dtype).contiguous()
+    y = x.new_empty((rows, *x.shape[1:]), dtype=dtype)
+    y[: len(x)].copy_(x)
+    y[len(x) :].fill_(value)
+    return y

@@ -101,6 +101,20 @@ def test_chunks_are_aligned_alike(counted, device, sixteen_rows, monkeypatch):
     assert addresses[3] == addresses[4] == addresses[5]
 
 
+def test_products_are_of_whole_units(counted, device, monkeypatch):
+    """Of 101 words, as of BERT's 30,522, cuBLAS would load one or two numbers at a time."""
+    sizes = set()
+    for name in ("mm", "addmm"):
+
+        def recorded(*operands, product=getattr(torch, name), **options):
+            sizes.update(n for x in operands for n in x.shape)
+            return product(*operands, **options)
+
+        monkeypatch.setattr(torch, name, recorded)
+    linear_cross_entropy(9, 5, 32, 101, device=device).run(counted)
+    assert sizes == {5, 32, 112}
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_spoils_no_other(number, ignored, counted, device, sixteen_rows):
