@@ -1,5 +1,7 @@
 """linear_cross_entropy: values and gradients, gradcheck, contract, compilation, refusal."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,13 +106,13 @@ def test_chunks_are_aligned_alike(counted, device, sixteen_rows, monkeypatch):
 def test_products_are_of_whole_units(counted, device, monkeypatch):
     """Of 101 words, as of BERT's 30,522, cuBLAS would load one or two numbers at a time."""
     sizes = set()
+
+    def recorded(product, *operands, **options):
+        sizes.update(n for x in operands for n in x.shape)
+        return product(*operands, **options)
+
     for name in ("mm", "addmm"):
-
-        def recorded(*operands, product=getattr(torch, name), **options):
-            sizes.update(n for x in operands for n in x.shape)
-            return product(*operands, **options)
-
-        monkeypatch.setattr(torch, name, recorded)
+        monkeypatch.setattr(torch, name, partial(recorded, getattr(torch, name)))
     linear_cross_entropy(9, 5, 32, 101, device=device).run(counted)
     assert sizes == {5, 32, 112}
 
