@@ -4,6 +4,7 @@ runner.py      runs a suite: cases, printed table, files
 suites.py      which cases a suite has
 measuring.py   one case: what is done in which order, and its rows
 checking.py    values before speed: when there are no rows
+clocks.py      how long a call takes, with nobody else on the cores
 rounds.py      times in turns, and ratios
 cases/         one file per op or step: sizes, inputs, providers
 baselines/     what one would use otherwise: (a) as it comes, (b) as a careful user writes it

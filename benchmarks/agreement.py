@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL
+from tinybert_fast.benchmarks.clocks import BESIDE
 from tinybert_fast.benchmarks.table import Row, case_of, newest, read, runs
 
 WITHIN = 0.10  # that two runs of a suite are to agree within
@@ -131,6 +132,8 @@ def show(found: list[Spread], console: Any) -> None:
         if over
         else f"All agree within {WITHIN:.0%}."
     )
+    if (state := _state(found)) is not None:
+        lines.append(state)
     changed = dict.fromkeys(
         f"{name} {one.before[name]}, now {one.now[name]}"
         for name in CONDITIONS
@@ -141,6 +144,22 @@ def show(found: list[Spread], console: Any) -> None:
         lines.append(f"The runs are not of one code on one machine: {'; '.join(changed)}.")
     for line in lines:
         console.print(line, highlight=False)
+
+
+def _state(found: list[Spread]) -> str | None:
+    """Where the cores were not equally free: what is not the code's."""
+    unlike = []
+    for one in found:
+        pulses = [row.get("pulse_us") for row in (one.before, one.now)]
+        if all(pulses) and max(pulses) > BESIDE * min(pulses):
+            unlike.append(one)
+    if not unlike:
+        return None
+    over = sum(one.apart > WITHIN for one in unlike)
+    return (
+        f"{len(unlike)} of the ratios, {over} of those above {WITHIN:.0%}, are of runs of which "
+        f"one had free cores and the other had not (pulse_us differs by more than {BESIDE} times)."
+    )
 
 
 def _who(row: Row) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tinybert_fast.benchmarks.case import CAREFUL, OURS, Case
-from tinybert_fast.benchmarks.hardware import Clock
+from tinybert_fast.benchmarks.clocks import Clock
 from tinybert_fast.benchmarks.memory import QUIET
 
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
@@ -16,6 +15,7 @@ import torch
 
 import tinybert_fast
 from tinybert_fast.allocator import keeps_freed_memory
+from tinybert_fast.benchmarks.clocks import Clock
 
 Fact = str | int
 # Rows, inner size and columns of the product: on a CPU BERT-base's largest of 2,048 tokens, on a
@@ -23,7 +23,6 @@ Fact = str | int
 MATMUL = {"cpu": (2048, 768, 3072), "cuda": (8192, 8192, 8192)}
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes, many times the caches
 CEILING_RUNS = 5
-TUNING_RUNS, TUNING_SECONDS = 2, 0.2  # at least both, of each setting
 CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)*.md")  # as git's pathspecs
 
 
@@ -83,33 +82,6 @@ def copy_gbytes(device: torch.device) -> float:
 def _best(device: torch.device, call: Callable[[], object]) -> float:
     clock = Clock(device)
     return min(clock(call) for _ in range(CEILING_RUNS))
-
-
-class Clock:
-    """Seconds that a call takes: of the wall on a CPU, of the device on a GPU, by its events."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        torch.cuda.synchronize(self.device)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
-
-    def best(self, call: Callable[[], object]) -> float:
-        """The fastest of a few runs, of many where they are short."""
-        taken: list[float] = []
-        while len(taken) < TUNING_RUNS or sum(taken) < TUNING_SECONDS:
-            taken.append(self(call))
-        return min(taken)
 
 
 def usable_cores() -> int:

@@ -3,7 +3,8 @@
 1. each provider that has settings times them and keeps its fastest, by all sweeps so far (those
    far from it in two sweeps are out of the race);
 2. at dropout 0 the providers must agree in loss and gradients, or there are no rows (checking.py);
-3. warm-up, then rounds A B C A B C ...; a speed-up is the median of its rounds' ratios (rounds.py);
+3. warm-up, then rounds A B C A B C ..., on a CPU with nobody else on its cores (clocks.py); a
+   speed-up is the median of its rounds' ratios (rounds.py);
 4. on a GPU, calls of a single op are timed as CUDA graphs too, in rounds of their own; a graph of a
    whole step is a provider of its own;
 5. one more run of each under the allocation profiler gives its peak memory.
@@ -21,11 +22,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-
 from tinybert_fast.benchmarks.case import BASELINE, CAREFUL, CAREFUL_GRAPH, Case, Work
 from tinybert_fast.benchmarks.checking import check, may_miss
-from tinybert_fast.benchmarks.hardware import Clock, has_bf16
+from tinybert_fast.benchmarks.clocks import Clock
+from tinybert_fast.benchmarks.hardware import has_bf16
 from tinybert_fast.benchmarks.memory import peak_bytes
 from tinybert_fast.benchmarks.rounds import (
     SECONDS,
@@ -54,6 +54,7 @@ class Sweeps:
     """What the sweeps over a case gave so far."""
 
     count: int = 0
+    pulses: list[float] = field(default_factory=list)  # seconds, of each sweep
     left_out: dict[tuple[str, str], str] = field(default_factory=dict)  # (provider, dtype): why
     checked: set[tuple[str, str, str]] = field(default_factory=set)  # provider, setting, dtype
     errors: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
@@ -85,7 +86,7 @@ def measure(
     dtypes: tuple[str, ...],
     rounds: int | None,
     warm_up: int | None,
-    device: torch.device,
+    clock: Clock,
     common: dict[str, Any],
     say: Say = lambda _: None,
     ceilings: dict[str, dict[str, float]] | None = None,
@@ -96,7 +97,6 @@ def measure(
     that cannot run here are left out, and stderr says why. ``sweeps``: of this case, made anew,
     earlier in the run; this one is added."""
     sweeps = Sweeps() if sweeps is None else sweeps
-    clock = Clock(device)
     dtypes = case.dtypes or dtypes
     known = set(sweeps.left_out)
     tune(case, dtypes, clock, say, sweeps)
@@ -123,7 +123,10 @@ def measure(
         given = SECONDS_OF_OPS if case.optimizer == "none" else SECONDS
         fitting = repetitions(lanes, clock, case.calls, given)
         rounds, warm_up = rounds or fitting[0], warm_up or fitting[1]
+    clock.pulse()  # of what was before
     times = interleave(lanes, rounds, warm_up, clock, say, case.calls)
+    if (pulse := clock.pulse()) is not None:
+        sweeps.pulses.append(pulse)
     graphs = replays(lanes, case.calls, rounds, clock, say) if case.captured else {}
     for lane in lanes:
         provider, dtype = lane
@@ -134,7 +137,7 @@ def measure(
         if who not in sweeps.peaks:
             say(f"{provider.name} {dtype}: peak memory")
             run = partial(getattr(provider, "run_uncaptured", provider.run), dtype)
-            sweeps.peaks[who] = peak_bytes(run, device)
+            sweeps.peaks[who] = peak_bytes(run, clock.device)
             if hasattr(provider, "work"):
                 sweeps.work[who] = provider.work(dtype)
     sweeps.count += 1
@@ -238,6 +241,7 @@ def times_of(case: Case, who: Who, sweeps: Sweeps, ceiling: dict[str, float]) ->
         "setting": " / ".join(dict.fromkeys(sweeps.settings[who])),
         "sweeps": sweeps.count,
         "rounds": len(times[who]),
+        "pulse_us": digits(1e6 * statistics.median(sweeps.pulses)) if sweeps.pulses else None,
         "median_ms": digits(1e3 * median),
         "p20_ms": digits(1e3 * p20),
         "p80_ms": digits(1e3 * p80),

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from tinybert_fast.benchmarks.clocks import Clock
 from tinybert_fast.benchmarks.graphs import Replay
-from tinybert_fast.benchmarks.hardware import Clock
 
 ROUNDS = {"cpu": 10, "cuda": 50}
 WARM_UP = {"cpu": 1, "cuda": 20}

@@ -36,6 +36,7 @@ from tinybert_fast.benchmarks.case import (
     Setup,
     one_line,
 )
+from tinybert_fast.benchmarks.clocks import Clock, QuietClock
 from tinybert_fast.benchmarks.hardware import copy_gbytes, facts, has_bf16, matmul_gflops
 from tinybert_fast.benchmarks.measuring import Sweeps, inputs_of, measure, tried
 from tinybert_fast.benchmarks.rounds import ROUNDS, ROUNDS_SHORT, WARM_UP
@@ -144,6 +145,7 @@ def run_suite(
     try:
         common = {"suite": suite, **facts(setup.device)}
         ceilings = _ceilings(setup.device, dtypes)
+        clock = Clock(on) if smoke or on.type != "cpu" else QuietClock(free=_free(earlier, common))
         for first, name, case in _in_turn(builders, setup, sweeps, late):
             if isinstance(case, Exception):
                 failures.setdefault((name,), case)
@@ -159,7 +161,7 @@ def run_suite(
             try:
                 with _progress(case.title) as say, _stream(setup.device):
                     of_case[key] = measure(
-                        case, dtypes, rounds, warm_up, setup.device, common, say, ceilings,
+                        case, dtypes, rounds, warm_up, clock, common, say, ceilings,
                         found.setdefault(key, Sweeps()),
                     )  # fmt: skip
                     settings[key] = tried(case, found[key])
@@ -272,6 +274,17 @@ def _ceilings(device: torch.device, dtypes: tuple[str, ...]) -> dict[str, dict[s
         }
         for dtype in dtypes
     }
+
+
+def _free(earlier: list[Row], common: Row) -> float:
+    """Seconds of the fastest pulse that the same cores had in earlier rows."""
+    same = ("cpu", "cores", "threads")
+    pulses = [
+        row["pulse_us"]
+        for row in earlier
+        if row.get("pulse_us") and all(row[name] == common[name] for name in same)
+    ]
+    return 1e-6 * min(pulses, default=math.inf)
 
 
 def _stream(device: torch.device) -> Any:

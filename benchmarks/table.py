@@ -36,6 +36,8 @@ COLUMNS = {
     "setting": "what the provider chose by timing itself before the rounds",
     "sweeps": "over the whole suite, each with tensors made anew",
     "rounds": "interleaved repetitions of all sweeps: one run of every provider and dtype each",
+    "pulse_us": "CPU: what a computation that always takes the same time on free cores took before "
+    "these runs, median; beside somebody else on the cores 1.6 to 2 times as long (clocks.py)",
     "median_ms": "over the rounds",
     "p20_ms": "over the rounds",
     "p80_ms": "over the rounds",

@@ -87,6 +87,10 @@ def test_what_is_said(said):
         run(torch="2.12"), run(torch="2.13", commit="c2")
     )
     assert said(run(), run(batch=1)) == "Two runs: they have no ratio in common."
+    unlike = "3 of the ratios, 2 of those above 10%, are of runs of which one had free cores"
+    assert unlike in said(run(pulse_us=150.0), run(pulse_us=260.0, ours=3))
+    assert "free cores" not in said(run(pulse_us=150.0), run(pulse_us=160.0, ours=3))
+    assert "free cores" not in said(run(), run(pulse_us=160.0, ours=3))
 
 
 def test_a_run_against_the_one_before_it_in_the_same_file(tmp_path, capsys):

@@ -16,7 +16,7 @@ from tinybert_fast.benchmarks.baselines.distillation import Setting
 from tinybert_fast.benchmarks.baselines.plain_bert import Form
 from tinybert_fast.benchmarks.case import Setup
 from tinybert_fast.benchmarks.cases import distill_step, mlm_step
-from tinybert_fast.benchmarks.hardware import Clock
+from tinybert_fast.benchmarks.clocks import Clock
 from tinybert_fast.benchmarks.rounds import interleave, quantiles
 from tinybert_fast.integrations import TinyBertConfig
 from tinybert_fast.ops import dispatch

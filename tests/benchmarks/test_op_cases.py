@@ -27,9 +27,11 @@ from tinybert_fast.benchmarks.cases import (
     linear_cross_entropy,
 )
 from tinybert_fast.benchmarks.cases.op_case import compiled
+from tinybert_fast.benchmarks.clocks import Clock
 from tinybert_fast.benchmarks.op_call import Fastest, OpCall
 
 CPU = torch.device("cpu")
+CLOCK = Clock(CPU)
 SMOKE = Setup(CPU, smoke=True)
 
 
@@ -131,7 +133,7 @@ def test_the_reference_is_timed_beside_ours(monkeypatch):
         return op(*operands, impl=impl, **options)
 
     monkeypatch.setattr(dropout_add_layer_norm.ops, "dropout_add_layer_norm", noted)
-    ours, reference = measuring.measure(case, ("fp32",), 1, 1, CPU, {})[-2:]
+    ours, reference = measuring.measure(case, ("fp32",), 1, 1, CLOCK, {})[-2:]
     assert (ours["provider"], reference["provider"]) == ("ours", "reference")
     assert set(by) == {"auto", "reference"}
     assert reference["role"] == "reference"
@@ -203,7 +205,7 @@ def test_xformers_is_given_packed_rows_and_their_lengths(width, xformers):
     assert "xformers" in case.optional
     assert "xformers" not in case.providers[1].calls  # careful is what PyTorch has
     lengths = case.providers[-2].ops[""].args[0].lengths
-    rows = {row["provider"]: row for row in measuring.measure(case, ("fp32",), 1, 1, CPU, {})}
+    rows = {row["provider"]: row for row in measuring.measure(case, ("fp32",), 1, 1, CLOCK, {})}
     assert rows["xformers"]["setting"] == ("heads of 32" if width == 26 else "")
     assert rows["xformers"]["gradient_error"] < 1e-5
     served, scale = (32, 26**-0.5) if width == 26 else (64, None)
@@ -217,7 +219,7 @@ def test_xformers_is_given_packed_rows_and_their_lengths(width, xformers):
 def test_attention_goes_on_without_an_xformers_that_does_not_load(xformers, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     case = first(attention.CASES["attention_d64"])
-    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, {})
+    rows = measuring.measure(case, ("fp32",), 1, 1, CLOCK, {})
     assert [row["provider"] for row in rows] == ["sdpa", "careful", "ours", "reference"]
     assert "no xformers in fp32: import of xformers.ops halted" in capsys.readouterr().err
 
@@ -268,11 +270,11 @@ def test_an_optional_provider_is_left_out(theirs, says, capsys):
         for name, op in (("a", doubles), ("theirs", theirs), ("ours", doubles))
     ]
     case = case_of(*providers, optional=("theirs",))
-    rows = measuring.measure(case, ("fp32",), 2, 1, CPU, {})
+    rows = measuring.measure(case, ("fp32",), 2, 1, CLOCK, {})
     assert re.search(f"no theirs in fp32: .*{says}", capsys.readouterr().err)
     assert [row["provider"] for row in rows] == ["a", "ours"]
     with pytest.raises(RuntimeError, match=says):  # one that is asked for is an error
-        measuring.measure(case_of(*providers), ("fp32",), 2, 1, CPU, {})
+        measuring.measure(case_of(*providers), ("fp32",), 2, 1, CLOCK, {})
 
 
 def test_the_backward_of_attention_is_no_graph_of_its_own():

@@ -48,9 +48,11 @@ from tinybert_fast.benchmarks.cases import (
     scaling,
     step_case,
 )
+from tinybert_fast.benchmarks.clocks import Clock
 from tinybert_fast.ops.layout import SequenceLayout
 
 CPU = torch.device("cpu")
+CLOCK = Clock(CPU)
 SMOKE = Setup(CPU, smoke=True)
 
 
@@ -156,7 +158,7 @@ def test_growth_needs_two_widths():
 def test_checks_come_before_times_and_rows_say_what_they_found():
     log = []
     providers = [Fake("a", "a", log), Fake("b", "b", log), Fake("o", "ours", log, gradient=1.00001)]
-    rows = measuring.measure(fake_case(*providers), ("fp32",), 3, 1, CPU, facts())
+    rows = measuring.measure(fake_case(*providers), ("fp32",), 3, 1, CLOCK, facts())
     first_run = log.index("a")
     assert all(not word.startswith("check") for word in log[first_run:])
     assert [row["provider"] for row in rows] == ["a", "b", "o"]
@@ -180,7 +182,7 @@ def test_a_wrong_provider_is_never_timed(wrong, says):
     log = []
     case = fake_case(Fake("a", "a", log), Fake("o", "ours", log, **wrong))
     with pytest.raises(Disagreement, match=says):
-        measuring.measure(case, ("fp32",), 3, 1, CPU, facts())
+        measuring.measure(case, ("fp32",), 3, 1, CLOCK, facts())
     assert "o" not in log
 
 
@@ -326,7 +328,7 @@ def as_on_gpu(monkeypatch):
 )  # fmt: skip
 def test_steps_of_a_gpu_agree(as_on_gpu, capsys, name, providers):
     (case,) = suites.load_cases("step", on_gpu=True)[name](SMOKE)
-    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
+    rows = measuring.measure(case, ("fp32",), 1, 1, CLOCK, facts())
     assert not capsys.readouterr().err  # nobody was left out
     assert ", ".join(row["provider"] for row in rows) == providers
     roles = {row["provider"]: row["role"] for row in rows}
@@ -455,7 +457,7 @@ def test_who_cannot_run_is_left_out_aloud(as_on_gpu, capsys, monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(training_step, "Replay", refuse)
-    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
+    rows = measuring.measure(case, ("fp32",), 1, 1, CLOCK, facts())
     assert [row["provider"] for row in rows] == ["official", "careful", "ours"]
     said = capsys.readouterr().err
     assert "student_step_b256_n128_full N=16: no ours graph in fp32: capture: RuntimeError" in said
@@ -486,7 +488,7 @@ def test_without_its_reference_a_case_fails():
 
     case = fake_case(Absent("a", "a", []), Fake("o", "ours", []))
     with pytest.raises(Failed, match="'a', which others are held to, cannot run"):
-        measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
+        measuring.measure(case, ("fp32",), 1, 1, CLOCK, facts())
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(1e-3, (50, 20)), (0.1, (15, 3)), (1, (10, 3))])
@@ -804,7 +806,7 @@ def test_scaling_on_a_gpu_compiles_nothing(as_on_gpu, name):
     assert "compiled" not in " ".join(
         str(setting) for one in case.providers for setting in getattr(one, "step", one).settings
     )
-    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts())
+    rows = measuring.measure(case, ("fp32",), 1, 1, CLOCK, facts())
     assert len(rows) == 5
 
 
@@ -942,7 +944,7 @@ def test_sweeps_count_together_and_only_the_first_checks():
     for _ in range(2):
         providers = [Fake("a", "a", log), Fake("o", "ours", log)]
         rows = measuring.measure(
-            fake_case(*providers), ("fp32",), 3, 1, CPU, facts(), sweeps=sweeps
+            fake_case(*providers), ("fp32",), 3, 1, CLOCK, facts(), sweeps=sweeps
         )
     assert [(row["provider"], row["sweeps"], row["rounds"]) for row in rows] == [
         ("a", 2, 6),
@@ -996,11 +998,11 @@ def test_a_setting_far_from_the_fastest_in_two_sweeps_is_not_timed_again():
 def test_a_setting_chosen_in_a_later_sweep_is_checked():
     sweeps = measuring.Sweeps()
     providers = [Fake("a", "a", []), Fake("o", "ours", [])]
-    measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+    measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CLOCK, facts(), sweeps=sweeps)
     providers[1].setting = lambda dtype: "another"
     providers[1].loss = 3.0
     with pytest.raises(Disagreement):
-        measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+        measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CLOCK, facts(), sweeps=sweeps)
 
 
 def test_a_failure_in_a_later_sweep_leaves_the_rows_of_earlier_ones(tmp_path, monkeypatch):
@@ -1043,7 +1045,7 @@ def test_who_does_another_job_is_compared_with_nobody():
     ceilings = {"fp32": {"matmul_gflops": 1.0, "copy_gbytes": 100.0}}
     case = fake_case(Fake("a", "a", []), other)
     case.work = lambda dtype: Work(flops=1e9, bytes=1e9)
-    rows = measuring.measure(case, ("fp32",), 1, 1, CPU, facts(), ceilings=ceilings)
+    rows = measuring.measure(case, ("fp32",), 1, 1, CLOCK, facts(), ceilings=ceilings)
     assert [row["bound_ms"] for row in rows] == [1000.0, 10.0]
     assert [row["speedup_a"] for row in rows] == [1.0, None]
     assert rows[1]["of_bound"] == pytest.approx(10.0 / rows[1]["median_ms"], rel=1e-2)
@@ -1082,13 +1084,13 @@ def test_runs_take_copies_of_the_operands_in_turn(monkeypatch):
 def test_who_cannot_run_in_a_later_sweep_has_no_row():
     sweeps = measuring.Sweeps()
     providers = [Fake("a", "a", []), Fake("o", "ours", [])]
-    measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+    measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CLOCK, facts(), sweeps=sweeps)
 
     def refuse(dtype, seconds):
         raise Unavailable("not today")
 
     providers[1].tune = refuse
-    rows = measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CPU, facts(), sweeps=sweeps)
+    rows = measuring.measure(fake_case(*providers), ("fp32",), 1, 1, CLOCK, facts(), sweeps=sweeps)
     assert [row["provider"] for row in rows] == ["a"]
 
 
@@ -1119,7 +1121,7 @@ def test_passes_of_an_op():
     rows = [
         row
         for one in op_call.passes(case, "forward", "backward", "both")
-        for row in measuring.measure(one, ("fp32",), 2, 1, CPU, facts(), ceilings=ceilings)
+        for row in measuring.measure(one, ("fp32",), 2, 1, CLOCK, facts(), ceilings=ceilings)
     ]
     assert [row["pass"] for row in rows] == ["forward"] * 3 + ["backward"] * 3 + ["both"] * 3
     for row in rows:
