@@ -150,7 +150,7 @@ def _state(found: list[Spread]) -> str | None:
     """Where the cores were not equally free: what is not the code's."""
     unlike = []
     for one in found:
-        pulses = [row.get("pulse_us") for row in (one.before, one.now)]
+        pulses = [row["pulse_us"] for row in (one.before, one.now)]
         if all(pulses) and max(pulses) > BESIDE * min(pulses):
             unlike.append(one)
     if not unlike:

@@ -1,10 +1,10 @@
 """Seconds that a call takes.
 
-A machine in a cloud shares its cores. Somebody on the other half of one takes two fifths of its
-speed in all that is no matrix product, and nothing of that in one, for seconds or for minutes: a
-ratio of the two is then another one, however many rounds it is of. So on a CPU a call is timed when
-nobody is there, which a computation that always takes the same time, just before and just after the
-call, tells (`QuietClock`); rows say how long that took.
+A machine in a cloud shares its cores. For seconds or for minutes somebody on the other half of one
+makes transcendental functions up to twice as slow and a matrix product hardly slower: a ratio of
+calls with more and less of them is then another one, however many rounds it is of. So on a CPU a
+call is timed when nobody is there, which a computation that always takes the same time, just before
+and just after the call, tells (`QuietClock`); rows say how long that took.
 """
 
 from __future__ import annotations

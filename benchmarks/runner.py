@@ -282,7 +282,7 @@ def _free(earlier: list[Row], common: Row) -> float:
     pulses = [
         row["pulse_us"]
         for row in earlier
-        if row.get("pulse_us") and all(row[name] == common[name] for name in same)
+        if row["pulse_us"] and all(row[name] == common[name] for name in same)
     ]
     return 1e-6 * min(pulses, default=math.inf)
 

@@ -181,7 +181,7 @@ def head_loss(hidden: Tensor, labels: Tensor, dense: Any, norm: Any, decoder: An
 
 def whole_words(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """A decoder (V, C), (V,) with words that nobody predicts behind BERT's 30,522: of an aligned
-    number of them cuBLAS has Hopper kernels."""
+    number of them cuBLAS takes its Hopper kernels."""
     missing = -len(weight) % ALIGNED
     if not missing:
         return weight, bias

@@ -23,7 +23,7 @@ from tinybert_fast.benchmarks import (
     table,
     training_step,
 )
-from tinybert_fast.benchmarks.baselines import plain_bert, textbrewer
+from tinybert_fast.benchmarks.baselines import one_model, plain_bert, textbrewer
 from tinybert_fast.benchmarks.batches import draw_batch
 from tinybert_fast.benchmarks.breakdown import MATRIX_PRODUCTS, breakdown, show
 from tinybert_fast.benchmarks.case import (
@@ -993,6 +993,32 @@ def test_a_setting_far_from_the_fastest_in_two_sweeps_is_not_timed_again():
         measuring.tune(fake_case(provider), ("fp32",), clock, lambda text: None, sweeps)
     assert "".join(timed) == "xyz" * 2 + "xy" * 2
     assert at["setting"] == "x"
+
+
+def test_free_cores_are_those_of_earlier_rows_of_the_same():
+    common = {"cpu": "a", "cores": 2, "threads": 2}
+    rows = [
+        {**common, "pulse_us": 160.0},
+        {**common, "pulse_us": 150.0},
+        {**common, "pulse_us": None},
+        {**common, "threads": 1, "pulse_us": 90.0},
+        {**common, "cpu": "b", "pulse_us": 90.0},
+    ]
+    assert runner._free(rows, common) == pytest.approx(150e-6)
+    assert runner._free(rows[2:], common) == math.inf
+
+
+def test_words_that_nobody_predicts_change_nothing():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(6, 8), torch.randn(101, 8), torch.randn(101)
+    decoder, labels = (weight.requires_grad_(), bias.requires_grad_()), torch.randint(101, (6,))
+    assert [len(x) for x in one_model.whole_words(*decoder)] == [104, 104]
+    assert one_model.whole_words(weight[:96], bias[:96])[0].shape == (96, 8)
+    found = []
+    for words in (decoder, one_model.whole_words(*decoder)):
+        loss = F.cross_entropy(F.linear(hidden, *words), labels)
+        found.append((loss, *torch.autograd.grad(loss, decoder)))
+    torch.testing.assert_close(*found)
 
 
 def test_a_setting_chosen_in_a_later_sweep_is_checked():
