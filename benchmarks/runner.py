@@ -55,6 +55,7 @@ def run_suite(
     cases: Collection[str] = (),
     providers: Collection[str] = (),
     passes: Collection[str] = (),
+    widths: Collection[int] = (),
     dtype: str = "fp32",
     rounds: int | None = None,
     sweeps: int = 1,
@@ -84,6 +85,7 @@ def run_suite(
         providers: names of those to run, beside the one that others are held to; all by default,
             but for ops' references on a GPU.
         passes: "forward", "backward", "both": of ops, only these; all by default.
+        widths: tokens a sequence, N of the table: only cases of these; all by default.
         dtype: "fp32", "bf16" (autocast) or "both", which also compares across the two.
         rounds: repetitions in each sweep; by default 10 on a CPU (3 where bf16 is emulated); on a
             GPU what fits into SECONDS, from 10 to 50.
@@ -135,6 +137,7 @@ def run_suite(
     of_case: dict[Key, list[Row]] = {}
     settings: dict[Key, list[Row]] = {}
     failures: dict[Key, Exception] = {}
+    there: set[int] = set()  # widths
     rows: list[Row] = []
     begun = False  # to write
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -150,10 +153,14 @@ def run_suite(
             if isinstance(case, Exception):
                 failures.setdefault((name,), case)
                 continue
+            there.add(case.width)
+            if (passes and case.phase not in passes) or (widths and case.width not in widths):
+                del case
+                continue
             key = tuple(inputs_of(case).values())
             if first and (why := late()) is not None:
                 failures[key] = Failed(f"{case.title}: {why}")
-            if late() or key in failures or (passes and case.phase not in passes):
+            if late() or key in failures:
                 del case
                 continue
             if providers:
@@ -185,6 +192,9 @@ def run_suite(
                 file.write(rows)
     finally:
         torch.set_num_threads(before)
+    if widths and there.isdisjoint(widths) and not failures:
+        asked = ", ".join(map(str, widths))
+        raise ValueError(f"--width {asked}: these cases have {', '.join(map(str, sorted(there)))}")
     if rows:
         show(rows, console)
     if rows and earlier:

@@ -932,6 +932,15 @@ def test_only_some_passes():
     assert {row["pass"] for row in rows} == {"both"}
 
 
+def test_only_some_widths():
+    every = runner.run_suite("memory", smoke=True)
+    widths = sorted({row["width"] for row in every})
+    assert len(widths) > 1
+    rows = runner.run_suite("memory", smoke=True, widths=widths[:1])
+    assert {row["width"] for row in rows} == set(widths[:1])
+    assert len(rows) == sum(row["width"] == widths[0] for row in every)
+
+
 def test_no_case_begins_after_the_minutes(monkeypatch):
     ticks = iter(range(0, 10_000, 70))
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(ticks))
@@ -1169,6 +1178,7 @@ def test_passes_of_an_op():
         ({"dtype": "fp16"}, "--dtype 'fp16' is not one of fp32, bf16, both"),
         ({"rounds": 0}, "--rounds 0: at least 1"),
         ({"sweeps": 0}, "--sweeps 0: at least 1"),
+        ({"widths": [7, 77]}, "--width 7, 77: these cases have 16$"),
         ({"passes": ["back"]}, "--pass 'back' is not one of forward, backward, both"),
         ({"threads": 0}, "--threads 0: at least 1"),
         ({"dropout": 1.0}, "--dropout 1.0: a probability in"),

@@ -55,6 +55,10 @@ def bench(
             help="Of ops, only this pass: forward, backward or both; may be repeated.",
         ),
     ] = None,
+    width: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Only cases of so many tokens a sequence; may be repeated."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32",
     rounds: Annotated[
         int | None, typer.Option(help="Timed rounds; default depends on the device.")
@@ -122,11 +126,10 @@ def bench(
     PyTorch, others' kernels.
     """
     if tune:
-        files = (csv, plots, against)
-        if any(file is not None for file in files) or case or provider or passes or profile:
+        if any((csv, plots, against, case, provider, passes, width, profile)):
             raise ValueError(
                 "--tune writes settings and no rows: leave --csv, --plots, --against, --case, "
-                "--provider, --pass, --profile"
+                "--provider, --pass, --width, --profile"
             )
         _tune(head or (), minutes, json_file)
         return
@@ -142,6 +145,7 @@ def bench(
             cases=case or (),
             providers=provider or (),
             passes=passes or (),
+            widths=width or (),
             dtype=dtype,
             rounds=rounds,
             sweeps=sweeps,
