@@ -297,22 +297,27 @@ def read_tune(run: Run, text: str) -> str:
 
 def distil(run: Run, seconds: float) -> list[Command]:
     """General distillation, the teacher's fine-tuning, task distillation."""
-    if not (run.data / "teacher" / "config.json").is_file():
-        raise Skipped(f"no data; `python benchmarks/gpu_data.py {run.data}` makes it")
-    data, work = run.data, run.work
+    work = run.work
+    data = work / "data" if run.dry else run.data
+    if not run.dry and not (data / "teacher" / "config.json").is_file():
+        raise Skipped(f"no data; `python benchmarks/gpu_data.py {data}` makes it")
     student = "4l-312"
     matches = ["--matches", "0:0,1:2,2:3,3:5,4:6"]
     general, fitted, task = "--steps 150 --lr 5e-4", "--epochs 2", (
         "--intermediate-epochs 3 --intermediate-lr 3e-4 --prediction-epochs 2 --prediction-lr 1e-4"
     )  # fmt: skip
-    if (data / "student.json").is_file():  # gpu_data.py --tiny
+    how = ["--bf16"]
+    made: list[Command] = []
+    if run.dry:
         student, matches = str(data / "student.json"), []
         general, fitted = "--steps 2", "--epochs 1"
         task = "--intermediate-epochs 1 --prediction-epochs 1"
-    how = [] if run.dry else ["--bf16"]
+        how = []
+        made = [[sys.executable, "benchmarks/gpu_data.py", str(data), "--tiny"]]
     rows = ["--train", str(data / "train.csv"), "--dev", str(data / "dev.csv")]
     teacher, small, fine = str(data / "teacher"), str(work / "general"), str(work / "fine-tuned")
     return [
+        *made,
         [
             *PROGRAM, "distill", teacher, "--corpus", str(data / "sentences.txt"), "--student",
             student, *matches, "--init", "pca", *general.split(), *how, "-o", small,
@@ -611,7 +616,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--parts", help="only these, by commas")
     parser.add_argument("--offline", action="store_true", help="install without the network")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU")
-    parser.add_argument("--data", type=Path, default=DATA, help="what gpu_data.py has made")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="what gpu_data.py has made; a dry run makes its own"
+    )
     given = parser.parse_args(words)
     names = [part.name for part in PARTS]
     wanted = given.parts.split(",") if given.parts else names

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tinybert_fast.benchmarks import gpu_data, gpu_run, table
+from tinybert_fast.benchmarks import gpu_run, table
 from tinybert_fast.benchmarks.gpu_run import Outcome, Part, Run
 from tinybert_fast.benchmarks.suites import load_cases, selected
 
@@ -27,10 +27,9 @@ GPU = "NVIDIA H100 80GB HBM3"
 def rehearsed(tmp_path_factory):
     """OUT of a dry run of all parts, and what it printed."""
     folder = tmp_path_factory.mktemp("gpu")
-    gpu_data.make_tiny(folder / "data")
     out = folder / "out"
     done = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu.sh", out, "--dry-run", "--data", folder / "data"],
+        ["bash", ROOT / "benchmarks/gpu.sh", out, "--dry-run"],
         capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -182,7 +181,7 @@ def test_what_cannot_start_or_be_read_is_an_outcome(run):
 
 def test_without_data_distillation_says_how_to_make_it(run):
     part = next(part for part in gpu_run.PARTS if part.name == "distil")
-    outcome = gpu_run.execute(part, run, 5)
+    outcome = gpu_run.execute(part, replace(run, dry=False), 5)
     assert not outcome.failed
     assert "skipped: no data; `python benchmarks/gpu_data.py" in outcome.found
 
