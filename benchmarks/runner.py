@@ -192,9 +192,6 @@ def run_suite(
                 file.write(rows)
     finally:
         torch.set_num_threads(before)
-    if widths and there.isdisjoint(widths) and not failures:
-        asked = ", ".join(map(str, widths))
-        raise ValueError(f"--width {asked}: these cases have {', '.join(map(str, sorted(there)))}")
     if rows:
         show(rows, console)
     if rows and earlier:
@@ -212,6 +209,9 @@ def run_suite(
         raise errors[0]
     if errors:
         raise Failed("\n".join(map(one_line, errors))) from errors[0]
+    if not there.issuperset(widths):
+        asked, has = (", ".join(map(str, sorted(n))) for n in (set(widths) - there, there))
+        raise ValueError(f"--width {asked}: these cases have {has}")
     return rows
 
 

@@ -939,6 +939,8 @@ def test_only_some_widths():
     rows = runner.run_suite("memory", smoke=True, widths=widths[:1])
     assert {row["width"] for row in rows} == set(widths[:1])
     assert len(rows) == sum(row["width"] == widths[0] for row in every)
+    with pytest.raises(ValueError, match=r"^--width 77: these cases have "):
+        runner.run_suite("memory", smoke=True, widths=[widths[0], 77])
 
 
 def test_no_case_begins_after_the_minutes(monkeypatch):
