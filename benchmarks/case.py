@@ -14,7 +14,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE, CAREFUL, OURS = "a", "b", "ours"  # roles: as it comes, as a careful user writes it
 PASSES = ("forward", "backward", "both")
 REFERENCE = "reference"  # the role of an op by its definition
-CAREFUL_GRAPH = "careful graph"  # the role of the latter's whole step as a CUDA graph
+COMPILED = "careful compile"  # the role of the latter's step compiled
+CAREFUL_GRAPH = "careful graph"  # of the whole step as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Setup:
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether baselines are compiled too, each of which takes longer than a smoke run."""
+        return not self.smoke
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)

@@ -171,12 +171,15 @@ def tune(
 
     def seconds(provider: Any, dtype: str, call: Callable[[], Any]) -> float:
         """Of this sweep and those before, as one may be disturbed; what was far from the fastest
-        in two of them is not run again."""
+        in two of them is not run again. A first call, which may compile, is not timed."""
         who = Who(provider.name, provider.role, dtype)
-        tried = sweeps.tried.setdefault((who, provider.setting(dtype)), [])
+        setting = who, provider.setting(dtype)
+        tried = sweeps.tried.get(setting, [])
         all_tried = [t for (one, _), times in sweeps.tried.items() if one == who for t in times]
         if len(tried) < 2 or min(tried) < FAR * min(all_tried):
+            call()
             tried.append(clock.best(partial(in_a_row, call, case.calls)) / case.calls)
+            sweeps.tried[setting] = tried
         return statistics.median(tried)
 
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.

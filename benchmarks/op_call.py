@@ -229,7 +229,6 @@ def fastest(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # why a fused kernel does not serve
                 choose(setting)
-                provider.run(dtype)
                 times[setting] = seconds(lambda: provider.run(dtype))
         except RuntimeError as error:
             refusal = error

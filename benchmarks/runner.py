@@ -240,8 +240,7 @@ def _in_turn(
                 gc.collect()
                 if setup.on_gpu:
                     torch.cuda.empty_cache()
-            if setup.on_gpu:
-                torch.compiler.reset()  # of code compiled for this case's shapes
+            torch.compiler.reset()  # of code compiled for this case's shapes
 
 
 def _told(error: Exception, title: str) -> Exception:

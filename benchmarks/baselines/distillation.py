@@ -209,18 +209,24 @@ class Form(NamedTuple):
 class PlainStep(CarefulStep):
     """The careful step on plain_bert.py: nothing waits for the device, so that it can be captured;
     and compiled, but for the checks, whose dropout rate would be compiled for once more. The
-    direct form of the loss is tried with one bucket alone: which form is faster is a matter of the
-    length, and buckets change that little."""
+    direct form of the loss is tried with the fewest buckets alone: which form is faster is a matter
+    of the length, and buckets change that little."""
 
-    name = role = "careful plain"
-
-    def __init__(self, *args: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        name: str = "careful plain",
+        offered: plain_bert.Offer = plain_bert.forms,
+    ) -> None:
         super().__init__(*args)
+        self.name = self.role = name
+        found = offered(self.batches["timed"])
+        fewest = min(form.buckets for form in found)
         chosen_from: Any = tuple(
             Form(form.buckets, form.compiled, form.packed, score)
-            for form in plain_bert.forms(self.batches["timed"])
+            for form in found
             for score in SUMS
-            if score == "gram" or form.buckets == 1
+            if score == "gram" or form.buckets == fewest
         )
         self.settings = chosen_from
         self.checking = False
@@ -237,8 +243,8 @@ class PlainStep(CarefulStep):
 
     def sums(self, part: Batch, dtype: str, setting: Form) -> tuple[Tensor, Tensor]:
         compiled = setting.compiled and not self.checking
-        attention_term = compile_once(score_term) if compiled else score_term
-        hidden_term = compile_once(state_term) if compiled else state_term
+        attention_term = compile_once(score_term, self.device) if compiled else score_term
+        hidden_term = compile_once(state_term, self.device) if compiled else state_term
         with self.autocast(dtype):
             lesson = self.lesson(part, dtype)
             ours = encode(self.student, part, compiled=compiled, packed=setting.packed)
@@ -268,8 +274,8 @@ class PlainStep(CarefulStep):
 class KeptLessons:
     """Mixed into a step: its teacher is asked about a batch once, before anything is timed."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
         self._kept: dict[Any, Any] = {}
 
     def lesson(self, part: Any, *how: Any) -> Any:

@@ -6,6 +6,7 @@ A `Task` says which model, what labels it takes, and its loss from the states of
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tinybert_fast.benchmarks.baselines.plain_bert import (
     ALIGNED,
     Form,
+    Offer,
     available,
     compile_once,
     eager_forms,
@@ -89,7 +91,7 @@ class CarefulStep(TaskStep):
                     packed=setting.packed,
                     read=self.task.read(part),
                 )
-                compiler = compile_once if compiled else _eager
+                compiler = partial(compile_once, device=self.device) if compiled else _eager
                 loss = self.task.loss(model, states.hidden[-1], part, whole, compiler)
             loss.backward()
             total += loss.detach()
@@ -103,13 +105,10 @@ class PlainStep(CarefulStep):
     """The careful step compiled, but for the checks, whose dropout rate would be compiled for once
     more. Nothing waits for the device, so that it can be captured."""
 
-    def __init__(self, *args: Any, compiled_alone: bool = False) -> None:
+    def __init__(self, *args: Any, name: str = "careful plain", offered: Offer = forms) -> None:
         super().__init__(*args)
-        chosen_from = forms(self.batches["timed"])
-        if compiled_alone:
-            chosen_from = tuple(form for form in chosen_from if form.compiled and form.buckets == 1)
-        self.settings = chosen_from
-        self.name = self.role = "careful compile" if compiled_alone else "careful plain"
+        self.settings = offered(self.batches["timed"])
+        self.name = self.role = name
         self.checking = False
 
     def tune(self, dtype: str, seconds: Callable[[Callable[[], Any]], float]) -> None:

@@ -28,6 +28,7 @@ BACKEND = "inductor"
 MOST_SHAPES = (
     64  # of one function in a case: buckets, two models, dtypes, with and without gradients
 )
+ANY_SHAPE = None  # torch.compile's default: for the first shape it meets, then for any
 # Numbers: fused SDPA kernels with a mask, and FlashAttention, take head widths that divide by it.
 ALIGNED = 8
 LAYER = (
@@ -36,8 +37,10 @@ LAYER = (
 )  # fmt: skip
 
 
-# Length buckets tried of a batch with padding: a shape costs seconds of compilation, so few.
+# Length buckets tried of a batch with padding: a shape costs seconds of compilation, so few; on a
+# CPU one compilation serves all.
 COMPILED, EAGER = (1, 2), (4, 8)
+COMPILED_ON_CPU = (4, 8)
 # Where FlashAttention serves packed rows, by device and dtype: a CPU has no such operator in
 # PyTorch, and fp32 has no such kernel.
 PACKED = {("cuda", "bf16")}
@@ -58,6 +61,9 @@ class Form(NamedTuple):
         return "packed" if self.packed else f"length buckets: {self.buckets}"
 
 
+Offer = Callable[[Batch], tuple[Form, ...]]  # the forms that are tried of a batch
+
+
 def forms(batch: Batch) -> tuple[Form, ...]:
     """What is tried: everything compiled, or cut into more buckets than one compiles for."""
     if batch.is_full:
@@ -65,6 +71,18 @@ def forms(batch: Batch) -> tuple[Form, ...]:
     both = [*(Form(n, True) for n in COMPILED), *(Form(n, False) for n in EAGER)]
     fitting = (form for form in both if form.buckets <= len(batch.lengths))
     return (*fitting, Form(1, True, packed=True))
+
+
+def one_shape(batch: Batch) -> tuple[Form, ...]:
+    """What is tried with everything compiled and in one bucket."""
+    return tuple(form for form in forms(batch) if form.compiled and form.buckets == 1)
+
+
+def any_shape(batch: Batch) -> tuple[Form, ...]:
+    """What is tried with everything compiled on a CPU."""
+    if batch.is_full:
+        return (Form(1, True),)
+    return tuple(Form(n, True) for n in COMPILED_ON_CPU if n <= len(batch.lengths))
 
 
 def eager_forms(batch: Batch) -> tuple[Form, ...]:
@@ -153,7 +171,7 @@ def run_packed_layer(
     the numbers (R,) of these alone."""
     before, behind = project_packed, finish_packed
     if compiled:
-        before, behind = compile_once(before), compile_once(behind)
+        before, behind = (compile_once(half, hidden.device) for half in (before, behind))
     q, k, v = before(hidden, weights[:6], heads).unbind(1)
     size = hidden.shape[-1] // heads
     context = flash_varlen(cu_seqlens, longest, q, k, v, dropout_p=attention_p, scale=size**-0.5)
@@ -206,7 +224,7 @@ def encode(
     else:
         hidden = bert.embeddings(input_ids=batch.input_ids, token_type_ids=batch.token_type_ids)
         mask = None if batch.is_full else batch.attention_mask.bool()[:, None, None]  # (B, 1, 1, N)
-        run = partial(compile_once(run_layer) if compiled else run_layer, mask)
+        run = partial(compile_once(run_layer, hidden.device) if compiled else run_layer, mask)
     found = States([hidden], [], [])
     last = bert.encoder.layer[-1]
     for block in bert.encoder.layer:
@@ -243,12 +261,24 @@ def rate(dropout: Any) -> float:
 
 
 @cache
-def compile_once(function: Callable) -> Any:
-    """``function`` compiled for each set of shapes; what cannot be compiled whole raises."""
+def compile_once(function: Callable, device: torch.device) -> Any:
+    """``function`` compiled, on a GPU for each set of shapes, on a CPU for any from the second on;
+    what cannot be compiled whole raises."""
+    return _compile(function, dynamic=False if device.type == "cuda" else ANY_SHAPE)
+
+
+def compile_frozen(model: Any) -> Any:
+    """A model that only answers, compiled whole for a CPU: its weights are constants, which
+    Inductor packs beforehand as the products want them."""
+    return _compile(model, dynamic=ANY_SHAPE, options={"freezing": True})
+
+
+def _compile(what: Any, **how: Any) -> Any:
     from torch import _dynamo  # takes a second
 
     _dynamo.config.recompile_limit = MOST_SHAPES
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
+    _dynamo.config.specialize_float = True  # a dropout rate is none of the sizes that vary
+    return torch.compile(what, fullgraph=True, backend=BACKEND, **how)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def cases(setup: Setup, *, name: str, kind: str) -> Iterator[Case]:
         )
         trained, eager = 2 if kind == "qk" else 1, partial(autograd, kind)
         providers = [OpCall("autograd", BASELINE, eager, operands, trained)]
-        if setup.on_gpu:
+        if setup.compiles:
             providers.append(OpCall("compile", CAREFUL, compiled(eager), operands, trained))
         providers.append(OpCall("ours", OURS, partial(ours, kind), operands, trained))
         yield from op_case(

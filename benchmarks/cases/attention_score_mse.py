@@ -83,8 +83,8 @@ def case_of(
         draw(batch, length, heads, size) for size in (width, width, TEACHER_WIDTH, TEACHER_WIDTH)
     )
     careful = {"direct": direct, "gram": gram}
-    if setup.on_gpu:
-        careful["gram compiled"] = compiled(gram)
+    if setup.compiles:
+        careful |= {f"{form} compiled": compiled(call) for form, call in careful.items()}
     yield from op_case(
         name,
         setup,

@@ -33,8 +33,10 @@ from tinybert_fast.benchmarks.baselines.distillation import (
     OfficialStep,
     PlainStep,
 )
+from tinybert_fast.benchmarks.baselines.plain_bert import any_shape
 from tinybert_fast.benchmarks.batches import FILL, Batch, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import (
+    COMPILED,
     OURS,
     Case,
     Cases,
@@ -260,8 +262,12 @@ def cases(
         full = full.rows(list(range(max(1, min(batch, CHECKED_TOKENS // width)))))
     batches = {"timed": drawn, FULL: full} | ({} if every_position else {RAGGED: drawn})
 
-    def plain(step: Any) -> Any:
-        return step(_both(student, projection), sharing(teacher), batches, setup.dropout)
+    def plain(step: Any, **how: Any) -> Any:
+        return step(_both(student, projection), sharing(teacher), batches, setup.dropout, **how)
+
+    def compiled(step: Any) -> list[Any]:
+        """On a CPU; on a GPU it is a form of the step that is captured."""
+        return [plain(step, name=COMPILED, offered=any_shape)] if setup.compiles else []
 
     def fast(step: Any) -> Any:
         trained = _both(accelerate(copy.deepcopy(student)), projection)
@@ -277,7 +283,12 @@ def cases(
             GraphedStep("ours graph", fast(OurGpuStudentStep)),
         ]
     elif student_alone:
-        providers = [plain(OfficialStudentStep), plain(CarefulStudentStep), fast(OurStudentStep)]
+        providers = [
+            plain(OfficialStudentStep),
+            plain(CarefulStudentStep),
+            *compiled(PlainStudentStep),
+            fast(OurStudentStep),
+        ]
     elif setup.on_gpu:
         rounded = GraphedStep(FP8, fast(Fp8TeacherStep))
         providers = [
@@ -293,6 +304,7 @@ def cases(
         providers = [
             plain(OfficialStep),
             plain(CarefulStep),
+            *compiled(PlainStep),
             *others,
             fast(OurStep),
             fast(CachedStep),

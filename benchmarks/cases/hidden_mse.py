@@ -59,7 +59,7 @@ def cases(setup: Setup, *, name: str, columns: int) -> Iterator[Case]:
         draw(rows, TEACHER_WIDTH),
     )
     providers = [OpCall("autograd", BASELINE, autograd, operands, 3)]
-    if setup.on_gpu:
+    if setup.compiles:
         providers.append(OpCall("compile", CAREFUL, compiled(autograd), operands, 3))
     providers.append(OpCall("ours", OURS, ours, operands, 3))
     yield from op_case(

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinybert_fast.benchmarks.baselines.plain_bert import Form, encode, forms, spread
+from tinybert_fast.benchmarks.baselines.plain_bert import (
+    Form,
+    any_shape,
+    compile_frozen,
+    encode,
+    forms,
+    spread,
+)
 from tinybert_fast.benchmarks.batches import Batch, bucket_counts, draw_batch, draw_lengths
 from tinybert_fast.benchmarks.case import (
     BASELINE,
@@ -79,16 +86,20 @@ class Transformers:
 
 
 class Careful(Transformers):
-    """(b) Sorted by length and cut into trimmed buckets, as many as are fastest here; on a GPU also
-    compiled, in buckets or packed."""
+    """(b) Sorted by length and cut into trimmed buckets, as many as are fastest here; compiled too
+    if ``compiles``: on a CPU Transformers' model with its weights packed, on a GPU layers in
+    buckets or packed."""
 
     name, role = "careful", CAREFUL
 
-    def __init__(self, model: Any, batch: Batch) -> None:
+    def __init__(self, model: Any, batch: Batch, compiles: bool) -> None:
         super().__init__(model, batch)
+        self._frozen: dict[str, Any] = {}
         found = [Form(count, False) for count in bucket_counts(batch)]
-        if self.device.type == "cuda":
+        if compiles and self.device.type == "cuda":
             found += [form for form in forms(batch) if form.compiled]  # packed in bf16 alone
+        elif compiles:
+            found += any_shape(batch)
         self.forms = {str(form): form for form in found}
         self.parts = {count: batch.buckets(count) for count in {form.buckets for form in found}}
         self._chosen: dict[str, str] = {}
@@ -106,7 +117,9 @@ class Careful(Transformers):
     def run(self, dtype: str) -> list[tuple[Batch, Tensor]]:
         form = self.forms[self.setting(dtype)]
         model = self.model_in(dtype)
-        if not form.compiled:
+        if self.device.type == "cpu" and form.compiled:
+            model = self._frozen.setdefault(dtype, compile_frozen(model))
+        if self.device.type == "cpu" or not form.compiled:
             return [
                 (part, model(**part.inputs).last_hidden_state) for part in self.parts[form.buckets]
             ]
@@ -167,7 +180,7 @@ def cases(setup: Setup, *, name: str, model: str, batch: int, full: bool) -> Ite
     drawn = draw_batch(lengths, width, config.vocab_size, generator, setup.device)
     providers = [
         Transformers(bert, drawn),
-        Careful(sharing(bert), drawn),
+        Careful(sharing(bert), drawn, setup.compiles),
         Ours(accelerate(copy.deepcopy(bert)), drawn),
     ]
     yield Case(

@@ -84,7 +84,7 @@ def cases(setup: Setup, *, name: str, columns: int) -> Iterator[Case]:
         rows.to(setup.device),
         labels.to(setup.device),
     )
-    careful = {"eager": labelled, "compiled": compiled(labelled)} if setup.on_gpu else labelled
+    careful = {"eager": labelled, "compiled": compiled(labelled)} if setup.compiles else labelled
     packages = {
         "liger": (liger, has_kernels(setup, "liger_kernel")),
         "cce": (cce, has_kernels(setup, "cut_cross_entropy")),

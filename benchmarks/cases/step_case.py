@@ -18,8 +18,9 @@ from tinybert_fast.benchmarks.baselines.one_model import (
     TaskStep,
     TransformersStep,
 )
+from tinybert_fast.benchmarks.baselines.plain_bert import any_shape, one_shape
 from tinybert_fast.benchmarks.batches import FILL, draw_batch, draw_lengths
-from tinybert_fast.benchmarks.case import OURS, Case, Check, Setup, Work
+from tinybert_fast.benchmarks.case import COMPILED, OURS, Case, Check, Setup, Work
 from tinybert_fast.benchmarks.training_step import OPTIMIZER, GraphedStep
 from tinybert_fast.integrations import TinyBertConfig, accelerate
 
@@ -55,7 +56,7 @@ def step_case(
     drawn = draw_batch(lengths, width, model.config.vocab_size, generator, setup.device)
     common = {"timed": drawn, RAGGED: drawn}, setup.dropout
 
-    def plain(step: Any, **how: bool) -> Any:
+    def plain(step: Any, **how: Any) -> Any:
         return step(task, copy.deepcopy(model), *common, **how)
 
     def fast() -> Any:
@@ -64,12 +65,14 @@ def step_case(
     providers = [plain(TransformersStep), plain(CarefulStep)]
     if setup.on_gpu:
         providers += [
-            plain(PlainStep, compiled_alone=True),
+            plain(PlainStep, name=COMPILED, offered=one_shape),
             GraphedStep("careful graph", plain(PlainStep)),
             fast(),
             GraphedStep("ours graph", fast()),
         ]
     else:
+        if setup.compiles:
+            providers.append(plain(PlainStep, name=COMPILED, offered=any_shape))
         providers.append(fast())
     yield Case(
         name=name,

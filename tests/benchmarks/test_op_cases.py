@@ -244,14 +244,19 @@ def test_the_fastest_of_several_calls():
     }
     # Settings of "adds", then itself, then "multiplies", then the chosen one's settings anew.
     took = itertools.cycle([3.0, 1.0, 2.0, 4.0, 3.0, 1.0])
+
+    def seconds(call):
+        call()
+        return next(took)
+
     for phase in ("forward", "backward", "both"):
         provider = Fastest("careful", "b", calls).of(phase)
-        provider.tune("fp32", lambda call: next(took))
+        provider.tune("fp32", seconds)
         assert provider.setting("fp32") == "adds, again"
         provider.run("fp32")
         assert torch.equal(provider.outcome("", "fp32").loss, 2 * x)
     with pytest.raises(RuntimeError, match="no kernel"):
-        Fastest("none", "b", {"refuses": calls["refuses"]}).tune("fp32", lambda call: 1.0)
+        Fastest("none", "b", {"refuses": calls["refuses"]}).tune("fp32", seconds)
 
 
 @pytest.mark.parametrize(

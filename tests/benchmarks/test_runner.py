@@ -368,6 +368,45 @@ def test_every_setting_of_the_baselines_agrees(as_on_gpu, name, packed, dtype):
             assert checking.check(case, dtype).keys() == {provider.name}, setting
 
 
+@pytest.fixture
+def compiles(monkeypatch):
+    """Baselines are compiled as in a run at full size, but without a code generator."""
+    monkeypatch.setattr(Setup, "compiles", True)
+    monkeypatch.setattr(plain_bert, "BACKEND", "eager")
+    plain_bert.compile_once.cache_clear()
+    yield
+    plain_bert.compile_once.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", list(suites.load_cases("step")))
+def test_compiled_steps_of_a_cpu_agree(compiles, name, dtype):
+    """What is timed, at dropout 0, where the check of the runner is uncompiled."""
+    (case,) = suites.load_cases("step")[name](replace(SMOKE, dropout=0.0))
+    providers = {one.name: one for one in case.providers}
+    step, careful = providers["careful compile"], providers["careful"]
+    expected = careful.outcome("timed", dtype)
+    assert all(setting.compiled for setting in step.settings)
+    for setting in step.settings:
+        step.choose(dtype, setting)
+        loss = step._gradients("timed", dtype)
+        found = {n: p.grad for n, p in step.trained.named_parameters() if p.grad is not None}
+        errors, worst = checking.errors_between(expected, Outcome(float(loss), found))
+        assert max(errors) < (1e-4 if dtype == "fp32" else 0.03), (setting, worst)
+        step.optimizer.zero_grad(set_to_none=True)
+
+
+def test_a_compiled_step_is_a_provider(compiles, capsys):
+    (case,) = suites.load_cases("step")["mlm_step"](SMOKE)
+    rows = {
+        row["provider"]: row for row in measuring.measure(case, ("fp32",), 1, 1, CLOCK, facts())
+    }
+    assert list(rows) == ["transformers", "careful", "careful compile", "ours"]
+    assert rows["careful compile"]["setting"] == "length buckets: 4, compiled"
+    assert not capsys.readouterr().err
+
+
 def test_packed_rows_are_tried_where_flash_attention_serves_them(as_on_gpu, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(Setup, "on_gpu", True)
@@ -731,6 +770,21 @@ def test_answers_of_all_providers_agree(name, dtype):
     for form in careful.forms:
         careful._chosen[dtype] = form
         assert checking.check(case, dtype).keys() == {"careful", "ours"}
+
+
+@pytest.mark.parametrize("name", ["inference_4l_312_b1", "inference_4l_312_b32"])
+def test_compiled_answers_of_a_cpu_agree(monkeypatch, name):
+    """With Inductor, which packs the weights."""
+    monkeypatch.setattr(Setup, "compiles", True)
+    (case,) = suites.load_cases("inference")[name](SMOKE)
+    careful = case.providers[1]
+    forms = [form for form in careful.forms if "compiled" in form]
+    assert forms
+    for form in forms:
+        careful._chosen["bf16"] = form
+        assert checking.check(case, "bf16").keys() == {"careful", "ours"}
+    assert torch._dynamo.utils.counters["inductor"]["mkldnn_linear_weight_pack_matcher_count"] > 0
+    torch.compiler.reset()
 
 
 def test_answers_as_on_a_gpu_agree(as_on_gpu, monkeypatch):
