@@ -80,9 +80,8 @@ def one_shape(batch: Batch) -> tuple[Form, ...]:
 
 def any_shape(batch: Batch) -> tuple[Form, ...]:
     """What is tried with everything compiled on a CPU."""
-    if batch.is_full:
-        return (Form(1, True),)
-    return tuple(Form(n, True) for n in COMPILED_ON_CPU if n <= len(batch.lengths))
+    counts = (1,) if batch.is_full else COMPILED_ON_CPU
+    return tuple(Form(n, True) for n in dict.fromkeys(min(n, len(batch.lengths)) for n in counts))
 
 
 def eager_forms(batch: Batch) -> tuple[Form, ...]:
