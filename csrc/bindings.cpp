@@ -6,6 +6,7 @@
 #include "attention_relation_kl.h"
 #include "attention_score_mse.h"
 #include "block_mask.h"
+#include "cross_entropy.h"
 #include "dropout_mask.h"
 #include "entries.h"
 #include "isa.h"
@@ -56,6 +57,13 @@ tbf::AttentionRelationKl attention_relation_kl(tbf::Heads a, tbf::Heads b, tbf::
   return {a,         b,      c,     d,     itself,        at<const int32_t>(cu_seqlens),
           sequences, tokens, heads, width, teacher_width, bf16,
           gradients};
+}
+
+tbf::CrossEntropy cross_entropy(Address logits, Address bias, Address labels, Address weights,
+                                int64_t rows, int64_t words, int64_t row, float smoothing,
+                                bool bf16, bool gradients) {
+  return {at<void>(logits), at<const float>(bias), at<const int64_t>(labels),
+          at<const float>(weights), rows, words, row, smoothing, bf16, gradients};
 }
 
 tbf::MlmMask mlm_mask(Address ids, int64_t batch, int64_t width, Address special,
@@ -189,6 +197,15 @@ PYBIND11_MODULE(_native, m) {
                                        threads);
       },
       "call"_a, "loss"_a, "da"_a, "db"_a, "threads"_a, unlocked);
+  py::class_<tbf::CrossEntropy>(m, "CrossEntropy")
+      .def(py::init(&cross_entropy), py::kw_only(), "logits"_a, "bias"_a, "labels"_a, "weights"_a,
+           "rows"_a, "words"_a, "row"_a, "smoothing"_a, "bf16"_a, "gradients"_a);
+  m.def(
+      "cross_entropy_cpu",
+      [](const tbf::CrossEntropy& call, Address losses, Address dbias, int threads) {
+        tbf::cross_entropy_cpu(call, at<float>(losses), at<float>(dbias), threads);
+      },
+      "call"_a, "losses"_a, "dbias"_a, "threads"_a, unlocked);
   m.def(
       "exponential_cpu",
       [](Address x, int64_t count, Address out) {

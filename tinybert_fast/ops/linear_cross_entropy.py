@@ -26,6 +26,7 @@ from tinybert_fast.reference.linear_cross_entropy import linear_cross_entropy as
 LIMITS = Limits(
     "linear_cross_entropy",
     torch=Limit(FLOATS_AND_DOUBLE),
+    native=Limit(FLOATS_AND_DOUBLE, ("cpu",)),  # in fp64 and fp16: PyTorch
     triton=Limit(FLOATS, TRITON_DEVICES),
 )
 REDUCTIONS = ("mean", "sum", "none")
@@ -45,9 +46,10 @@ _forward = define(
     " Tensor labels, int ignore_index, float label_smoothing, Tensor? upstream)"
     " -> (Tensor losses, Tensor dhidden, Tensor dweight, Tensor dbias)",
     fake=_fake,
-    sparing=("torch", "triton"),
+    sparing=("torch", "native", "triton"),
     flops=_flops,
     torch="tinybert_fast.tuned.linear_cross_entropy:forward",
+    native="tinybert_fast.tuned.linear_cross_entropy:forward_native",
     triton="tinybert_fast.kernels.linear_cross_entropy:forward",
 )
 

@@ -248,6 +248,41 @@ def attention_relation_kl(a, b, c, d, cu_seqlens, gradients: bool) -> tuple[Tens
     return total, da, db
 
 
+def cross_entropy(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    smoothing: float,
+    gradients: bool,
+    dbias: Tensor | None,
+) -> Tensor:
+    """fp32 or bf16 (R, V) on the CPU, whose rows lie together, before their bias (V,) -> unweighted
+    losses (R,). With ``gradients`` those of the weighted ones take the place of the logits, and
+    their sum over the rows is added to ``dbias`` (V,).
+    """
+    losses = torch.empty(len(logits), dtype=torch.float32, device="cpu")
+    if not logits.is_cpu or logits.stride(1) != 1:
+        raise ValueError(
+            "the compiled module runs on cpu and reads rows of stride 1; got some on "
+            f"{logits.device} of stride {logits.stride(1)}"
+        )
+    call = module().CrossEntropy(
+        logits=logits.data_ptr(),
+        bias=_at(bias),
+        labels=_at(labels),
+        weights=_at(weights),
+        rows=len(logits),
+        words=logits.shape[1],
+        row=logits.stride(0),
+        smoothing=smoothing,
+        bf16=logits.dtype == torch.bfloat16,
+        gradients=gradients,
+    )
+    _run("cross_entropy", logits.device, call, _at(losses), _at(dbias))
+    return losses
+
+
 def _heads(x: Tensor) -> Any:
     """Address and strides of (T, H, D) on the CPU, whose heads lie together."""
     together = x.stride(-1) == 1 or x.shape[-1] == 1 or not x.numel()
