@@ -17,7 +17,7 @@ struct CrossEntropy {
   void* logits;  // (rows, words), `row` numbers from one to the next
   const float* bias;      // (words,), or null
   const int64_t* labels;  // (rows,), 0..words-1
-  const float* weights;   // (rows,)
+  const float* weights;   // (rows,); of 0: no loss and no gradient, whatever the logits
   int64_t rows, words, row;
   float smoothing;
   bool bf16;       // else fp32: the logits

@@ -103,6 +103,10 @@ float cross_entropy_row_as(const CrossEntropy& call, int64_t i, int64_t padded, 
   Number* const row = static_cast<Number*>(call.logits) + i * call.row;
   const int64_t V = call.words, label = call.labels[i];
   const float u = call.weights[i], s = call.smoothing;
+  if (u == 0.0f) {
+    if (call.gradients) std::memset(row, 0, size_t(V) * sizeof(Number));
+    return 0.0f;
+  }
   const float largest = take_row(row, call.bias, V, padded, x);
   const double of_label = double(x[label]), mean = s == 0.0f ? 0.0 : sum_of(x, V) / double(V);
   const double total = exponentials(x, padded, largest);

@@ -60,6 +60,7 @@ def pytest_generate_tests(metafunc):
 
     fast: each fast implementation of the file's op; impl: the reference too; exact: those of them
     that take fp64; counted: kernels, which drop the reference's cells (torch draws its own);
+    kernel: Triton's;
     on_cpu: those that take CPU tensors, whatever device there is, for what stops a GPU.
     """
     op = op_of(metafunc.module)
@@ -78,6 +79,7 @@ def pytest_generate_tests(metafunc):
         "on_cpu": [i for i in (*fast, "reference") if serves(op, i, on_cpu, "cpu")],
         # Absent ones are left out below: no parameter at all would be a skipped test.
         "counted": [i for i in ("triton", "native") if getattr(dispatch.OPS[op], i) is not None],
+        "kernel": ["triton"],
     }
     for name in named.keys() & set(metafunc.fixturenames):
         metafunc.parametrize(name, named[name])
@@ -105,7 +107,7 @@ def can_run(item):
     op = given.get("op", op_of(item.module))
     if op not in dispatch.OPS:
         return True
-    parameters = ("fast", "impl", "exact", "counted")
+    parameters = ("fast", "impl", "exact", "counted", "kernel")
     names = {given.get(name) for name in parameters} & set(dispatch.FASTEST_FIRST)
     if "torch" in names and item.get_closest_marker("same_mask") and draws_from_the_device(op):
         rate = given["variant"].get("dropout_p", 0.0) if "variant" in given else 1.0

@@ -75,35 +75,35 @@ def sixteen_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_chunks_of_a_kernel(reduction, counted, device, sixteen_rows):
+def test_chunks_of_a_kernel(reduction, kernel, device, sixteen_rows):
     """Two of 16 rows and one of what is left."""
     case = linear_cross_entropy(9, 37, 312, 101, reduction=reduction, device=device)
-    assert_within_budget(case, counted)
+    assert_within_budget(case, kernel)
 
 
-def test_chunks_are_aligned_alike(counted, device, sixteen_rows, monkeypatch):
+def test_chunks_are_aligned_alike(kernel, device, sixteen_rows, monkeypatch):
     """Or Triton would compile the kernel again for the labels and losses of the second one."""
     from tinybert_fast.kernels import linear_cross_entropy as kernels
 
-    kernel, addresses = kernels._loss_kernel, []
+    launched, addresses = kernels._loss_kernel, []
 
     class Recorded:
         def __getitem__(self, grid):
             def launch(*operands, **constants):
                 tensors = [x for x in operands if isinstance(x, torch.Tensor)]
                 addresses.append([x.data_ptr() % 16 for x in tensors])
-                kernel[grid](*operands, **constants)
+                launched[grid](*operands, **constants)
 
             return launch
 
     monkeypatch.setattr(kernels, "_loss_kernel", Recorded())
-    linear_cross_entropy(9, 37, 8, 101, reduction="none", device=device).run(counted)
+    linear_cross_entropy(9, 37, 8, 101, reduction="none", device=device).run(kernel)
     assert len(addresses) == 2 * 3  # chunks of the forward, then of the backward
     assert addresses[0] == addresses[1] == addresses[2]
     assert addresses[3] == addresses[4] == addresses[5]
 
 
-def test_products_are_of_whole_units(counted, device, monkeypatch):
+def test_products_are_of_whole_units(kernel, device, monkeypatch):
     """Of 101 words, as of BERT's 30,522, cuBLAS would load one or two numbers at a time."""
     sizes = set()
 
@@ -113,7 +113,7 @@ def test_products_are_of_whole_units(counted, device, monkeypatch):
 
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, partial(recorded, getattr(torch, name)))
-    linear_cross_entropy(9, 5, 32, 101, device=device).run(counted)
+    linear_cross_entropy(9, 5, 32, 101, device=device).run(kernel)
     assert sizes == {5, 32, 112}
 
 
@@ -136,14 +136,14 @@ def test_a_row_that_is_not_finite_spoils_no_other(number, ignored, counted, devi
     assert hidden.grad[fine].isfinite().all()
 
 
-def test_gradient_of_the_weight_is_summed_in_fp32(counted, device, sixteen_rows):
+def test_gradient_of_the_weight_is_summed_in_fp32(kernel, device, sixteen_rows):
     """What a chunk adds for words that label no row may lie below fp16's normal numbers."""
     dtype = {"dtype": torch.float16, "device": device}
     hidden, weight = normal((37, 8), 0, **dtype) * 2.0**-14, normal((101, 8), 1).to(device)
     rows = torch.arange(37, device=device)
     operands = (weight.requires_grad_(), None, rows, rows)
     found = []
-    for own, impl in ((hidden, counted), (hidden.double(), "reference")):
+    for own, impl in ((hidden, kernel), (hidden.double(), "reference")):
         loss = ops.linear_cross_entropy(own, *operands, reduction="sum", impl=impl)
         (gradient,) = torch.autograd.grad(loss, weight)
         found.append(gradient[37:].double())
@@ -245,11 +245,11 @@ def test_label_out_of_range(label):
 
 
 @pytest.mark.parametrize("label", [7, -1])
-def test_label_that_a_kernel_cannot_refuse(label, counted, device):
+def test_label_that_a_kernel_cannot_refuse(label, kernel, device):
     """Whoever waited for the GPU to look at labels would lose more than the head takes."""
     case = linear_cross_entropy(9, 5, 8, 7, device=device, reduction="none")
     case.operands[4][1] = label
-    losses = ops.linear_cross_entropy(*case.operands, **case.options, impl=counted)
+    losses = ops.linear_cross_entropy(*case.operands, **case.options, impl=kernel)
     assert losses.isnan().tolist() == [False, True, False, False, False]
 
 

@@ -23,11 +23,12 @@ def forward(
     E is 0 in rows that are ``dead``, bool (rows,); with another ``n`` it is no mean.
     """
     narrow, wide = student.dtype, torch.promote_types(student.dtype, torch.float32)
-    projected = student
-    if weight is not None:
+    if weight is None:
+        error = student.to(wide) - teacher
+    else:
         weight = weight.to(narrow)
-        projected = F.linear(student, weight, None if bias is None else bias.to(narrow))
-    error = projected.to(wide) - teacher
+        error = F.linear(student, weight, None if bias is None else bias.to(narrow)).to(wide)
+        error.sub_(teacher)
     if dead is not None:
         error.masked_fill_(dead[:, None], 0.0)
     n = max(error.numel(), 1) if n is None else n
@@ -38,10 +39,11 @@ def forward(
         return loss, dstudent, dweight, dbias
     if weight is None:
         return loss, error.mul_(2.0 / n), dweight, dbias
-    # E is O(1) and 2 / n may be 1e-6: fp16 holds the products of E over the root of its rows.
-    root = max(len(error), 1) ** 0.5
-    factor = 2.0 * root / n
-    error = error.div_(root)
+    factor = 2.0 / n
+    if narrow == torch.float16:
+        # E is O(1) and 2 / n may be 1e-6: fp16 holds the products of E over the root of its rows.
+        root = max(len(error), 1) ** 0.5
+        error, factor = error.div_(root), factor * root
     if wanted[2]:
         dbias = error.sum(0).mul_(factor)
     error = error.to(narrow)
