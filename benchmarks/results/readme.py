@@ -645,7 +645,7 @@ def baselines(page: Path) -> str:
     """Whoever is neither ours nor (a), with the settings that it chose from."""
     lines, files = [], []
     for machine in (CPU, *GPUS):
-        for suite in ("step", "ops"):
+        for suite in ("step", "ops", "inference"):
             file = RESULTS / f"{suite}-{machine}.csv"
             if not file.exists():
                 continue
