@@ -24,7 +24,7 @@ struct CrossEntropy {
   bool gradients;  // else the losses alone
 };
 
-// losses (rows,) are not weighted. dbias (words,) is added to, or null.
+// losses (rows,) are not multiplied by the weights. dbias (words,) is added to, or null.
 void cross_entropy_cpu(const CrossEntropy& call, float* losses, float* dbias, int threads);
 
 }  // namespace tbf

@@ -37,10 +37,7 @@ def forward(
     with_hidden, with_weight, with_bias = wanted
     narrow, wide = hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)
     words = weight.shape[0]
-    live = labels != ignore_index
-    targets = torch.where(live, labels, 0)[:, None]
-    _check(targets, words)
-    scale = live.to(wide) if upstream is None else upstream.to(wide) * live
+    live, targets, scale = _targets(labels, ignore_index, words, upstream, wide)
     selected = hidden.index_select(0, rows)
     projection = weight.to(narrow)
     losses = hidden.new_empty(len(labels), dtype=wide)
@@ -55,7 +52,7 @@ def forward(
     logits[:, words:] = -torch.inf
     for first in range(0, len(labels), size):
         chunk = slice(first, min(first + size, len(labels)))
-        some, target, weights = selected[chunk], targets[chunk], scale[chunk, None]
+        some, target, weights = selected[chunk], targets[chunk, None], scale[chunk, None]
         x, y = logits[: len(some)], log_probabilities[: len(some)]
         cells = x[:, :words]
         if narrow == wide:
@@ -110,10 +107,7 @@ def forward_native(
         return forward(
             hidden, weight, bias, rows, labels, ignore_index, label_smoothing, upstream, wanted
         )
-    live = labels != ignore_index
-    targets = torch.where(live, labels, 0)
-    _check(targets, words)
-    weights = live.float() if upstream is None else upstream.float() * live
+    _, targets, scale = _targets(labels, ignore_index, words, upstream, torch.float32)
     selected = hidden.index_select(0, rows)
     projection = weight.to(narrow)
     losses = hidden.new_empty(len(labels), dtype=torch.float32)
@@ -136,7 +130,7 @@ def forward_native(
         else:
             torch.mm(some, projection.mT, out=z)
         losses[chunk] = native.cross_entropy(
-            z, added, targets[chunk], weights[chunk], label_smoothing, any(wanted),
+            z, added, targets[chunk], scale[chunk], label_smoothing, any(wanted),
             dbias if with_bias else None,
         )  # fmt: skip
         if with_hidden:
@@ -159,13 +153,18 @@ def _balanced(count: int, most: int) -> int:
     return max(1, -(-count // chunks))
 
 
-def _check(targets: Tensor, words: int) -> None:
-    """On a GPU nobody waits to look; there PyTorch's own kernels stop."""
-    if targets.device.type != "cpu" or not targets.numel():
-        return
-    low, high = torch.stack(targets.aminmax()).tolist()
-    if low < 0 or high >= words:
-        raise ValueError(
-            f"linear_cross_entropy: label {low if low < 0 else high} is outside the vocabulary of "
-            f"{words}; expected 0 to {words - 1}, or ignore_index"
-        )
+def _targets(labels: Tensor, ignore_index: int, words: int, upstream: Tensor | None, dtype):
+    """-> whether a row counts; its label, 0 if not; its upstream gradient u, 0 if not: (R,) each.
+
+    On a GPU nobody waits to look at labels; there PyTorch's own kernels stop.
+    """
+    live = labels != ignore_index
+    targets = torch.where(live, labels, 0)
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = torch.stack(targets.aminmax()).tolist()
+        if low < 0 or high >= words:
+            raise ValueError(
+                f"linear_cross_entropy: label {low if low < 0 else high} is outside the vocabulary "
+                f"of {words}; expected 0 to {words - 1}, or ignore_index"
+            )
+    return live, targets, live.to(dtype) if upstream is None else upstream.to(dtype) * live
