@@ -170,8 +170,9 @@ def tune(
     """Every provider keeps its fastest setting; who can't run is left out."""
 
     def seconds(provider: Any, dtype: str, call: Callable[[], Any]) -> float:
-        """Of this sweep and those before, as one may be disturbed; what was far from the fastest
-        in two of them is not run again. A first call, which may compile, is not timed."""
+        """Of this sweep and those before, as one may be disturbed, which only adds: of two the
+        lower; what was far from the fastest in two of them is not run again. A first call, which
+        may compile, is not timed."""
         who = Who(provider.name, provider.role, dtype)
         setting = who, provider.setting(dtype)
         tried = sweeps.tried.get(setting, [])
@@ -180,7 +181,7 @@ def tune(
             call()
             tried.append(clock.best(partial(in_a_row, call, case.calls)) / case.calls)
             sweeps.tried[setting] = tried
-        return statistics.median(tried)
+        return statistics.median_low(tried)
 
     # Emulated bf16 is too slow to try every setting in: it takes fp32's choice.
     for dtype in dtypes if has_bf16(clock.device) else ("fp32",):
