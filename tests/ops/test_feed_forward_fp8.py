@@ -192,7 +192,7 @@ def test_contract(counted, dtype, device):
     operator = torch.ops.tinybert_fast.feed_forward_fp8_fwd.default
     proofs = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(operator, (x, *weights, counted), test_utils=proofs)
-    # That no operand is written, by bytes: opcheck's own proof multiplies, which no GPU does in e4m3.
+    # That no operand is written, by bytes: opcheck's proof multiplies, which no GPU does in e4m3.
     before = [operand.view(torch.uint8).clone() for operand in (x, *weights)]
     y = operator(x, *weights, counted)
     for operand, bytes_before in zip((x, *weights), before, strict=True):
